@@ -1,0 +1,137 @@
+"""The sign decision in plain torch: this file defines what every engine computes.
+
+Element e of parameter p at step k under a seed owns one uniform 32-bit integer U. With the 64-bit seed as Philox key
+and the counter (block, k, p, stream),
+
+- its top 8 bits are byte e % 16 of block e // 16 of stream 0 (byte 0 is the low byte of word 0),
+- its low 24 bits are the low 24 bits of word e % 4 of block e // 4 of stream 1,
+
+so U depends on nothing else: not on the device, the order of the tensors, how a tensor is sharded or which steps ran
+before. The low 24 bits matter only where the top 8 tie with the threshold's, 1 decision in 256; a fast engine draws
+them only there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from signstep.kernels.philox import Words, philox4x32
+
+TOP_BITS, LOW_BITS = 0, 1
+"""Stream numbers, the last word of the counter."""
+
+_MASK = 0xFFFFFFFF
+_MAX_ELEMENTS = 1 << 34
+"""Elements a parameter may have: a block index of stream 1 is one 32-bit word."""
+
+
+class Segment(NamedTuple):
+    """A run of consecutive elements of one parameter."""
+
+    parameter: int
+    """Ordinal of the parameter over all param_groups."""
+    start: int
+    """Row-major index, in the whole parameter, of the first element."""
+    size: int
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest float type that the device computes in: float64 but for MPS, which has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _blocks(
+    segments: Sequence[Segment], per_block: int, stream: int, seed: int, step: Tensor, device: torch.device
+) -> list[Words]:
+    """The Philox blocks that cover each segment, all segments in one call."""
+    ranges = [(s.start // per_block, -(-(s.start + s.size) // per_block)) for s in segments]
+    index = torch.cat([torch.arange(a, b, device=device) for a, b in ranges])
+    parameter = torch.cat(
+        [torch.full((b - a,), s.parameter, device=device) for s, (a, b) in zip(segments, ranges, strict=True)]
+    )
+    last = torch.full_like(index, stream)
+    words = philox4x32((index, step.expand_as(index) & _MASK, parameter, last), (seed & _MASK, seed >> 32))
+    split = [torch.split(w, [b - a for a, b in ranges]) for w in words]
+    return [(split[0][i], split[1][i], split[2][i], split[3][i]) for i in range(len(segments))]
+
+
+def top_bits(segments: Sequence[Segment], *, seed: int, step: Tensor, device: torch.device) -> list[Tensor]:
+    """The top 8 bits of U for every element, int64 in [0, 256), one 1-D tensor per segment."""
+    out = []
+    for segment, words in zip(segments, _blocks(segments, 16, TOP_BITS, seed, step, device), strict=True):
+        bytes_ = torch.stack([(w >> (8 * j)) & 0xFF for w in words for j in range(4)], dim=1).flatten()
+        out.append(bytes_.narrow(0, segment.start % 16, segment.size))
+    return out
+
+
+def low_bits(segments: Sequence[Segment], *, seed: int, step: Tensor, device: torch.device) -> list[Tensor]:
+    """The low 24 bits of U for every element, int64 in [0, 2^24), one 1-D tensor per segment."""
+    out = []
+    for segment, words in zip(segments, _blocks(segments, 4, LOW_BITS, seed, step, device), strict=True):
+        out.append((torch.stack(words, dim=1).flatten() & 0xFFFFFF).narrow(0, segment.start % 4, segment.size))
+    return out
+
+
+def threshold(z: Tensor) -> Tensor:
+    """T = floor(2^32 Phi(z)), int64 in [0, 2^32], Phi the standard normal distribution function."""
+    wide = z.to(wide_dtype(z.device))
+    probability: Tensor = torch.special.erfc(wide * -math.sqrt(0.5)) * 0.5
+    return (probability * 2.0**32).floor().to(torch.int64)
+
+
+def less(top: Tensor, low: Tensor, t: Tensor) -> Tensor:
+    """U < T decided by 8 bits and, where they tie, by 24 more: the same as comparing (top << 24 | low) with T."""
+    t_top = t >> 24
+    return (top < t_top) | ((top == t_top) & (low < (t & 0xFFFFFF)))
+
+
+def sign(m: Tensor) -> Tensor:
+    """The sign of m: 0 at 0, and NaN where m is not finite (torch.sign turns NaN into 0 and hides it)."""
+    return torch.add(torch.sign(m), m.detach() * 0)
+
+
+def directions(
+    ms: Sequence[Tensor],
+    sigmas: Sequence[Tensor],
+    segments: Sequence[Segment],
+    *,
+    seed: int,
+    step: Tensor,
+    position: str,
+) -> list[Tensor]:
+    """What replaces sign(m) under dither, for tensors on one device.
+
+    "pre" is sign(m + xi) with xi ~ N(0, sigma^2), drawn as +1 exactly when U < floor(2^32 Phi(m / sigma)), which has
+    the same law (Algorithm 1, line 7). "post" is sign(m) + xi (eq. 10) with xi = sigma Phi^-1((U + 1/2) / 2^32). Both
+    are 0 where m is exactly 0 and NaN where m is not finite.
+
+    Args:
+        ms: momentum (or gradient) tensors, any real float dtype and shape; elements count in row-major order.
+        sigmas: for each, the noise's standard deviation, a 0-dim float tensor in the units of m ("pre") or of the step
+        ("post").
+        segments: for each, which elements of which parameter it holds.
+        seed: in [0, 2^64).
+        step: 0-dim int64 tensor, the step count k.
+        position: "pre" or "post".
+
+    Returns:
+        For each, a float32 tensor of its shape.
+    """
+    sizes = [m.numel() for m in ms]
+    device = ms[0].device
+    m = torch.cat([x.reshape(-1).to(torch.float32) for x in ms])
+    top = torch.cat(top_bits(segments, seed=seed, step=step, device=device))
+    low = torch.cat(low_bits(segments, seed=seed, step=step, device=device))
+    sigma = torch.cat([s.to(device, torch.float32).expand(n) for s, n in zip(sigmas, sizes, strict=True)])
+    if position == "pre":
+        flat = torch.where(less(top, low, threshold(m / sigma)), 1.0, -1.0)
+    else:
+        u = ((top << 24) | low).to(wide_dtype(device))
+        flat = torch.sign(m) + torch.special.ndtri((u + 0.5) * 2.0**-32).to(torch.float32) * sigma
+    flat = torch.where(m == 0, 0.0, flat) + m * 0
+    return [x.view(like.shape) for x, like in zip(torch.split(flat, sizes), ms, strict=True)]

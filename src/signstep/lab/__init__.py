@@ -1,0 +1,1 @@
+"""The experiments: data, models, training, sweeps and reports; needs the extra `signstep[lab]`."""

@@ -1,0 +1,85 @@
+"""Files that survive a kill: atomic writes, the checkpoint of a run, and the lock that keeps it to one process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import filelock
+import torch
+
+
+class RunBusy(RuntimeError):
+    """Another process is training the same run."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint file cannot be used; the message names it and says what to do."""
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call `write` on a temporary file beside `path`, then put it in place: a reader sees the old file or the new one.
+
+    Raises:
+        OSError: the file cannot be written; `path` is as it was.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors and plain values) to `path`, atomically."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint at `path`, tensors on the CPU, or None where there is no file.
+
+    Args:
+        path: the file that `save` wrote.
+        config: the run's configuration as `RunConfig.to_dict` gives it; the checkpoint must hold the same one.
+
+    Raises:
+        CheckpointError: the file is damaged, or belongs to another configuration.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["config"]
+    except FileNotFoundError:
+        return None
+    except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint ({reason}); delete it to train this run from its start"
+        ) from error
+    if found != config:
+        raise CheckpointError(
+            f"{path} is the checkpoint of another configuration; delete it or train in another folder"
+        )
+    return state
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold `path` (a `.lock` file) for this process; released when the block ends or the process dies.
+
+    Raises:
+        RunBusy: another process holds it.
+    """
+    held = filelock.FileLock(path)
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise RunBusy(f"{path.with_suffix('')} is being trained by another process, which holds {path}") from None
+    try:
+        yield
+    finally:
+        held.release()

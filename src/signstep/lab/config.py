@@ -1,0 +1,143 @@
+"""What one training run is: every field that changes its numbers, and nothing else.
+
+Two runs with equal `RunConfig`s are the same run; `RunConfig.hash` names its files. Where and how long it runs
+(device, folder, time limit) is not part of it: see `signstep.lab.train.train`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Dataset = Literal["cifar10", "cifar100", "fashion-mnist", "mnist", "digits"]
+Optimizer = Literal["sgd", "adam", "adamw", "signsgd", "hybrid"]
+
+_SIGN_ONLY = (
+    "dither",
+    "dither_decay",
+    "dither_position",
+    "dither_scale",
+)
+_HYBRID_ONLY = ("switch", "calibration", "ema_decay", "sgd_momentum")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of `signstep train`.
+
+    Fields left at None take the optimizer's own default; a field that the chosen optimizer does not have is refused.
+    """
+
+    # data
+    dataset: Dataset = "cifar10"
+    split: Literal["tune", "final"] = "final"
+    """tune: train on the training set less a fixed tenth, evaluate on that tenth; final: train on all of it, evaluate on the test set."""
+    subset: int | None = None
+    """Train on this many images only, a fixed random choice from the training part; None: all."""
+    crop: int = 4
+    """Random crop after padding by this many pixels; 0: off."""
+    flip: bool = True
+    cutout: int = 0
+    """Side of the square set to the mean; 0: off."""
+
+    # model
+    model: Literal["resnet8", "resnet20", "resnet18"] = "resnet18"
+    width: float = 1.0
+    stem: Literal["cifar", "imagenet"] = "cifar"
+
+    # optimizer
+    optimizer: Optimizer = "sgd"
+    lr: float = 0.1
+    momentum: float | None = None
+    weight_decay: float = 0.0
+    nesterov: bool | None = None
+    dither: float | None = None
+    dither_decay: float | None = None
+    dither_position: Literal["pre", "post"] | None = None
+    dither_scale: Literal["absolute", "relative"] | None = None
+    switch: float | None = None
+    """Share of the run's steps taken before HybridSignSGD switches to SGD."""
+    calibration: Literal["paper", "ratio", "applied"] | None = None
+    ema_decay: float | None = None
+    sgd_momentum: float | None = None
+
+    # recipe
+    epochs: int = 200
+    batch_size: int = 128
+    """Images per step over all workers."""
+    schedule: Literal["constant", "cosine", "step"] = "cosine"
+    """step: lr times `gamma` at each of `milestones`, shares of the run."""
+    milestones: tuple[float, ...] = (0.3, 0.6, 0.8)
+    gamma: float = 0.2
+    warmup: float = 0.0
+    """Share of the run over which lr rises linearly from 0, before the schedule's own factor."""
+    label_smoothing: float = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = True
+    compile: bool = False
+    seed: int = 0
+    eval_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        for name, low, high in (
+            ("epochs", 1, math.inf),
+            ("batch_size", 1, math.inf),
+            ("eval_every", 1, math.inf),
+            ("crop", 0, math.inf),
+            ("cutout", 0, math.inf),
+            ("weight_decay", 0, math.inf),
+            ("warmup", 0, 1),
+            ("label_smoothing", 0, 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name}={value!r}: expected a value in [{low}, {high}]")
+        if not (math.isfinite(self.lr) and self.lr >= 0):
+            raise ValueError(f"lr={self.lr!r}: expected a finite value >= 0")
+        if not self.width > 0:
+            raise ValueError(f"width={self.width!r}: expected a value > 0")
+        if self.subset is not None and self.subset < 1:
+            raise ValueError(f"subset={self.subset!r}: expected a positive number of images, or none for all")
+        if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(self.milestones):
+            raise ValueError(f"milestones={self.milestones!r}: expected rising shares of the run, each in (0, 1)")
+        refused: tuple[str, ...] = ()
+        if self.optimizer not in ("signsgd", "hybrid"):
+            refused += _SIGN_ONLY
+        if self.optimizer != "hybrid":
+            refused += _HYBRID_ONLY
+        elif self.switch is None or not 0 < self.switch <= 1:
+            raise ValueError(
+                f"switch={self.switch!r}: optimizer hybrid needs the share of steps before the switch, in (0, 1]"
+            )
+        if self.optimizer != "sgd":
+            refused += ("nesterov",)
+        if self.optimizer in ("adam", "adamw"):
+            refused += ("momentum",)
+        for name in refused:
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}={getattr(self, name)!r}: optimizer {self.optimizer} has no such option")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """The inverse of `to_dict`; an unknown field is a ValueError."""
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown field(s) in a run's configuration: {', '.join(unknown)}")
+        return cls(**values)
+
+    @property
+    def hash(self) -> str:
+        """12 hex digits of the SHA-256 of the fields that differ from their defaults, so that a field added later does not rename old runs."""
+        defaults = RunConfig().to_dict()
+        changed = {k: v for k, v in self.to_dict().items() if v != defaults[k]}
+        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,13 @@
+"""The lab's data sets: found or fetched, checked, held in memory as uint8, split and augmented in batches.
+
+>>> images = load("digits")
+>>> images.train_x.shape, images.train_x.dtype, images.num_classes
+(torch.Size([1437, 1, 8, 8]), torch.uint8, 10)
+>>> train_x, train_y, eval_x, eval_y = split(images, "tune", None)
+"""
+
+from signstep.lab.data.augmentation import augment, normalise
+from signstep.lab.data.catalog import Listed, demo_dataset, listing, load
+from signstep.lab.data.images import DataError, Images, split
+
+__all__ = ["DataError", "Images", "Listed", "augment", "demo_dataset", "listing", "load", "normalise", "split"]

@@ -1,0 +1,194 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009): the binary and the python layout, unpacked or inside the official tar.gz."""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from signstep.lab.data.images import DataError, Images
+from signstep.lab.data.unpickle import load_dict
+
+_PIXELS = 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One of the two ways in which one of the two sets is stored."""
+
+    folder: str
+    archive: str
+    train: tuple[str, ...]
+    test: str
+    labels: tuple[tuple[bytes, int], ...]
+    """(name, number of classes) of each label; the last one is used. Binary records hold them in this order."""
+    train_records: int = 50_000
+    test_records: int = 10_000
+
+    @property
+    def binary(self) -> bool:
+        """Whether these are binary records and not pickles."""
+        return self.test.endswith(".bin")
+
+    @property
+    def record(self) -> int:
+        """Bytes in a binary record."""
+        return len(self.labels) + _PIXELS
+
+
+_CIFAR10_LABELS = ((b"labels", 10),)
+_CIFAR100_LABELS = ((b"coarse_labels", 20), (b"fine_labels", 100))
+_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
+
+LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "cifar10": (
+        Layout(
+            "cifar-10-batches-bin",
+            "cifar-10-binary.tar.gz",
+            tuple(f"{batch}.bin" for batch in _BATCHES),
+            "test_batch.bin",
+            _CIFAR10_LABELS,
+        ),
+        Layout("cifar-10-batches-py", "cifar-10-python.tar.gz", _BATCHES, "test_batch", _CIFAR10_LABELS),
+    ),
+    "cifar100": (
+        Layout("cifar-100-binary", "cifar-100-binary.tar.gz", ("train.bin",), "test.bin", _CIFAR100_LABELS),
+        Layout("cifar-100-python", "cifar-100-python.tar.gz", ("train",), "test", _CIFAR100_LABELS),
+    ),
+}
+
+CLASSES: dict[str, tuple[str, ...]] = {
+    "cifar10": tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
+    "cifar100": tuple(
+        (
+            "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel "
+            "can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur "
+            "dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion "
+            "lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree "
+            "pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea "
+            "seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table "
+            "tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman "
+            "worm"
+        ).split()
+    ),
+}
+
+
+def find(name: str, folder: Path) -> Path | None:
+    """Return the unpacked folder or the archive of `name` in `folder` (or `folder` itself), None where there is neither.
+
+    Raises DataError for an unpacked folder that lacks some of its files.
+    """
+    for layout in LAYOUTS[name]:
+        for place in (folder / layout.folder, folder):
+            missing = [file for file in (*layout.train, layout.test) if not (place / file).is_file()]
+            if not missing:
+                return place
+            # The files' names alone do not identify a set (train.bin, test), so only its own folder can lack some.
+            if place.name == layout.folder and place.is_dir():
+                raise DataError(f"{name}: {place} lacks {', '.join(missing)}; put them there or remove the folder")
+    for layout in LAYOUTS[name]:
+        if (folder / layout.archive).is_file():
+            return folder / layout.archive
+    return None
+
+
+def read(name: str, path: Path) -> Images:
+    """Read what `find` found; raises DataError naming the file where one is damaged, cut or of another shape."""
+    layout = next(lay for lay in LAYOUTS[name] if path.name == lay.archive or (path / lay.test).is_file())
+    parse = _parse_binary if layout.binary else _parse_pickle
+    parts: dict[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]] = {}
+    per_batch = layout.train_records // len(layout.train)
+
+    def take(file: str, raw: bytes) -> None:
+        where = f"{name}: {path / file}" if path.is_dir() else f"{name}: {file} in {path}"
+        parts[file] = parse(raw, layout, layout.test_records if file == layout.test else per_batch, where)
+
+    wanted = (*layout.train, layout.test)
+    if path.is_dir():
+        for file in wanted:
+            take(file, (path / file).read_bytes())
+    else:
+        _read_archive(name, path, layout.folder, wanted, take)
+
+    def join(files: Sequence[str], column: int) -> Tensor:
+        return torch.from_numpy(np.concatenate([parts[file][column] for file in files]))
+
+    return Images(
+        name=name,
+        train_x=join(layout.train, 0),
+        train_y=join(layout.train, 1),
+        test_x=join([layout.test], 0),
+        test_y=join([layout.test], 1),
+        classes=CLASSES[name],
+        source=str(path),
+    )
+
+
+def _read_archive(name: str, path: Path, folder: str, wanted: Sequence[str], take: Callable[[str, bytes], None]) -> None:
+    """Give `take` the wanted members of a tar.gz in one pass; nothing is unpacked to disk."""
+    missing = set(wanted)
+    try:
+        with tarfile.open(path, "r|gz") as archive:
+            for member in archive:
+                parent, _, file = member.name.rpartition("/")
+                stream = archive.extractfile(member) if file in missing and parent.endswith(folder) else None
+                if stream is not None:
+                    take(file, stream.read())
+                    missing.remove(file)
+                if not missing:
+                    return
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise DataError(f"{name}: {path} is not a whole tar.gz archive ({error}); remove it and fetch it again") from error
+    raise DataError(f"{name}: {path} lacks {', '.join(sorted(missing))} in {folder}/")
+
+
+def _parse_binary(
+    raw: bytes, layout: Layout, records: int, where: str
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    if len(raw) != records * layout.record:
+        raise DataError(
+            f"{where} has {len(raw)} bytes, expected {records * layout.record} ({records} records of {layout.record})"
+        )
+    table = np.frombuffer(raw, dtype=np.uint8).reshape(records, layout.record)
+    for column, (key, classes) in enumerate(layout.labels):
+        labels = table[:, column].astype(np.int64)
+        _check_labels(labels, classes, key, where)
+    return table[:, len(layout.labels) :].reshape(-1, 3, 32, 32), labels
+
+
+def _parse_pickle(
+    raw: bytes, layout: Layout, records: int, where: str
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    content = load_dict(raw, where)
+    data: Any = content.get(b"data")
+    if not isinstance(data, np.ndarray) or data.shape != (records, _PIXELS):
+        found = f"an array of {data.shape}" if isinstance(data, np.ndarray) else "none"
+        raise DataError(f"{where} has {found} under 'data', expected an array of ({records}, {_PIXELS}) bytes")
+    for key, classes in layout.labels:
+        values = content.get(key)
+        if not isinstance(values, list) or len(values) != records or not all(type(v) is int for v in values):
+            found = f"{len(values)} values" if isinstance(values, list) else "no list"
+            raise DataError(f"{where} has {found} under {key.decode()!r}, expected a list of {records} whole numbers")
+        if min(values) < 0 or max(values) >= classes:
+            labels = np.array([min(values), max(values)], dtype=object)
+        else:
+            labels = np.array(values, dtype=np.int64)
+        _check_labels(labels, classes, key, where)
+    return data.reshape(-1, 3, 32, 32), labels
+
+
+def _check_labels(labels: npt.NDArray[Any], classes: int, key: bytes, where: str) -> None:
+    if labels.min() < 0 or labels.max() >= classes:
+        raise DataError(
+            f"{where} has {key.decode()} {labels.min()}..{labels.max()}, expected 0..{classes - 1}: "
+            "it is damaged or of another data set"
+        )

@@ -1,0 +1,338 @@
+"""The report's figures: accuracy over epochs as in the paper's Figures 1 to 3, and the table as dots.
+
+Figures are drawn once, in the colours of a light page, with matplotlib's object-oriented interface. `svg` then turns every
+colour into a CSS variable of the same meaning (`palette_css` defines them), so that one drawing serves light and dark pages.
+Accuracies are in percent.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from signstep.lab.stats import Estimate, number, paper_number, signed, with_interval
+
+_SVG = "http://www.w3.org/2000/svg"
+_XLINK = "{http://www.w3.org/1999/xlink}href"
+_METHOD = "method:"
+
+_INK, _MUTED, _GRID, _SWITCH = "#1b1b1a", "#5f5e59", "#e2e0d9", "#c1121f"
+
+# name of the CSS variable: colour on a light page, on a dark one. Hues from Okabe and Ito's palette, moved in lightness
+# until each has a contrast of 3 to its page.
+_COLOURS = {
+    "ink": (_INK, "#ecebe6"),
+    "muted": (_MUTED, "#a9a7a0"),
+    "grid": (_GRID, "#34332f"),
+    "switch": (_SWITCH, "#ff6f69"),
+    "black": ("#222221", "#f5f4ef"),
+    "grey": ("#83827d", "#9a9993"),
+    "blue": ("#0072b2", "#58abe4"),
+    "pink": ("#b4508f", "#df8fc4"),
+    "vermillion": ("#c94f00", "#f5854a"),
+    "orange": ("#bd8100", "#e8b53a"),
+    "brown": ("#8a6a4a", "#c4a888"),
+    "violet": ("#6950c1", "#a996f3"),
+    "green": ("#00875f", "#2bbd8d"),
+    "olive": ("#6f7f12", "#aebd52"),
+}
+_METHODS = {
+    "sgd": "black",
+    "adam": "grey",
+    "signsgd": "blue",
+    "post-0.1": "pink",
+    "post-0.5": "brown",
+    "pre-0.5": "vermillion",
+    "pre-0.1": "orange",
+    "pre-0.01": "olive",
+    "pre-relative": "violet",
+    "hybrid": "green",
+    "hybrid-ratio": "olive",
+}
+_SPARE = ("violet", "brown", "pink", "olive", "vermillion")
+
+
+def colour(method: str) -> str:
+    """Name of the palette colour of a method, by its row's key: the same in every figure and table.
+
+    A method that this module does not know gets one that depends on its key alone.
+    """
+    return _METHODS.get(method) or _SPARE[zlib.crc32(method.encode()) % len(_SPARE)]
+
+
+def palette_css(selector: str) -> str:
+    """CSS that defines the palette's variables (`--c-blue`, ...) on `selector`, for light and dark pages."""
+    light, dark = (";".join(f"--c-{name}:{pair[i]}" for name, pair in _COLOURS.items()) for i in (0, 1))
+    return f"{selector}{{{light}}}@media (prefers-color-scheme:dark){{@media not print{{{selector}{{{dark}}}}}}}"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method's accuracy over epochs: mean over seeds, and the interval where there is one."""
+
+    method: str
+    label: str
+    epochs: tuple[int, ...]
+    estimates: tuple[Estimate, ...]
+    own: bool = False
+    """A method that is not in the paper: drawn dashed."""
+    diverged_at: tuple[int, ...] = ()
+    """Epochs in which a seed's run was stopped by a non-finite loss."""
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One method's line in a dot plot."""
+
+    method: str
+    label: str
+    estimate: Estimate | None
+    values: tuple[float, ...]
+    """One value per seed."""
+    paper: float | None
+    own: bool = False
+
+
+def _figure(width: float, height: float, left: float, right: float, top: float, bottom: float) -> tuple[Figure, Axes]:
+    """A figure of `width` x `height` points with one plot inside these margins."""
+    figure = Figure(figsize=(width / 72, height / 72))
+    axes = figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height))
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_MUTED)
+    axes.tick_params(colors=_MUTED, labelsize=10, length=3, width=0.8)
+    return figure, axes
+
+
+def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions in the order of the rising `wanted`, at least `gap` apart, inside [low, high] where they fit."""
+    placed: list[float] = []
+    for value in wanted:
+        placed.append(max(value, placed[-1] + gap) if placed else max(value, low))
+    ceiling = high
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], ceiling)
+        ceiling = placed[i] - gap
+    return placed
+
+
+def curves(
+    lines: Sequence[Curve], *, switches: Iterable[float], epochs: int, title: str = "", labels: bool = False
+) -> Figure:
+    """Test accuracy over epochs, the interval over seeds as a band, the switch to SGD as a red dashed line.
+
+    Args:
+        lines: the methods; later ones are drawn on top.
+        switches: epochs (may be fractional) after which a hybrid method goes on as SGD.
+        epochs: length of the runs, the right end of the axis.
+        title: printed above, for a figure that stands alone.
+        labels: name the methods at the lines' ends; without, the page around the figure has a key.
+    """
+    width, height, right = (680.0, 400.0, 250.0) if labels else (400.0, 290.0, 14.0)
+    top = 40.0 if title else 22.0
+    figure, axes = _figure(width, height, left=36, right=right, top=top, bottom=40)
+    marker = "o" if max((len(line.epochs) for line in lines), default=0) <= 16 else None
+    for order, line in enumerate(lines):
+        name = colour(line.method)
+        style: dict[str, Any] = {"color": _COLOURS[name][0], "gid": _METHOD + line.method, "zorder": 3 + order}
+        mean = [e.mean for e in line.estimates]
+        banded = [(epoch, e) for epoch, e in zip(line.epochs, line.estimates, strict=True) if e.half_width is not None]
+        if banded:
+            axes.fill_between(
+                [epoch for epoch, _ in banded],
+                [max(e.mean - (e.half_width or 0), 0) for _, e in banded],
+                [min(e.mean + (e.half_width or 0), 100) for _, e in banded],
+                alpha=0.13,
+                linewidth=0,
+                **style,
+            )
+        dashes = (0, (4, 1.6)) if line.own else "-"
+        axes.plot(line.epochs, mean, linestyle=dashes, linewidth=1.6, marker=marker, markersize=3.4, **style)
+        for epoch in line.diverged_at:
+            at = [e.mean for at, e in zip(line.epochs, line.estimates, strict=True) if at <= epoch]
+            axes.plot([epoch], [at[-1] if at else 0], marker="x", markersize=8, markeredgewidth=2, **style)
+    for switch in sorted(set(switches)):
+        axes.axvline(switch, color=_SWITCH, linestyle=(0, (5, 3)), linewidth=1.2, zorder=2)
+        axes.annotate(
+            "switch to SGD", (switch, 1), (3, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
+            color=_SWITCH, fontsize=10, annotation_clip=False,
+        )  # fmt: skip
+    axes.set_xlim(0, max(epochs, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("epoch", color=_MUTED, fontsize=10, loc="right", labelpad=3)
+    axes.annotate(
+        "test accuracy, %", (0, 1), (-30, 7 if not list(switches) else 7), xycoords="axes fraction",
+        textcoords="offset points", color=_MUTED, fontsize=10, annotation_clip=False,
+    )  # fmt: skip
+    if title:
+        figure.text(6 / width, 1 - 14 / height, title, color=_INK, fontsize=12, fontweight="bold", va="center")
+    if labels:
+        _label_ends(axes, [line for line in lines if line.epochs], height - top - 40)
+    return figure
+
+
+def _label_ends(axes: Axes, lines: Sequence[Curve], plot_height: float) -> None:
+    low, high = axes.get_ylim()
+    ordered = sorted(lines, key=lambda line: line.estimates[-1].mean)
+    gap = (high - low) * min(15 / plot_height, 1 / max(len(ordered), 1))
+    places = _spread([line.estimates[-1].mean for line in ordered], gap, low, high)
+    for line, place in zip(ordered, places, strict=True):
+        last = line.estimates[-1]
+        shade = _COLOURS[colour(line.method)][0]
+        axes.annotate(
+            "", (line.epochs[-1], last.mean), (12, place), textcoords=_points_right_of(axes), annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": shade, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3},
+        )  # fmt: skip
+        axes.annotate(
+            f"{line.label}  {number(last.mean)}", (1, place), (14, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", color=shade, fontsize=9.5, va="center", annotation_clip=False,
+        )  # fmt: skip
+
+
+def _points_right_of(axes: Axes) -> Any:
+    """Coordinates (points right of the plot, accuracy)."""
+    from matplotlib.transforms import ScaledTranslation, blended_transform_factory
+
+    del ScaledTranslation
+    return blended_transform_factory(axes.transAxes, axes.transData)
+
+
+def dots(lines: Sequence[Dot], *, axis: str, title: str = "", zero: str = "") -> Figure:
+    """One line per method: mean and interval, each seed as a small tick, the paper's number as a hollow mark.
+
+    Args:
+        lines: from top to bottom.
+        axis: what the numbers are, printed below.
+        title: printed above, for a figure that stands alone.
+        zero: where not empty, the numbers are differences, and this names what the line at 0 stands for.
+    """
+    step, top, bottom, width = 36.0, 46.0 if title else 24.0, 40.0, 400.0
+    height = top + bottom + step * len(lines)
+    figure, axes = _figure(width, height, left=10, right=14, top=top, bottom=bottom)
+    axes.set_ylim(len(lines), 0)
+    axes.yaxis.set_visible(False)
+    text = with_interval if not zero else lambda e: with_interval(e, sign=True)
+    for i, line in enumerate(lines):
+        y = i + 0.68
+        shade = _COLOURS[colour(line.method)][0]
+        gid = _METHOD + line.method
+        axes.axhline(y, color=_GRID, linewidth=0.8, zorder=1)
+        value = text(line.estimate) if line.estimate else "not run"
+        axes.annotate(
+            line.label, (0, i + 0.27), xycoords=("axes fraction", "data"), color=_INK, fontsize=10, va="center"
+        )
+        axes.annotate(
+            value, (1, i + 0.27), xycoords=("axes fraction", "data"), color=_INK if line.estimate else _MUTED,
+            fontsize=10, va="center", ha="right",
+        )  # fmt: skip
+        axes.plot(line.values, [y] * len(line.values), "|", color=shade, markersize=7, markeredgewidth=1, alpha=0.6,
+                  gid=gid, zorder=3)  # fmt: skip
+        if line.estimate is not None:
+            e = line.estimate
+            if e.half_width is not None:
+                axes.plot([e.mean - e.half_width, e.mean + e.half_width], [y, y], color=shade, linewidth=2.2,
+                          solid_capstyle="butt", gid=gid, zorder=3)  # fmt: skip
+            axes.plot([e.mean], [y], "o", color=shade, markersize=6.5, gid=gid, zorder=5)
+        if line.paper is not None:
+            axes.plot([line.paper], [y], "o", color=_INK, markerfacecolor="none", markersize=7, markeredgewidth=1.2,
+                      zorder=4)  # fmt: skip
+    axes.margins(x=0.04)
+    axes.autoscale(axis="x")
+    if zero:
+        axes.axvline(0, color=_MUTED, linewidth=1, zorder=2)
+        axes.annotate(zero, (0, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
+                      color=_MUTED, fontsize=9.5, ha="center", annotation_clip=False)  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    if zero:
+        axes.xaxis.set_major_formatter(lambda value, _: signed(value, 0 if value == int(value) else 1))
+    axes.set_xlabel(axis, color=_MUTED, fontsize=10, loc="right", labelpad=3)
+    if title:
+        figure.text(10 / width, 1 - 14 / height, title, color=_INK, fontsize=12, fontweight="bold", va="center")
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure in the colours of a light page on white, 216 dots per inch."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=216, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def svg(figure: Figure, *, name: str, description: str, alone: bool) -> str:
+    """The figure as SVG whose colours follow the page's scheme and whose text is text.
+
+    Args:
+        figure: made by this module.
+        name: unique on the page; prefix of the ids inside.
+        description: what the figure shows, for those who cannot see it.
+        alone: a file of its own (with its own palette and background), not a part of an HTML page.
+
+    The elements of a method carry its key as `data-method`; the root carries the plot's place and its axis as `data-plot`:
+    left, right, top, bottom in the drawing's units, then the values at its left and right end.
+    """
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    ElementTree.register_namespace("", _SVG)
+    root = ElementTree.fromstring(buffer.getvalue())
+    text = "".join(f"{e.get(_XLINK, '')} {e.get('clip-path', '')} " for e in root.iter())
+    referenced = set(re.findall(r"#([\w-]+)", text))
+    variables = {light: f"var(--c-{colour_name})" for colour_name, (light, _) in _COLOURS.items()}
+    for element in root.iter():
+        identity = element.attrib.pop("id", None)
+        if identity in referenced:
+            element.set("id", f"{name}-{identity}")
+        elif identity is not None and identity.startswith(_METHOD):
+            element.set("data-method", identity.removeprefix(_METHOD))
+        if _XLINK in element.attrib:
+            element.set("href", f"#{name}-{element.attrib.pop(_XLINK).lstrip('#')}")
+        if "clip-path" in element.attrib:
+            element.set("clip-path", element.attrib["clip-path"].replace("#", f"#{name}-"))
+        for attribute in ("style", "fill", "stroke"):
+            if attribute in element.attrib:
+                value = re.sub(r"#[0-9a-f]{6}", lambda m: variables.get(m[0], m[0]), element.attrib[attribute])
+                element.set(attribute, re.sub(r"'DejaVu Sans'[^;]*", "system-ui, sans-serif", value))
+    box = figure.axes[0].get_position()
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    place = (box.x0 * width, box.x1 * width, (1 - box.y1) * height, (1 - box.y0) * height, *figure.axes[0].get_xlim())
+    root.set("data-plot", " ".join(f"{value:g}" for value in place))
+    root.set("role", "img")
+    root.set("aria-label", description)
+    for style in root.findall(f".//{{{_SVG}}}style"):
+        style.text = "*{stroke-linejoin:round;stroke-linecap:butt}" if alone else None
+    if alone:
+        sheet = ElementTree.Element(f"{{{_SVG}}}style")
+        sheet.text = palette_css(":root") + (
+            ":root{background:#fff}@media (prefers-color-scheme:dark){@media not print{:root{background:#161614}}}"
+        )
+        root.insert(0, sheet)
+        return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+    root.attrib.pop("width", None)
+    root.attrib.pop("height", None)
+    # Inside HTML the namespace is implied, and a page that names no URL at all is easy to check.
+    return ElementTree.tostring(root, encoding="unicode").replace(f' xmlns="{_SVG}"', "")
+
+
+def describe(line: Dot | Curve) -> str:
+    """A method's numbers in words, for a figure's text alternative."""
+    if isinstance(line, Curve):
+        return f"{line.label}: {with_interval(line.estimates[-1])} % after epoch {line.epochs[-1]}"
+    ours = with_interval(line.estimate) if line.estimate else "not run"
+    return f"{line.label}: {ours}" + (f" (paper {paper_number(line.paper)})" if line.paper is not None else "")

@@ -1,0 +1,60 @@
+"""What a `RunConfig` means for the optimizer: which one, with which options, at which learning rate when."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from signstep.lab.config import RunConfig
+from signstep.optim import HybridSignSGD, SignSGD
+
+
+def lr_factor(config: RunConfig, progress: float) -> float:
+    """What the learning rate is multiplied by when a share `progress` (0 to 1) of the run's steps has been taken.
+
+    Example:
+        >>> lr_factor(RunConfig(schedule="step", milestones=(0.5,), gamma=0.1), 0.5)
+        0.1
+    """
+    warmup = min(1.0, progress / config.warmup) if config.warmup > 0 else 1.0
+    if config.schedule == "cosine":
+        return warmup * 0.5 * (1.0 + math.cos(math.pi * progress))
+    if config.schedule == "step":
+        return warmup * config.gamma ** sum(progress >= milestone for milestone in config.milestones)
+    return warmup
+
+
+def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, over all parameters of `model`; weight decay applies to every one of them.
+
+    A field left at None keeps the optimizer's default, but for SGD's momentum, whose default here is 0.9.
+    The hybrid switches after `switch` of `total_steps`, and after one step at the earliest.
+    """
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        momentum = 0.9 if config.momentum is None else config.momentum
+        return torch.optim.SGD(model.parameters(), momentum=momentum, nesterov=bool(config.nesterov), **options)
+    if config.optimizer in ("adam", "adamw"):
+        adam = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+        return adam(model.parameters(), **options)
+    names = ["momentum", "dither", "dither_decay", "dither_position", "dither_scale"]
+    if config.optimizer == "hybrid":
+        names += ["calibration", "ema_decay", "sgd_momentum"]
+    options |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if config.optimizer == "signsgd":
+        return SignSGD(model.parameters(), seed=config.seed, **options)
+    assert config.switch is not None
+    switch_step = max(1, round(config.switch * total_steps))
+    return HybridSignSGD(model.parameters(), seed=config.seed, switch_step=switch_step, **options)
+
+
+def likely_cause(config: RunConfig, phase: str | None) -> str:
+    if phase == "sgd":
+        return "likely cause: the calibrated rate is too high for SGD; lower lr, or set calibration to ratio"
+    if config.optimizer in ("signsgd", "hybrid"):
+        return f"likely cause: every weight moves by lr={config.lr:g} in each step, which is too far; 1e-4 to 1e-2 is usual"
+    usual = "0.01 to 0.3" if config.optimizer == "sgd" else "1e-4 to 1e-2"
+    return f"likely cause: lr={config.lr:g} is too high for {config.optimizer}; {usual} is usual, and warmup helps"

@@ -1,0 +1,147 @@
+"""Means over seeds with their 95% t-interval, paired differences, and what they say in words.
+
+Every number is in percent (or points of percent). One seed has no interval: nothing here invents one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import scipy.stats
+
+CONFIDENCE = 0.95
+
+Verdict = Literal["agrees", "contradicts", "undecided"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over n independent values and, from n = 2 on, its 95% interval."""
+
+    n: int
+    mean: float
+    half_width: float | None
+    """Half the interval's width; None where n = 1, because one value says nothing about its own spread."""
+
+    @property
+    def low(self) -> float | None:
+        """Lower end of the interval, None without one."""
+        return None if self.half_width is None else self.mean - self.half_width
+
+    @property
+    def high(self) -> float | None:
+        """Upper end of the interval, None without one."""
+        return None if self.half_width is None else self.mean + self.half_width
+
+    def contains(self, value: float) -> bool | None:
+        """Whether `value` lies in the interval, ends included; None without an interval."""
+        return None if self.half_width is None else abs(value - self.mean) <= self.half_width
+
+    def minus(self, value: float) -> Estimate:
+        """The same estimate shifted by a number that carries no uncertainty of its own."""
+        return Estimate(self.n, self.mean - value, self.half_width)
+
+
+@lru_cache(maxsize=None)
+def _t_factor(n: int) -> float:
+    return float(scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) / math.sqrt(n)
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and 95% interval t(n-1) s / sqrt(n), s the sample standard deviation, of independent values.
+
+    Raises ValueError if there is no value or one is not finite.
+
+    >>> e = estimate([70.0, 71.0, 72.0])
+    >>> e.n, e.mean, round(e.half_width, 2)
+    (3, 71.0, 2.48)
+    >>> estimate([70.0]).half_width is None
+    True
+    """
+    if not values:
+        raise ValueError("no values: a mean needs at least one")
+    array = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(f"values {list(values)!r}: expected finite numbers, leave out or replace what is not measured")
+    n = len(array)
+    half_width = _t_factor(n) * float(array.std(ddof=1)) if n > 1 else None
+    return Estimate(n, float(array.mean()), half_width)
+
+
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
+    """Mean of values - baseline over the seeds that both have, with the 95% interval of the paired t-test.
+
+    Args:
+        values: accuracy by seed.
+        baseline: accuracy by seed of the method compared with.
+
+    Returns None if no seed is common. `n` of the result is the number of common seeds.
+
+    >>> paired_difference({0: 71.0, 1: 72.0, 2: 70.0}, {0: 70.0, 1: 71.0, 7: 10.0})
+    Estimate(n=2, mean=1.0, half_width=0.0)
+    """
+    seeds = sorted(values.keys() & baseline.keys())
+    return estimate([values[s] - baseline[s] for s in seeds]) if seeds else None
+
+
+def claim_verdict(difference: Estimate, claimed: float) -> Verdict:
+    """Whether a measured difference bears out the direction of a claimed one.
+
+    "agrees" and "contradicts" need an interval that excludes 0; everything else, one seed included, is "undecided".
+    """
+    if difference.contains(0.0) is not False or claimed == 0:
+        return "undecided"
+    return "agrees" if (difference.mean > 0) == (claimed > 0) else "contradicts"
+
+
+def number(value: float, digits: int = 2) -> str:
+    """`value` with a fixed number of digits and a typographic minus; a rounded zero carries no sign.
+
+    >>> number(-1.234), number(-0.001)
+    ('−1.23', '0.00')
+    """
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.lstrip("-")
+    return text.replace("-", "−")
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """As `number`, with a plus where positive."""
+    text = number(value, digits)
+    return f"+{text}" if float(text.replace("−", "-")) > 0 else text
+
+
+def with_interval(e: Estimate, *, sign: bool = False) -> str:
+    """'71.00 ± 2.48', or the mean alone where there is no interval."""
+    mean = signed(e.mean) if sign else number(e.mean)
+    return mean if e.half_width is None else f"{mean} ± {number(e.half_width)}"
+
+
+def paper_number(value: float) -> str:
+    """A number as the paper prints it: 91.38 and 77, not 77.00."""
+    return f"{value:g}"
+
+
+def against_paper(e: Estimate, paper: float) -> str:
+    """One phrase that sets a measured mean beside the paper's single number.
+
+    >>> against_paper(Estimate(3, 92.5, 0.2), 91.4)
+    "higher than the paper's number by 1.10; the interval excludes it"
+    >>> against_paper(Estimate(1, 90.0, None), 91.4)
+    "lower than the paper's number by 1.40; one seed, no interval"
+    """
+    shift = e.mean - paper
+    if abs(shift) < 0.005:
+        phrase = "equal to the paper's number"
+    else:
+        phrase = f"{'higher' if shift > 0 else 'lower'} than the paper's number by {number(abs(shift))}"
+    inside = e.contains(paper)
+    if inside is None:
+        return f"{phrase}; one seed, no interval"
+    return f"{phrase}; the interval {'includes' if inside else 'excludes'} it"

@@ -1,0 +1,318 @@
+"""Train one `RunConfig`: one loop, alone or as one of several workers under torchrun.
+
+    signstep train --dataset cifar10 --optimizer signsgd --lr 1e-3
+    torchrun --nproc-per-node 2 -m signstep train --dataset cifar10 --optimizer signsgd --lr 1e-3
+
+Everything random in a step follows from (seed, epoch, step, rank), so a checkpoint holds no generator state and a run
+that was killed and resumed on the same CPU with the same number of threads ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from signstep.lab import checkpoint, models, runs
+from signstep.lab.checkpoint import CheckpointError, RunBusy
+from signstep.lab.config import RunConfig
+from signstep.lab.data import augment, load, normalise, split
+from signstep.lab.display import Display
+from signstep.lab.recipe import build_optimizer, likely_cause, lr_factor
+from signstep.lab.workers import StopRequest, Workers, require_bf16_convolutions
+
+__all__ = ["CheckpointError", "RunBusy", "Status", "build_optimizer", "lr_factor", "train"]
+
+EVAL_BATCH = 500
+Status = Literal["done", "diverged", "stopped"]
+
+
+def train(
+    config: RunConfig,
+    out: Path,
+    *,
+    data: Path | None = None,
+    device: str = "auto",
+    max_minutes: float | None = None,
+    checkpoint_minutes: float = 5.0,
+    progress: bool = True,
+    tensorboard: bool = False,
+) -> Status:
+    """Train `config` to its end, or go on with it from where an earlier call was stopped or killed.
+
+    Writes `<out>/<hash>.jsonl` (see `signstep.lab.runs`) and the checkpoint `<out>/<hash>.pt`, which holds the final
+    weights once the run is done. Ctrl-C and SIGTERM end the current step, checkpoint and return; a second one kills.
+
+    Args:
+        config: the run.
+        out: folder of the run's files, made if missing.
+        data: folder to look for the images in first; None: the usual places.
+        device: "auto" (a GPU if there is one), or what torch.device takes.
+        max_minutes: stop, with a checkpoint, after this many minutes; None: no limit.
+        checkpoint_minutes: minutes between checkpoints; 0: after every step.
+        progress: show progress, on a terminal as a bar, elsewhere as a line per epoch.
+        tensorboard: write each epoch's numbers to `<out>/tensorboard/<hash>` as well.
+
+    Returns:
+        "done", "diverged" (a loss was not finite; the record says at which step), or "stopped" (call again to go on).
+
+    Raises:
+        RunBusy: another process is training this run.
+        CheckpointError: the checkpoint is damaged.
+        ValueError: the configuration does not fit the images or the workers.
+        RuntimeError: this CPU cannot train in bfloat16.
+    """
+    started = last_save = time.monotonic()
+    workers = Workers.join(device)
+    out.mkdir(parents=True, exist_ok=True)
+    record, saved = out / f"{config.hash}.jsonl", out / f"{config.hash}.pt"
+    with workers.lock(out / f"{config.hash}.lock"):
+        earlier = workers.from_first(lambda: runs.read_run(record) if record.exists() else None)
+        if earlier is not None and earlier.end is not None:
+            return "diverged" if earlier.diverged else "done"
+        state = workers.from_first(lambda: checkpoint.load(saved, config.to_dict()))
+        run = _Run(config, workers, data)
+        if state is not None:
+            run.restore(state)
+        run.write(record)
+        with StopRequest() as stop, run.display(progress, out / "tensorboard" if tensorboard else None) as display:
+            while run.step < run.total_steps:
+                run.train_step()
+                epoch_ended = run.step % run.steps_per_epoch == 0
+                if not epoch_ended and run.step % run.check_every:
+                    continue
+
+                # From here on the host waits for the device.
+                losses, accuracies = run.read_history()
+                display.step(run.step, losses, accuracies)
+                bad_steps = (~losses.isfinite()).nonzero()
+                problem = (
+                    f"the loss of step {run.step - len(losses) + 1 + int(bad_steps[0])}" if len(bad_steps) else None
+                )
+                if problem is None and epoch_ended:
+                    line = run.end_epoch(losses, accuracies)
+                    if math.isfinite(line.get("eval_loss", 0.0)):
+                        run.events.append(line)
+                        run.write(record)
+                        display.epoch(line)
+                    else:
+                        problem = f"the evaluation loss after step {run.step}"
+                if problem is not None:
+                    reason = f"{problem} (of {run.total_steps}) is not finite; {likely_cause(config, getattr(run.optimizer, 'phase', None))}"
+                    run.end("diverged", reason)
+                    run.write(record)
+                    good = f"the last good checkpoint is {saved}" if saved.exists() else "there is no checkpoint yet"
+                    display.say(f"{config.hash}: {reason}; {good}")
+                    return "diverged"
+
+                now = time.monotonic()
+                out_of_time = max_minutes is not None and now - started >= 60 * max_minutes
+                stopping = workers.any(stop.received or out_of_time)
+                ended = run.step == run.total_steps
+                if stopping or ended or workers.any(now - last_save >= 60 * checkpoint_minutes):
+                    run.save(saved)
+                    last_save = time.monotonic()
+                if stopping and not ended:
+                    display.say(
+                        f"{config.hash}: stopped after step {run.step} of {run.total_steps}; run it again to go on"
+                    )
+                    return "stopped"
+            run.end("done")
+            run.write(record)
+    return "done"
+
+
+class _Run:
+    """What a run consists of while it trains: images, model, optimizer, and the record so far."""
+
+    def __init__(self, config: RunConfig, workers: Workers, folder: Path | None) -> None:
+        self.config, self.workers, device = config, workers, workers.device
+        if config.batch_size % workers.size:
+            raise ValueError(f"batch_size={config.batch_size}: expected a multiple of the {workers.size} workers")
+        if config.precision == "bf16" and device.type == "cpu":
+            require_bf16_convolutions()
+
+        # Rank 0 loads before the others, so that one worker alone downloads what is missing.
+        images = workers.in_turn(lambda: load(config.dataset, folder))
+        self.images = images
+        parts = split(images, config.split, config.subset)
+        self.train_x, self.train_y, self.eval_x, self.eval_y = (part.to(device) for part in parts)
+        self.steps_per_epoch = len(self.train_x) // config.batch_size
+        self.total_steps = config.epochs * self.steps_per_epoch
+        if self.steps_per_epoch == 0:
+            raise ValueError(f"batch_size={config.batch_size}: the run has only {len(self.train_x)} training images")
+
+        # The initial weights are drawn on the CPU: the same on every device.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            shape = {"num_classes": images.num_classes, "in_channels": images.channels, "width": config.width}
+            model = models.build(config.model, stem=config.stem, **shape)
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+        self.optimizer = build_optimizer(config, model, self.total_steps)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: lr_factor(config, min(1.0, step / self.total_steps))
+        )
+        if config.compile:
+            torch.compiler.reset()  # else many runs in one process reach the limit on recompilations
+        self.network = workers.wrap(torch.compile(self.model) if config.compile else self.model)  # type: ignore[arg-type]
+
+        self.step = 0
+        # This worker's part of each step's mean loss (row 0) and accuracy (row 1) within the epoch.
+        self.history = torch.zeros(2, self.steps_per_epoch, device=device)
+        self.generator = torch.Generator(device)
+        # Reading a loss makes the host wait for the device: nothing on a CPU, dear on a GPU.
+        self.check_every = 1 if device.type == "cpu" else 50
+        self.events: list[dict[str, Any]] = [
+            {
+                "event": "start",
+                "hash": config.hash,
+                "config": config.to_dict(),
+                "parameters": models.count_parameters(model),
+                "train_images": len(self.train_x),
+                "eval_images": len(self.eval_x),
+                "environment": runs.environment(device, workers.size),
+            }
+        ]
+
+    def train_step(self) -> None:
+        """One optimizer step on the next batch; the last, incomplete batch of an epoch is left out."""
+        config, workers = self.config, self.workers
+        epoch, index = divmod(self.step, self.steps_per_epoch)
+        if index == 0 or not hasattr(self, "order"):
+            shuffle = torch.Generator().manual_seed(_seed("order", config.seed, epoch))
+            self.order = torch.randperm(len(self.train_x), generator=shuffle).to(workers.device)
+            self.began, self.began_at = time.monotonic(), self.step
+            self.network.train()
+        share = config.batch_size // workers.size
+        first = index * config.batch_size + workers.rank * share
+        rows = self.order[first : first + share]
+        self.generator.manual_seed(_seed("augment", config.seed, epoch, index, workers.rank))
+        x = augment(
+            self.train_x[rows],
+            self.generator,
+            crop=config.crop,
+            flip=config.flip,
+            cutout=config.cutout,
+            mean=self.images.mean,
+            std=self.images.std,
+            channels_last=config.channels_last,
+        )
+        y = self.train_y[rows]
+        logits = self.logits(self.network, x)
+        loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.history[0, index] = loss.detach() / workers.size
+        self.history[1, index] = (logits.detach().argmax(1) == y).sum() / config.batch_size
+        self.step += 1
+
+    def logits(self, network: nn.Module, x: Tensor) -> Tensor:
+        """float32 [B, classes], computed in the run's precision."""
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(self.workers.device.type, torch.bfloat16, enabled=bf16):
+            return network(x).float()  # type: ignore[no-any-return]
+
+    def read_history(self) -> tuple[Tensor, Tensor]:
+        """Losses and accuracies of the epoch's steps so far, over all workers, float64 on the CPU."""
+        steps = (self.step - 1) % self.steps_per_epoch + 1
+        losses, accuracies = self.workers.total(self.history[:, :steps]).cpu().double()
+        return losses, accuracies
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Mean cross-entropy and accuracy over the evaluation images, each worker taking every `size`-th."""
+        self.workers.share_buffers(self.model)
+        self.model.eval()
+        sums = []
+        mine = slice(self.workers.rank, None, self.workers.size)
+        for x, y in zip(self.eval_x[mine].split(EVAL_BATCH), self.eval_y[mine].split(EVAL_BATCH), strict=True):
+            x = normalise(x, self.images.mean, self.images.std, channels_last=self.config.channels_last)
+            logits = self.logits(self.model, x)
+            sums.append(torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()]))
+        totals = self.workers.total(torch.stack(sums).cpu().double().sum(0))
+        loss, accuracy = (totals / len(self.eval_x)).tolist()
+        return loss, accuracy
+
+    def end_epoch(self, losses: Tensor, accuracies: Tensor) -> dict[str, Any]:
+        """The epoch's line for the record, evaluation included where one is due."""
+        trained = time.monotonic() - self.began
+        epoch = self.step // self.steps_per_epoch
+        line: dict[str, Any] = {
+            "event": "epoch",
+            "epoch": epoch,
+            "step": self.step,
+            "lr": self.config.lr * lr_factor(self.config, (self.step - 1) / self.total_steps),
+            "train_loss": losses.mean().item(),
+            "train_accuracy": accuracies.mean().item(),
+        }
+        if epoch % self.config.eval_every == 0 or epoch == self.config.epochs:
+            line["eval_loss"], line["eval_accuracy"] = self.evaluate()
+        if self.config.optimizer == "hybrid":
+            line["phase"] = self.optimizer.phase  # type: ignore[attr-defined]
+            line["calibrated_lr"] = float(self.optimizer.calibrated_lr)  # type: ignore[attr-defined]
+        images = (self.step - self.began_at) * self.config.batch_size
+        seconds = time.monotonic() - self.began
+        line["timing"] = {"seconds": round(seconds, 3), "images_per_second": round(images / trained, 1)}
+        return line
+
+    def end(self, status: Status, reason: str | None = None) -> None:
+        """Add the record's last line."""
+        accuracy = next((e["eval_accuracy"] for e in reversed(self.events) if "eval_accuracy" in e), None)
+        epoch = math.ceil(self.step / self.steps_per_epoch)
+        line = {"event": "end", "status": status, "epoch": epoch, "step": self.step, "eval_accuracy": accuracy}
+        self.events.append(line if reason is None else line | {"reason": reason})
+
+    def write(self, record: Path) -> None:
+        """Write the record so far, from rank 0."""
+        if self.workers.rank == 0:
+            runs.write_events(record, self.events)
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint, from rank 0."""
+        history = self.workers.total(self.history)
+        if self.workers.rank == 0:
+            state = {
+                "config": self.config.to_dict(),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "step": self.step,
+                "history": history,
+                "events": self.events,
+            }
+            checkpoint.save(path, state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to what `save` wrote."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step, self.events = state["step"], state["events"]
+        if self.workers.rank == 0:
+            self.history.copy_(state["history"])
+
+    def display(self, show: bool, board: Path | None) -> Display:
+        """What shows this run, on rank 0."""
+        return Display(
+            self.config.hash,
+            epochs=self.config.epochs,
+            steps=self.total_steps,
+            step=self.step,
+            batch_size=self.config.batch_size,
+            show=show and self.workers.rank == 0,
+            board=board / self.config.hash if board is not None and self.workers.rank == 0 else None,
+        )
+
+
+def _seed(*parts: object) -> int:
+    """63 bits that follow from `parts`."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,60 @@
+"""Eq. (11)-(12): the SGD learning rate whose step equals the sign step's projection on the gradient.
+
+With g the gradient, s the sign step's direction and delta its learning rate, lambda ||g||^2 = delta <s, g> (eq. 11).
+Sums run over all parameters of a group. The rules, with E_eta the exponential moving average of decay eta:
+
+- "paper", eq. (12) and Algorithm 2 to the letter: lambda_bar = E_eta[delta |<s, g>| / (||g||^2 + eps)], started at 0, s
+  = sign(m).
+- "ratio": lambda_bar = delta max(0, E_eta<s, g> / (E_eta||g||^2 + eps)), both averages corrected for their start at 0.
+  The product keeps its sign until it is averaged, so noise cancels instead of adding up, and one small gradient cannot
+  blow the ratio up.
+- "applied": "ratio" with s the expected dithered step 2 Phi(m / sigma) - 1, which is what the optimizer applies on
+  average.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS = 1e-8
+"""The epsilon of eq. (12), in units of a squared gradient norm."""
+
+RULES = ("paper", "ratio", "applied")
+
+STATE = ("calibrated_lr", "lr_ratio", "inner_avg", "square_avg")
+"""What a rule keeps per param_group: 0-dim tensors, 0 before the first step."""
+
+
+def update(
+    rule: str,
+    state: dict[str, Tensor],
+    sums: Tensor,
+    *,
+    steps: Tensor,
+    lr: float | Tensor,
+    ema_decay: float,
+) -> None:
+    """Take one step's inner product and squared norm into the running calibration, in place, without a host sync.
+
+    Args:
+        rule: one of `RULES`.
+        state: the tensors of `STATE`: lambda_bar, lambda_bar over delta at the last sign step, E<s, g> and E||g||^2.
+        sums: [<s, g>, ||g||^2], shape (2,).
+        steps: 0-dim integer tensor, sign steps taken, this one included.
+        lr: delta, the scheduled learning rate of this step.
+        ema_decay: eta in [0, 1).
+    """
+    inner, square = sums[0], sums[1]
+    calibrated, ratio = state["calibrated_lr"], state["lr_ratio"]
+    lr = torch.as_tensor(lr, dtype=ratio.dtype, device=ratio.device).squeeze()
+    if rule == "paper":
+        calibrated.lerp_(lr * inner.abs() / (square + EPS), 1 - ema_decay)
+        # An lr of exactly 0 says nothing about the ratio: keep the last one.
+        ratio.copy_(torch.where(lr > 0, calibrated / lr, ratio))
+    else:
+        state["inner_avg"].lerp_(inner, 1 - ema_decay)
+        state["square_avg"].lerp_(square, 1 - ema_decay)
+        start = 1 - ema_decay ** steps.to(ratio.device, ratio.dtype)
+        ratio.copy_((state["inner_avg"] / (state["square_avg"] + EPS * start)).clamp(min=0))
+        calibrated.copy_(ratio * lr)

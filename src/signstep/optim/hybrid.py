@@ -1,0 +1,253 @@
+"""Algorithm 2: SignSGD with momentum, then SGD at the learning rate that calibration measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from signstep.optim import calibration as rules
+from signstep.optim.signsgd import Batch, SignSGD, picks_foreach, real
+
+__all__ = ["HybridSignSGD"]
+
+
+class HybridSignSGD(SignSGD):
+    r"""SignSGD with momentum that switches to SGD at a calibrated learning rate (Algorithm 2 of arXiv 2604.25550).
+
+    Sign phase: the step of `SignSGD`, and a running average :math:`\bar\lambda` of the rate at which SGD's step equals
+    the sign step's projection on the gradient (eq. 11-12). SGD phase, with :math:`\delta` the scheduled ``lr`` and
+    :math:`\delta_T` its value at the last sign step:
+
+    .. math::
+        x_{k+1} = x_k - \bar\lambda\,\frac{\delta_k}{\delta_T}\,g_k
+
+    so a scheduler goes on scaling the step as it did before. Each param_group runs the algorithm by itself: it has its
+    own step count, its own :math:`\bar\lambda` over all its parameters, and its own phase.
+
+    Args:
+        params, lr, momentum: as in `SignSGD`.
+        switch_step: sign steps before the switch; None: only `switch()` switches. With a value, the step reads its
+            count on the host, so it cannot be captured whole (``capturable=True`` needs None). (default: None)
+        ema_decay: eta, the decay of the running averages. (default: 0.99)
+        calibration: "paper" is eq. (12) to the letter; "ratio" averages the signed inner product and the squared norm
+            and divides after; "applied" is "ratio" for the expected dithered step. See `signstep.optim.calibration`.
+            (default: "paper")
+        sgd_momentum: mu in [0, 1) of the SGD phase, b <- mu b + (1 - mu) g, started from the sign phase's momentum: an
+            average, so that the calibrated rate keeps its meaning. At 0 the momentum buffers are freed at the switch.
+            (default: 0)
+        **others: every keyword of `SignSGD`. Dither acts in the sign phase only; decoupled weight decay uses the
+            scheduled lr in both phases.
+
+    Attributes:
+        phase: "sign", or "sgd" once every group that has taken a step has switched.
+        calibrated_lr: lambda_bar, in units of a learning rate for SGD; reading it waits for the device.
+
+    Raises:
+        RuntimeError: `switch()` before the first sign step: there is no rate yet.
+        The errors of `SignSGD`.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = HybridSignSGD(model.parameters(), lr=1e-3, switch_step=2)
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(2, 3)).sum().backward()
+        ...     optimizer.step()
+        >>> optimizer.phase
+        'sgd'
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        *,
+        switch_step: int | None = None,
+        ema_decay: float = 0.99,
+        calibration: str = "paper",
+        sgd_momentum: float = 0.0,
+        dither: float = 0.0,
+        dither_decay: float = 0.55,
+        dither_position: str = "pre",
+        dither_scale: str = "absolute",
+        seed: int = 0,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        self._init(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "switch_step": switch_step,
+                "ema_decay": ema_decay,
+                "calibration": calibration,
+                "sgd_momentum": sgd_momentum,
+                "dither": dither,
+                "dither_decay": dither_decay,
+                "dither_position": dither_position,
+                "dither_scale": dither_scale,
+                "seed": seed,
+                "weight_decay": weight_decay,
+                "decoupled_weight_decay": decoupled_weight_decay,
+                "maximize": maximize,
+                "foreach": foreach,
+                "fused": fused,
+                "capturable": capturable,
+                "differentiable": differentiable,
+            },
+        )
+
+    _ORIGINAL = SignSGD._ORIGINAL | {
+        "switch_step": None,
+        "ema_decay": 0.99,
+        "calibration": "paper",
+        "sgd_momentum": 0.0,
+    }
+
+    def _group_tensors(self, group: dict[str, Any]) -> dict[str, tuple[torch.dtype, torch.device]]:
+        first = group["params"][0] if group["params"] else torch.empty(0)
+        wide = torch.float64 if first.dtype in (torch.float64, torch.complex128) else torch.float32
+        return super()._group_tensors(group) | dict.fromkeys(rules.STATE, (wide, first.device))
+
+    def _place_group_state(self, group: dict[str, Any]) -> None:
+        group.setdefault("phase", "sign")
+        super()._place_group_state(group)
+
+    @property
+    def phase(self) -> str:
+        """The phase: "sign", or "sgd" once every group that has taken a step has switched."""
+        waiting = [g for g in self.param_groups if g["phase"] == "sign"]
+        some_switched = len(waiting) < len(self.param_groups)
+        return "sgd" if some_switched and not any(g["step"] > 0 for g in waiting) else "sign"
+
+    @property
+    def calibrated_lr(self) -> float | list[float]:
+        """lambda_bar: a number with one param_group, a list with several; 0 before the first sign step."""
+        values = [float(g["calibrated_lr"]) for g in self.param_groups]
+        return values[0] if len(values) == 1 else values
+
+    def switch(self) -> None:
+        """Go to the SGD phase now: every group that has taken a sign step switches, a group that has not goes on
+        waiting.
+
+        Raises:
+            RuntimeError: no group has taken a sign step, so there is no calibrated learning rate yet.
+        """
+        if not any(g["step"] > 0 for g in self.param_groups):
+            raise RuntimeError(
+                "switch() before the first sign step: there is no calibrated learning rate yet; call step() first"
+            )
+        for group in self.param_groups:
+            if group["step"] > 0:
+                self._switch_group(group)
+
+    def _switch_group(self, group: dict[str, Any]) -> None:
+        group["phase"] = "sgd"
+        if group["sgd_momentum"] == 0:
+            for p in group["params"]:
+                self.state.pop(p, None)
+
+    def _keeps_exp_avg(self, group: dict[str, Any]) -> bool:
+        return bool(group["momentum" if group["phase"] == "sign" else "sgd_momentum"] > 0)
+
+    def _step_group(self, group: dict[str, Any], batch: Batch, sums: Tensor | None = None) -> None:
+        if group["phase"] == "sgd":
+            sgd(
+                batch.params,
+                batch.grads,
+                batch.exp_avgs,
+                rate=group["lr_ratio"] * group["lr"],
+                **{name: group[name] for name in ("lr", "weight_decay", "decoupled_weight_decay", "maximize")},
+                momentum=group["sgd_momentum"],
+                foreach=group["foreach"],
+                differentiable=group["differentiable"],
+            )
+            return
+        running = {name: group[name] for name in rules.STATE}
+        sums = torch.zeros(2, dtype=running["lr_ratio"].dtype, device=running["lr_ratio"].device)
+        super()._step_group(group, batch, sums)
+        rules.update(
+            group["calibration"], running, sums, steps=group["step"], lr=group["lr"], ema_decay=group["ema_decay"]
+        )
+        if group["switch_step"] is not None and group["step"] >= group["switch_step"]:
+            self._switch_group(group)
+
+
+def sgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    *,
+    rate: Tensor,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = True,
+    maximize: bool = False,
+    foreach: bool | None = None,
+    differentiable: bool = False,
+) -> None:
+    """One step of Algorithm 2's SGD phase on lists of tensors, in place on params and exp_avgs.
+
+    Args:
+        params, grads: dense tensors of any float or complex dtype.
+        exp_avgs: momentum buffers b <- momentum * b + (1 - momentum) * g, updated; empty if momentum is 0.
+        rate: the calibrated learning rate of this step, a 0-dim tensor.
+        lr: the scheduled learning rate, which scales decoupled weight decay.
+        momentum, weight_decay, decoupled_weight_decay, maximize, foreach, differentiable: as in `HybridSignSGD`.
+    """
+    lists = [params, grads] + ([exp_avgs] if momentum > 0 else [])
+    lists = [[real(x) for x in column] for column in lists]
+    lr = lr.squeeze() if isinstance(lr, Tensor) else lr
+    options = (rate.squeeze(), lr, momentum, weight_decay, decoupled_weight_decay, maximize)
+    if picks_foreach(foreach, differentiable, params):
+        grouped = torch.optim.Optimizer._group_tensors_by_device_and_dtype(lists)  # type: ignore[arg-type]
+        for columns, _ in grouped.values():
+            _multi_tensor_sgd(*([x for x in column if x is not None] for column in columns), options=options)
+    else:
+        for row in zip(*lists, strict=True):
+            _single_tensor_sgd(*row, options=options)
+
+
+_Options = tuple[Tensor, float | Tensor, float, float, bool, bool]
+
+
+def _single_tensor_sgd(param: Tensor, grad: Tensor, exp_avg: Tensor | None = None, *, options: _Options) -> None:
+    rate, lr, momentum, weight_decay, decoupled, maximize = options
+    if maximize:
+        grad = -grad
+    if weight_decay != 0 and not decoupled:
+        grad = grad.add(param, alpha=weight_decay)
+    if weight_decay != 0 and decoupled:
+        param.mul_(1 - lr * weight_decay)
+    if exp_avg is not None:
+        exp_avg.lerp_(grad, 1 - momentum)
+        grad = exp_avg
+    param.add_(grad.to(torch.promote_types(grad.dtype, torch.float32)) * -rate.to(param.device))
+
+
+def _multi_tensor_sgd(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor] | None = None, *, options: _Options
+) -> None:
+    rate, lr, momentum, weight_decay, decoupled, maximize = options
+    if maximize:
+        grads = list(torch._foreach_neg(grads))
+    if weight_decay != 0 and not decoupled:
+        grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
+    if weight_decay != 0 and decoupled:
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+    if exp_avgs is not None:
+        torch._foreach_lerp_(exp_avgs, grads, 1 - momentum)
+        grads = exp_avgs
+    wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
+    torch._foreach_add_(params, torch._foreach_mul(wide, -rate.to(params[0].device)))

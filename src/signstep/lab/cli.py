@@ -26,7 +26,7 @@ from rich.console import Console
 
 from signstep.lab import experiments
 from signstep.lab.config import Dataset, RunConfig
-from signstep.lab.experiments import Experiment, Name, Recipe, Scale
+from signstep.lab.experiments import Experiment, Recipe, Scale
 
 _INTERRUPTED = 130
 
@@ -40,6 +40,17 @@ def _shard(text: str) -> tuple[int, int]:
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ValueError(f"--shard {text}: expected i/n with i from 0 to n - 1, as in 0/2")
     return int(index), int(count)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        usable = device == "auto" or torch.empty(0, device=device).numel() == 0
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {device}: not usable here ({reason})") from error
+    assert usable
 
 
 def _minutes(value: float | None, option: str) -> None:
@@ -89,7 +100,9 @@ class Data:
                 raise ValueError("data get: name the sets to get, as in: signstep data get cifar10")
             for name in self.names:
                 images = load(name, self.data)
-                _say(f"{name}: {len(images.train_x)} training and {len(images.test_x)} test images from {images.source}")
+                _say(
+                    f"{name}: {len(images.train_x)} training and {len(images.test_x)} test images from {images.source}"
+                )
             return 0
         table = Table("data set", "found", "how to get it")
         for each in listing():
@@ -155,7 +168,7 @@ class Train:
 
 @dataclass(frozen=True)
 class _Experiments:
-    experiment: Annotated[Literal["table1", "fig1", "fig2", "fig3", "all"], tyro.conf.Positional] = "all"
+    experiment: Annotated[Literal["table1", "fig1", "fig2", "fig3", "beyond", "all"], tyro.conf.Positional] = "all"
     """Which of the paper's results."""
     scale: Scale = "cpu"
     """smoke: seconds; demo: minutes; cpu: hours on two cores; full: one GPU."""
@@ -171,7 +184,23 @@ class _Experiments:
         return self.out / f"{self.scale}-{self.recipe}"
 
     def load(self) -> tuple[Experiment, ...]:
-        return experiments.load_all(self.experiment, scale=self.scale, recipe=self.recipe, datasets=self.dataset or None)
+        return experiments.load_all(
+            self.experiment, scale=self.scale, recipe=self.recipe, datasets=self.dataset or None
+        )
+
+    def write_reports(self, chosen: Sequence[Experiment], seeds: int) -> None:
+        """Write what the runs in `folder` show, and name the reports."""
+        from signstep.lab.reproduce import write_reports
+        from signstep.lab.sweep import read_tuned
+
+        tuned = read_tuned(self.folder)
+        which = [self.experiment, "--scale", self.scale, "--recipe", self.recipe]
+        which += ["--dataset", *self.dataset] if self.dataset else []
+        commands = [shlex.join(["signstep", "reproduce", *which, "--seeds", str(seeds)])]
+        if any(row.key in tuned.get(dataset, {}) for e in chosen for dataset in e.datasets for row in e.rows):
+            commands.insert(0, shlex.join(["signstep", "sweep", *which]))
+        for path in write_reports(chosen, self.folder, seeds=seeds, tuned=tuned, commands=commands):
+            _say(f"report: {path}")
 
 
 @dataclass(frozen=True)
@@ -237,7 +266,7 @@ class Reproduce(_Trained):
             shard=_shard(self.shard),
             say=_say,
         )
-        _write_reports(chosen, self.folder, seeds=self.seeds)
+        self.write_reports(chosen, self.seeds)
         return 0
 
 
@@ -249,7 +278,7 @@ class Report(_Experiments):
     """Seeds 0 to this less one are counted."""
 
     def run(self) -> int:
-        _write_reports(self.load(), self.folder, seeds=self.seeds)
+        self.write_reports(self.load(), self.seeds)
         return 0
 
 
@@ -274,7 +303,7 @@ class Demo:
         return Reproduce(
             experiment="table1",
             scale="demo",
-            dataset=(name,),  # type: ignore[arg-type]
+            dataset=(name,),
             out=self.out,
             data=self.data,
             max_minutes=self.max_minutes,
@@ -302,9 +331,7 @@ def _preset(arguments: Sequence[str]) -> RunConfig:
         return RunConfig()
     name, _, key = known.preset.partition("/")
     dataset = known.dataset or "cifar10"
-    experiment = experiments.load(
-        name, scale=known.scale or "cpu", recipe=known.recipe or "strong", datasets=[dataset]
-    )
+    experiment = experiments.load(name, scale=known.scale or "cpu", recipe=known.recipe or "strong", datasets=[dataset])
     return experiment.row(key).config(dataset)
 
 
@@ -317,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             default = Train(config=_preset(arguments[1:]))
             command = tyro.cli(Train, args=arguments[1:], default=default, prog="signstep train")
         else:
-            command = tyro.cli(_Command, args=arguments, prog="signstep", description=__doc__)  # type: ignore[arg-type]
+            command = tyro.cli(_Command, args=arguments, prog="signstep", description=__doc__)
         code = command.run()
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

@@ -11,26 +11,28 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from signstep.lab.config import RunConfig
+
 
 class Display:
     """Shows one run; a context manager.
 
     Args:
-        label: what the run is called.
-        epochs: epochs of the run.
-        steps: steps of the run.
+        config: the run.
         step: steps already taken.
-        batch_size: images per step.
+        steps: steps of the whole run.
         show: show progress; False: only what `say` is given.
+        quiet: show nothing at all.
         board: folder for TensorBoard's files; None: none.
     """
 
     def __init__(
-        self, label: str, *, epochs: int, steps: int, step: int, batch_size: int, show: bool, board: Path | None
+        self, config: RunConfig, step: int, steps: int, *, show: bool, quiet: bool, board: Path | None
     ) -> None:
-        self._console = Console(stderr=True)
-        self._label, self._epochs, self._steps, self._batch_size = label, epochs, steps, batch_size
-        self._epoch_length = steps // epochs
+        self._console = Console(stderr=True, quiet=quiet)
+        self._label = f"{config.dataset} {config.optimizer} lr {config.lr:g} seed {config.seed}"
+        self._epochs, self._steps, self._batch_size = config.epochs, steps, config.batch_size
+        self._epoch_length = steps // config.epochs
         self._began, self._began_at = time.monotonic(), step
         self._lines = show and not self._console.is_terminal
         self._progress = Progress(
@@ -39,7 +41,7 @@ class Display:
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not show or self._lines,
+            disable=quiet or not show or self._lines,
         )
         self._task = self._progress.add_task(self._title(step), total=steps, completed=step, numbers="")
         self._evaluated = ""
@@ -47,7 +49,7 @@ class Display:
         if board is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(board), purge_step=step // self._epoch_length + 1)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(board), purge_step=step // self._epoch_length + 1)
 
     def __enter__(self) -> Display:
         self._progress.start()

@@ -1,8 +1,8 @@
 """The paper's Table I and Figures 1 to 3 as lists of runs.
 
 An experiment is a list of methods (`presets/methods.toml`) trained by a recipe (`recipe-*.toml`) at a scale
-(`scale-*.toml`) on some data sets (`datasets.toml`). Where several set a field, the later one of this list has it: recipe,
-data set, scale, method, the recipe's part for the method's optimizer.
+(`scale-*.toml`) on some data sets (`datasets.toml`). Where several set a field, the later one of this list has it:
+recipe, data set, scale, method, the recipe's part for the method's optimizer.
 Experiments that share a run share its `RunConfig`, so its hash, so its file.
 """
 
@@ -23,11 +23,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Name = Literal["table1", "fig1", "fig2", "fig3"]
+Name = Literal["table1", "fig1", "fig2", "fig3", "beyond"]
 Scale = Literal["smoke", "demo", "cpu", "full"]
 Recipe = Literal["strong", "paper"]
 
-NAMES: tuple[Name, ...] = ("table1", "fig1", "fig2", "fig3")
+NAMES: tuple[Name, ...] = ("table1", "fig1", "fig2", "fig3", "beyond")
 TUNING_SEED = 1000
 """Seed of every tuning run; no final run has it, unless someone asks for more than a thousand seeds."""
 
@@ -79,7 +79,7 @@ class Row:
         )
 
     def grid(self, trials: int) -> tuple[int, ...]:
-        """`trials` neighbouring indices for `grid_point`, centred on the default lr; of an even number, one more above."""
+        """`trials` neighbouring indices for `grid_point`, centred on the default lr; if even, one more above it."""
         centre = round(2 * math.log10(self.lr))
         first = centre - (trials - 1) // 2
         return tuple(range(first, first + trials))

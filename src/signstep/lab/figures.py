@@ -100,7 +100,8 @@ class Dot:
     values: tuple[float, ...]
     """One value per seed."""
     paper: float | None
-    own: bool = False
+    text: str
+    """The estimate as printed, or why there is none."""
 
 
 def _figure(width: float, height: float, left: float, right: float, top: float, bottom: float) -> tuple[Figure, Axes]:
@@ -177,7 +178,7 @@ def curves(
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("epoch", color=_MUTED, fontsize=10, loc="right", labelpad=3)
     axes.annotate(
-        "test accuracy, %", (0, 1), (-30, 7 if not list(switches) else 7), xycoords="axes fraction",
+        "test accuracy, %", (0, 1), (-30, 7), xycoords="axes fraction",
         textcoords="offset points", color=_MUTED, fontsize=10, annotation_clip=False,
     )  # fmt: skip
     if title:
@@ -196,21 +197,13 @@ def _label_ends(axes: Axes, lines: Sequence[Curve], plot_height: float) -> None:
         last = line.estimates[-1]
         shade = _COLOURS[colour(line.method)][0]
         axes.annotate(
-            "", (line.epochs[-1], last.mean), (12, place), textcoords=_points_right_of(axes), annotation_clip=False,
+            "", (line.epochs[-1], last.mean), (1.03, place), textcoords=("axes fraction", "data"), annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": shade, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3},
         )  # fmt: skip
         axes.annotate(
             f"{line.label}  {number(last.mean)}", (1, place), (14, 0), xycoords=("axes fraction", "data"),
             textcoords="offset points", color=shade, fontsize=9.5, va="center", annotation_clip=False,
         )  # fmt: skip
-
-
-def _points_right_of(axes: Axes) -> Any:
-    """Coordinates (points right of the plot, accuracy)."""
-    from matplotlib.transforms import ScaledTranslation, blended_transform_factory
-
-    del ScaledTranslation
-    return blended_transform_factory(axes.transAxes, axes.transData)
 
 
 def dots(lines: Sequence[Dot], *, axis: str, title: str = "", zero: str = "") -> Figure:
@@ -227,18 +220,16 @@ def dots(lines: Sequence[Dot], *, axis: str, title: str = "", zero: str = "") ->
     figure, axes = _figure(width, height, left=10, right=14, top=top, bottom=bottom)
     axes.set_ylim(len(lines), 0)
     axes.yaxis.set_visible(False)
-    text = with_interval if not zero else lambda e: with_interval(e, sign=True)
     for i, line in enumerate(lines):
         y = i + 0.68
         shade = _COLOURS[colour(line.method)][0]
         gid = _METHOD + line.method
         axes.axhline(y, color=_GRID, linewidth=0.8, zorder=1)
-        value = text(line.estimate) if line.estimate else "not run"
         axes.annotate(
             line.label, (0, i + 0.27), xycoords=("axes fraction", "data"), color=_INK, fontsize=10, va="center"
         )
         axes.annotate(
-            value, (1, i + 0.27), xycoords=("axes fraction", "data"), color=_INK if line.estimate else _MUTED,
+            line.text, (1, i + 0.27), xycoords=("axes fraction", "data"), color=_INK if line.estimate else _MUTED,
             fontsize=10, va="center", ha="right",
         )  # fmt: skip
         axes.plot(line.values, [y] * len(line.values), "|", color=shade, markersize=7, markeredgewidth=1, alpha=0.6,
@@ -334,5 +325,4 @@ def describe(line: Dot | Curve) -> str:
     """A method's numbers in words, for a figure's text alternative."""
     if isinstance(line, Curve):
         return f"{line.label}: {with_interval(line.estimates[-1])} % after epoch {line.epochs[-1]}"
-    ours = with_interval(line.estimate) if line.estimate else "not run"
-    return f"{line.label}: {ours}" + (f" (paper {paper_number(line.paper)})" if line.paper is not None else "")
+    return f"{line.label}: {line.text}" + (f" (paper {paper_number(line.paper)})" if line.paper is not None else "")

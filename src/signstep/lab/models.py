@@ -1,11 +1,13 @@
-"""The residual networks of the experiments: ResNet-18, and the CIFAR family of depth 6n+2 (He et al., 2016, arXiv:1512.03385)."""
+"""The residual networks of the experiments: ResNet-18 and the CIFAR family of depth 6n+2.
+
+He et al., 2016, "Deep Residual Learning for Image Recognition", arXiv:1512.03385.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -55,6 +55,5 @@ def likely_cause(config: RunConfig, phase: str | None) -> str:
     if phase == "sgd":
         return "likely cause: the calibrated rate is too high for SGD; lower lr, or set calibration to ratio"
     if config.optimizer in ("signsgd", "hybrid"):
-        return f"likely cause: every weight moves by lr={config.lr:g} in each step, which is too far; 1e-4 to 1e-2 is usual"
-    usual = "0.01 to 0.3" if config.optimizer == "sgd" else "1e-4 to 1e-2"
-    return f"likely cause: lr={config.lr:g} is too high for {config.optimizer}; {usual} is usual, and warmup helps"
+        return f"likely cause: lr={config.lr:g}, by which every weight moves in each step, is too high; try a tenth"
+    return f"likely cause: lr={config.lr:g} is too high for {config.optimizer}; try a tenth, or a longer warmup"

@@ -23,7 +23,7 @@ def learning_rate(experiment: Experiment, key: str, dataset: str, tuned: Mapping
 def planned(
     experiments: Sequence[Experiment], seeds: int, tuned: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, tuple[str, RunConfig]]:
-    """The runs that the experiments need, by hash, with a label each; seed 0 of every row comes before seed 1 of any."""
+    """The runs that the experiments need, by hash, with a label; seed 0 of every row comes before seed 1 of any."""
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: expected at least 1")
     runs: dict[str, tuple[str, RunConfig]] = {}
@@ -93,7 +93,10 @@ def reproduce(
             break
     missing = [label for label, config in runs.values() if not done(out / f"{config.hash}.jsonl")]
     if missing:
-        say(f"{len(missing)} of {len(runs)} runs are left, the next one: {missing[0]}. The same command goes on with them.")
+        say(
+            f"{len(missing)} of {len(runs)} runs are left, the next one: {missing[0]}. "
+            "The same command goes on with them."
+        )
     return not missing
 
 

@@ -103,6 +103,21 @@ def write_events(path: Path, events: list[dict[str, Any]]) -> None:
     write_atomically(path, lambda file: file.write(lines.encode()))
 
 
+def start_event(
+    config: RunConfig, parameters: int, train_images: int, eval_images: int, device: torch.device, world_size: int
+) -> dict[str, Any]:
+    """A record's first line."""
+    return {
+        "event": "start",
+        "hash": config.hash,
+        "config": config.to_dict(),
+        "parameters": parameters,
+        "train_images": train_images,
+        "eval_images": eval_images,
+        "environment": environment(device, world_size),
+    }
+
+
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """What a run ran on: versions, processor, device, threads per process, processes, and the checkout's commit."""
     cpu = platform.processor() or platform.machine()
@@ -116,7 +131,7 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
         git = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {
         "signstep": metadata.version("signstep"),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # its own class is not one that torch.load(weights_only=True) takes
         "python": platform.python_version(),
         "cpu": cpu,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -1,9 +1,9 @@
 """Tune the learning rate of every method with the same number of trials, without looking at the test set.
 
-Each trial is one run on the tuning split: trained on nine tenths of the training set, judged by its last epoch's accuracy
-on the tenth that was held out. A best trial at the edge of the grid extends the grid by a point beyond that edge, at most
-`MAX_EXTENSIONS` times. What is known follows from the trials' records alone, so a sweep that was stopped, or split over
-machines, goes on from whatever files there are.
+Each trial is one run on the tuning split: trained on nine tenths of the training set, judged by its last epoch's
+accuracy on the tenth that was held out. A best trial at the edge of the grid extends the grid by a point beyond that
+edge, at most `MAX_EXTENSIONS` times. What is known follows from the trials' records alone, so a sweep that was
+stopped, or split over machines, goes on from whatever files there are.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Record(Protocol):
     """What the sweep reads of a `signstep.lab.runs.Run`."""
 
     @property
-    def done(self) -> bool: ...  # noqa: D102
+    def done(self) -> bool: ...
     @property
-    def diverged(self) -> bool: ...  # noqa: D102
+    def diverged(self) -> bool: ...
     @property
-    def final_accuracy(self) -> float: ...  # noqa: D102
+    def final_accuracy(self) -> float: ...
 
 
 Train = Callable[[RunConfig, Path, float | None], str]
-"""Trains one run in a folder for at most so many minutes; "done", "diverged", "stopped", or "busy": another process has it."""
+"""Trains one run in a folder for at most so many minutes: "done", "diverged", "stopped", or "busy" (elsewhere)."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ def read_tuned(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
             for choice in rows.values():
                 float(choice["lr"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a file that sweep writes ({error!r}); delete it and run the sweep again") from error
+        raise ValueError(
+            f"{path}: not a file that sweep writes ({error!r}); delete it and run the sweep again"
+        ) from error
     return choices
 
 
@@ -153,7 +155,7 @@ def _write_tuned(folder: Path, experiment: Experiment, searches: Iterable[Search
         "recipe": experiment.recipe,
         "epochs": experiment.tune_epochs,
         "grid": f"{trials} trials per method, ratio sqrt(10), at most {MAX_EXTENSIONS} more beyond an edge",
-        "criterion": "last epoch's accuracy (percent) on the held-out tenth of the training set; ties to the smaller lr",
+        "criterion": "last epoch's accuracy (%) on the held-out tenth of the training set; ties to the smaller lr",
         "choices": {dataset: dict(sorted(choices[dataset].items())) for dataset in sorted(choices)},
     }
     text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"

@@ -9,7 +9,6 @@ that was killed and resumed on the same CPU with the same number of threads ends
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from pathlib import Path
@@ -20,16 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from signstep.lab import checkpoint, models, runs
+from signstep.lab.batches import Batches
 from signstep.lab.checkpoint import CheckpointError, RunBusy
 from signstep.lab.config import RunConfig
-from signstep.lab.data import augment, load, normalise, split
 from signstep.lab.display import Display
 from signstep.lab.recipe import build_optimizer, likely_cause, lr_factor
 from signstep.lab.workers import StopRequest, Workers, require_bf16_convolutions
 
 __all__ = ["CheckpointError", "RunBusy", "Status", "build_optimizer", "lr_factor", "train"]
 
-EVAL_BATCH = 500
 Status = Literal["done", "diverged", "stopped"]
 
 
@@ -81,51 +79,48 @@ def train(
         if state is not None:
             run.restore(state)
         run.write(record)
-        with StopRequest() as stop, run.display(progress, out / "tensorboard" if tensorboard else None) as display:
-            while run.step < run.total_steps:
-                run.train_step()
-                epoch_ended = run.step % run.steps_per_epoch == 0
-                if not epoch_ended and run.step % run.check_every:
-                    continue
+        first = workers.rank == 0
+        board = out / "tensorboard" / config.hash if tensorboard and first else None
+        shown = Display(config, run.step, run.total_steps, show=progress, quiet=not first, board=board)
+        with StopRequest() as stop, shown as display:
+            try:
+                while run.step < run.total_steps:
+                    run.train_step()
+                    epoch_ended = run.step % run.steps_per_epoch == 0
+                    if not epoch_ended and run.step % run.check_every:
+                        continue
 
-                # From here on the host waits for the device.
-                losses, accuracies = run.read_history()
-                display.step(run.step, losses, accuracies)
-                bad_steps = (~losses.isfinite()).nonzero()
-                problem = (
-                    f"the loss of step {run.step - len(losses) + 1 + int(bad_steps[0])}" if len(bad_steps) else None
-                )
-                if problem is None and epoch_ended:
-                    line = run.end_epoch(losses, accuracies)
-                    if math.isfinite(line.get("eval_loss", 0.0)):
-                        run.events.append(line)
+                    # From here on the host waits for the device.
+                    losses, accuracies = run.read_history()
+                    display.step(run.step, losses, accuracies)
+                    if epoch_ended:
+                        display.epoch(run.end_epoch(losses, accuracies))
                         run.write(record)
-                        display.epoch(line)
-                    else:
-                        problem = f"the evaluation loss after step {run.step}"
-                if problem is not None:
-                    reason = f"{problem} (of {run.total_steps}) is not finite; {likely_cause(config, getattr(run.optimizer, 'phase', None))}"
-                    run.end("diverged", reason)
-                    run.write(record)
-                    good = f"the last good checkpoint is {saved}" if saved.exists() else "there is no checkpoint yet"
-                    display.say(f"{config.hash}: {reason}; {good}")
-                    return "diverged"
-
-                now = time.monotonic()
-                out_of_time = max_minutes is not None and now - started >= 60 * max_minutes
-                stopping = workers.any(stop.received or out_of_time)
-                ended = run.step == run.total_steps
-                if stopping or ended or workers.any(now - last_save >= 60 * checkpoint_minutes):
-                    run.save(saved)
-                    last_save = time.monotonic()
-                if stopping and not ended:
-                    display.say(
-                        f"{config.hash}: stopped after step {run.step} of {run.total_steps}; run it again to go on"
-                    )
-                    return "stopped"
+                    now, ended = time.monotonic(), run.step == run.total_steps
+                    out_of_time = max_minutes is not None and now - started >= 60 * max_minutes
+                    due = now - last_save >= 60 * checkpoint_minutes
+                    stopping, due = workers.any(stop.received or out_of_time, due)
+                    if stopping or ended or due:
+                        run.save(saved)
+                        last_save = now
+                    if stopping and not ended:
+                        where = f"after step {run.step} of {run.total_steps}"
+                        display.say(f"{config.hash}: stopped {where}; run it again to go on")
+                        return "stopped"
+            except _NotFinite as problem:
+                reason = f"{problem}; {likely_cause(config, getattr(run.optimizer, 'phase', None))}"
+                run.end("diverged", reason)
+                run.write(record)
+                good = f"the last good checkpoint is {saved}" if saved.exists() else "there is no earlier checkpoint"
+                display.say(f"{config.hash}: {reason}; {good}")
+                return "diverged"
             run.end("done")
             run.write(record)
     return "done"
+
+
+class _NotFinite(Exception):
+    """A loss is infinite or not a number."""
 
 
 class _Run:
@@ -133,26 +128,22 @@ class _Run:
 
     def __init__(self, config: RunConfig, workers: Workers, folder: Path | None) -> None:
         self.config, self.workers, device = config, workers, workers.device
-        if config.batch_size % workers.size:
-            raise ValueError(f"batch_size={config.batch_size}: expected a multiple of the {workers.size} workers")
         if config.precision == "bf16" and device.type == "cpu":
             require_bf16_convolutions()
-
-        # Rank 0 loads before the others, so that one worker alone downloads what is missing.
-        images = workers.in_turn(lambda: load(config.dataset, folder))
-        self.images = images
-        parts = split(images, config.split, config.subset)
-        self.train_x, self.train_y, self.eval_x, self.eval_y = (part.to(device) for part in parts)
-        self.steps_per_epoch = len(self.train_x) // config.batch_size
+        self.batches = Batches(config, workers, folder)
+        self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
-        if self.steps_per_epoch == 0:
-            raise ValueError(f"batch_size={config.batch_size}: the run has only {len(self.train_x)} training images")
 
         # The initial weights are drawn on the CPU: the same on every device.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            shape = {"num_classes": images.num_classes, "in_channels": images.channels, "width": config.width}
-            model = models.build(config.model, stem=config.stem, **shape)
+            model = models.build(
+                config.model,
+                num_classes=self.batches.images.num_classes,
+                in_channels=self.batches.images.channels,
+                width=config.width,
+                stem=config.stem,
+            )
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(config, model, self.total_steps)
@@ -164,55 +155,27 @@ class _Run:
         self.network = workers.wrap(torch.compile(self.model) if config.compile else self.model)  # type: ignore[arg-type]
 
         self.step = 0
+        self.began, self.began_at = time.monotonic(), 0  # this epoch's time and first step in this process
         # This worker's part of each step's mean loss (row 0) and accuracy (row 1) within the epoch.
         self.history = torch.zeros(2, self.steps_per_epoch, device=device)
-        self.generator = torch.Generator(device)
         # Reading a loss makes the host wait for the device: nothing on a CPU, dear on a GPU.
         self.check_every = 1 if device.type == "cpu" else 50
-        self.events: list[dict[str, Any]] = [
-            {
-                "event": "start",
-                "hash": config.hash,
-                "config": config.to_dict(),
-                "parameters": models.count_parameters(model),
-                "train_images": len(self.train_x),
-                "eval_images": len(self.eval_x),
-                "environment": runs.environment(device, workers.size),
-            }
-        ]
+        images_used = len(self.batches.train_x), len(self.batches.eval_x)
+        start = runs.start_event(config, models.count_parameters(model), *images_used, device, workers.size)
+        self.events: list[dict[str, Any]] = [start]
 
     def train_step(self) -> None:
-        """One optimizer step on the next batch; the last, incomplete batch of an epoch is left out."""
-        config, workers = self.config, self.workers
+        """One optimizer step on the next batch."""
         epoch, index = divmod(self.step, self.steps_per_epoch)
-        if index == 0 or not hasattr(self, "order"):
-            shuffle = torch.Generator().manual_seed(_seed("order", config.seed, epoch))
-            self.order = torch.randperm(len(self.train_x), generator=shuffle).to(workers.device)
-            self.began, self.began_at = time.monotonic(), self.step
-            self.network.train()
-        share = config.batch_size // workers.size
-        first = index * config.batch_size + workers.rank * share
-        rows = self.order[first : first + share]
-        self.generator.manual_seed(_seed("augment", config.seed, epoch, index, workers.rank))
-        x = augment(
-            self.train_x[rows],
-            self.generator,
-            crop=config.crop,
-            flip=config.flip,
-            cutout=config.cutout,
-            mean=self.images.mean,
-            std=self.images.std,
-            channels_last=config.channels_last,
-        )
-        y = self.train_y[rows]
+        x, y = self.batches.training(epoch, index)
         logits = self.logits(self.network, x)
-        loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
+        loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.scheduler.step()
-        self.history[0, index] = loss.detach() / workers.size
-        self.history[1, index] = (logits.detach().argmax(1) == y).sum() / config.batch_size
+        self.history[0, index] = loss.detach() / self.workers.size
+        self.history[1, index] = (logits.detach().argmax(1) == y).sum() / self.config.batch_size
         self.step += 1
 
     def logits(self, network: nn.Module, x: Tensor) -> Tensor:
@@ -222,28 +185,33 @@ class _Run:
             return network(x).float()  # type: ignore[no-any-return]
 
     def read_history(self) -> tuple[Tensor, Tensor]:
-        """Losses and accuracies of the epoch's steps so far, over all workers, float64 on the CPU."""
+        """Losses and accuracies of the epoch's steps so far, over all workers, float64 on the CPU; _NotFinite."""
         steps = (self.step - 1) % self.steps_per_epoch + 1
         losses, accuracies = self.workers.total(self.history[:, :steps]).cpu().double()
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            step = self.step - steps + 1 + int(bad[0])
+            raise _NotFinite(f"the loss of step {step} (of {self.total_steps}) is {losses[bad[0]].item()}")
         return losses, accuracies
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
-        """Mean cross-entropy and accuracy over the evaluation images, each worker taking every `size`-th."""
+        """Mean cross-entropy and accuracy over the evaluation images, which the workers share out; _NotFinite."""
         self.workers.share_buffers(self.model)
         self.model.eval()
         sums = []
-        mine = slice(self.workers.rank, None, self.workers.size)
-        for x, y in zip(self.eval_x[mine].split(EVAL_BATCH), self.eval_y[mine].split(EVAL_BATCH), strict=True):
-            x = normalise(x, self.images.mean, self.images.std, channels_last=self.config.channels_last)
+        for x, y in self.batches.evaluation():
             logits = self.logits(self.model, x)
             sums.append(torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()]))
+        self.model.train()
         totals = self.workers.total(torch.stack(sums).cpu().double().sum(0))
-        loss, accuracy = (totals / len(self.eval_x)).tolist()
+        loss, accuracy = (totals / len(self.batches.eval_x)).tolist()
+        if not math.isfinite(loss):
+            raise _NotFinite(f"the evaluation loss after step {self.step} (of {self.total_steps}) is {loss}")
         return loss, accuracy
 
     def end_epoch(self, losses: Tensor, accuracies: Tensor) -> dict[str, Any]:
-        """The epoch's line for the record, evaluation included where one is due."""
+        """Evaluate where that is due, add the epoch's line to the record, and return it; _NotFinite."""
         trained = time.monotonic() - self.began
         epoch = self.step // self.steps_per_epoch
         line: dict[str, Any] = {
@@ -258,10 +226,12 @@ class _Run:
             line["eval_loss"], line["eval_accuracy"] = self.evaluate()
         if self.config.optimizer == "hybrid":
             line["phase"] = self.optimizer.phase  # type: ignore[attr-defined]
-            line["calibrated_lr"] = float(self.optimizer.calibrated_lr)  # type: ignore[attr-defined]
-        images = (self.step - self.began_at) * self.config.batch_size
-        seconds = time.monotonic() - self.began
-        line["timing"] = {"seconds": round(seconds, 3), "images_per_second": round(images / trained, 1)}
+            rate = self.optimizer.calibrated_lr  # type: ignore[attr-defined]
+            line["calibrated_lr"] = rate if math.isfinite(rate) else None
+        images, now = (self.step - self.began_at) * self.config.batch_size, time.monotonic()
+        line["timing"] = {"seconds": round(now - self.began, 3), "images_per_second": round(images / trained, 1)}
+        self.began, self.began_at = now, self.step
+        self.events.append(line)
         return line
 
     def end(self, status: Status, reason: str | None = None) -> None:
@@ -277,9 +247,9 @@ class _Run:
             runs.write_events(record, self.events)
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint, from rank 0."""
+        """Write the checkpoint, from rank 0, unless the weights are no longer finite: then the last good one stays."""
         history = self.workers.total(self.history)
-        if self.workers.rank == 0:
+        if self.workers.rank == 0 and all(p.isfinite().all() for p in self.model.parameters()):
             state = {
                 "config": self.config.to_dict(),
                 "model": self.model.state_dict(),
@@ -297,22 +267,6 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.events = state["step"], state["events"]
+        self.began_at = self.step
         if self.workers.rank == 0:
             self.history.copy_(state["history"])
-
-    def display(self, show: bool, board: Path | None) -> Display:
-        """What shows this run, on rank 0."""
-        return Display(
-            self.config.hash,
-            epochs=self.config.epochs,
-            steps=self.total_steps,
-            step=self.step,
-            batch_size=self.config.batch_size,
-            show=show and self.workers.rank == 0,
-            board=board / self.config.hash if board is not None and self.workers.rank == 0 else None,
-        )
-
-
-def _seed(*parts: object) -> int:
-    """63 bits that follow from `parts`."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

@@ -103,9 +103,9 @@ class Workers:
         dist.all_reduce(summed)
         return summed
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any worker."""
-        return bool(self.total(torch.tensor(int(flag))).item())
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any worker."""
+        return [count > 0 for count in self.total(torch.tensor(flags, dtype=torch.int32)).tolist()]
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every worker rank 0's buffers (batch norm's running statistics)."""

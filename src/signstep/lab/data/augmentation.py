@@ -41,7 +41,8 @@ def augment(
         ValueError: x is not uint8 [B, C, H, W], crop or cutout is negative, or mean and std do not fit the channels.
 
     >>> x = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
-    >>> batch = augment(x, torch.Generator().manual_seed(0), crop=4, flip=True, cutout=8, mean=(.5,) * 3, std=(.25,) * 3)
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> batch = augment(x, generator, crop=4, flip=True, cutout=8, mean=(0.5,) * 3, std=(0.25,) * 3)
     >>> batch.shape, batch.dtype
     (torch.Size([8, 3, 32, 32]), torch.float32)
     """
@@ -64,14 +65,14 @@ def augment(
         windows = x.unfold(2, height, 1).unfold(3, width, 1)
         top, left = (draw(2 * crop + 1), draw(2 * crop + 1)) if crop else (0, 0)
         x = windows[image, :, top, left]
-    out = normalise(x, mean, std, dtype=dtype, channels_last=channels_last)
+    out = _standardise(x, mean, std)
     if cutout:
         rows = torch.arange(height, device=device) - (draw(height) - cutout // 2)[:, None]
         columns = torch.arange(width, device=device) - (draw(width) - cutout // 2)[:, None]
-        inside = (((rows >= 0) & (rows < cutout))[:, :, None]) & ((columns >= 0) & (columns < cutout))[:, None, :]
-        # After normalisation the mean is 0.
-        out.masked_fill_(inside[:, None], 0)
-    return out
+        outside_rows, outside_columns = (rows < 0) | (rows >= cutout), (columns < 0) | (columns >= cutout)
+        # The mean is 0 by now.
+        out.mul_((outside_rows[:, :, None] | outside_columns[:, None, :])[:, None])
+    return out.to(dtype, memory_format=_memory_format(channels_last))
 
 
 def normalise(
@@ -87,9 +88,16 @@ def normalise(
     Takes uint8 [B, C, H, W] on any device; raises ValueError for anything else.
     """
     _check(x, mean, std)
+    return _standardise(x, mean, std).to(dtype, memory_format=_memory_format(channels_last))
+
+
+def _standardise(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     shift, scale = _constants(tuple(mean), tuple(std), x.device)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return x.to(torch.float32, memory_format=memory_format).sub_(shift).mul_(scale).to(dtype)
+    return x.to(torch.float32, memory_format=torch.contiguous_format).sub_(shift).mul_(scale)
+
+
+def _memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 @lru_cache(maxsize=64)

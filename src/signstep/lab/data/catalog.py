@@ -1,4 +1,4 @@
-"""Which data sets there are, where each is looked for, and what is done where it is not there."""
+"""Which data sets there are, where each is looked for, and what happens where it is not there."""
 
 from __future__ import annotations
 
@@ -12,12 +12,53 @@ import platformdirs
 from signstep.lab.data import cifar, digits, idx
 from signstep.lab.data.images import DataError, Images
 
-_FORMATS = {"cifar10": cifar, "cifar100": cifar, "fashion-mnist": idx, "mnist": idx, "digits": digits}
+
+@dataclass(frozen=True)
+class _OnDisk:
+    """A data set that lies in files; the functions are those of its format's module."""
+
+    find: Callable[[str, Path], Path | None]
+    fetch: Callable[[str, Path], Path]
+    read: Callable[[str, Path], Images]
+    files: str
+    origin: str
+
+
+_ON_DISK: dict[str, _OnDisk] = {
+    "cifar10": _OnDisk(
+        cifar.find,
+        cifar.fetch,
+        cifar.read,
+        files="cifar-10-batches-bin/ or cifar-10-batches-py/, or cifar-10-binary.tar.gz or cifar-10-python.tar.gz",
+        origin="its mirrors (170 MB)",
+    ),
+    "cifar100": _OnDisk(
+        cifar.find,
+        cifar.fetch,
+        cifar.read,
+        files="cifar-100-binary/ or cifar-100-python/, or either as .tar.gz",
+        origin="its mirrors (169 MB)",
+    ),
+    "fashion-mnist": _OnDisk(
+        idx.find,
+        idx.fetch,
+        idx.read,
+        files="fashion-mnist/ with its four idx files (.gz or not)",
+        origin="Debian's package dataset-fashion-mnist or its mirrors (31 MB)",
+    ),
+    "mnist": _OnDisk(
+        idx.find,
+        idx.fetch,
+        idx.read,
+        files="mnist/ with its four idx files (.gz or not)",
+        origin="its mirrors (12 MB)",
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Listed:
-    """One line of `signstep data`."""
+    """One line of `signstep data`: where a data set was found (None: nowhere) and how to get it."""
 
     name: str
     found: str | None
@@ -25,30 +66,81 @@ class Listed:
 
 
 def load(name: str, folder: Path | None = None, *, download: bool = True) -> Images:
-    if name not in _FORMATS:
-        raise DataError(f"data set {name!r}: expected one of {', '.join(_FORMATS)}")
-    module = _FORMATS[name]
+    """Return a data set, from the first place in `search_path(folder)` that has it.
+
+    Args:
+        name: "cifar10", "cifar100", "fashion-mnist", "mnist" or "digits".
+        folder: looked in before all others; a download goes there, or to the user's cache where it is None.
+        download: fetch what was not found.
+
+    Raises:
+        DataError: the set was found nowhere and could not be fetched, or a file of it is damaged.
+
+    >>> load("digits").test_x.shape
+    torch.Size([360, 1, 8, 8])
+    """
     if name == "digits":
-        return module.read(name, Path())
-    for place in search_path(folder):
-        found = module.find(name, place)
-        if found is not None:
-            return module.read(name, found)
-    raise DataError(f"{name} not found")
+        return digits.read()
+    if name not in _ON_DISK:
+        raise DataError(f"there is no data set {name!r}, expected {', '.join(_ON_DISK)} or digits")
+    return _ON_DISK[name].read(name, _locate(name, folder, download))
 
 
-def search_path(folder: Path | None) -> list[Path]:
-    named = [Path(p) for p in os.environ.get("SIGNSTEP_DATA", "").split(os.pathsep) if p]
-    return [*([] if folder is None else [folder]), *named, Path("data"), cache_folder(), Path("/usr/share/datasets")]
+def listing(folder: Path | None = None) -> list[Listed]:
+    """Say of every data set where `load` would find it and how to get it; nothing is fetched or read."""
+    lines = []
+    for name, data_set in _ON_DISK.items():
+        how = f"fetched on first use from {data_set.origin}; or name a folder that has {data_set.files}"
+        try:
+            found = str(_locate(name, folder, download=False))
+        except DataError:
+            found = None
+        lines.append(Listed(name, found, how))
+    return [*lines, Listed("digits", "scikit-learn", "comes with scikit-learn")]
 
 
-def cache_folder() -> Path:
+def demo_dataset(folder: Path | None = None) -> tuple[str, str]:
+    """Return the data set for a first run and why: "fashion-mnist" where it can be had, else "digits"."""
+    try:
+        return "fashion-mnist", f"found in {_locate('fashion-mnist', folder, download=True)}"
+    except DataError as error:
+        return "digits", f"the digits bundled with scikit-learn, because {error}"
+
+
+def search_path(folder: Path | None = None) -> list[Path]:
+    """Return where data is looked for, in order.
+
+    `folder`, the folders in the environment variable SIGNSTEP_DATA (separated as in PATH), ./data, the user's cache, and
+    where Debian puts data.
+    """
+    named = [Path(place) for place in os.environ.get("SIGNSTEP_DATA", "").split(os.pathsep) if place]
+    first = [] if folder is None else [folder]
+    return [*first, *named, Path("data"), _cache(), Path("/usr/share/datasets")]
+
+
+def _cache() -> Path:
     return platformdirs.user_cache_path("signstep") / "data"
 
 
-def listing() -> list[Listed]:
-    return []
-
-
-def demo_dataset() -> tuple[str, str]:
-    return "digits", "stub"
+def _locate(name: str, folder: Path | None, download: bool) -> Path:
+    data_set = _ON_DISK[name]
+    target = _cache() if folder is None else folder
+    looked = []
+    for place in search_path(folder):
+        looked.append(str(place) if place.is_dir() else f"{place} (no such folder)")
+        try:
+            found = data_set.find(name, place)
+        except DataError:
+            if download and place == target:
+                continue  # a download of several files was cut between two of them and is continued below
+            raise
+        if found is not None:
+            return found
+    missing = f"{name} was not found in {', '.join(looked)}"
+    advice = f"put {data_set.files} there or name their folder with --data or $SIGNSTEP_DATA"
+    if not download:
+        raise DataError(f"{missing}; {advice}")
+    try:
+        return data_set.fetch(name, target)
+    except DataError as error:
+        raise DataError(f"{missing}, and {error}; {advice}") from error

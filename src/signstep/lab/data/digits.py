@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import sklearn
 import torch
@@ -15,12 +13,7 @@ _SPLIT_SEED = 20260722
 _TEST = 360
 
 
-def find(name: str, folder: Path) -> Path | None:
-    """None: the images are in no folder, they come with scikit-learn."""
-    return None
-
-
-def read(name: str, path: Path) -> Images:
+def read() -> Images:
     """Return the 8 x 8 images with their ink 0..16 scaled to 0..255; a fixed random fifth is the test set."""
     bunch = load_digits()
     x = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
@@ -28,11 +21,11 @@ def read(name: str, path: Path) -> Images:
     order = torch.from_numpy(np.random.RandomState(_SPLIT_SEED).permutation(len(y)))
     train, test = order[_TEST:], order[:_TEST]
     return Images(
-        name=name,
+        name="digits",
         train_x=x[train],
         train_y=y[train],
         test_x=x[test],
         test_y=y[test],
-        classes=tuple(str(name) for name in bunch.target_names),
+        classes=tuple(str(digit) for digit in bunch.target_names),
         source=f"scikit-learn {sklearn.__version__}",
     )

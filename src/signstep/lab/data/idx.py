@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from signstep.lab.data.debian import unpack_package
+from signstep.lab.data.fetch import Archive, download
 from signstep.lab.data.images import DataError, Images
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -26,9 +28,48 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "fashion-mnist": ("fashion-mnist", "FashionMNIST", "FashionMNIST/raw"),
 }
 
+MIRRORS: dict[str, tuple[str, ...]] = {
+    "mnist": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        "http://yann.lecun.com/exdb/mnist/",
+    ),
+    "fashion-mnist": (
+        "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    ),
+}
+
+# MD5 of the official .gz files, in the order of SHAPES.
+CHECKSUMS: dict[str, tuple[str, ...]] = {
+    "mnist": (
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3",
+        "ec29112dd5afa0611ce80d1b7f02629c",
+    ),
+    "fashion-mnist": (
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "25c81989df183df01b3e8a0aad5dffbe",
+        "bef4ecab320f06d8554ea6380940ec79",
+        "bb300cfdad3c16e7a12a480ee83cd310",
+    ),
+}
+
 CLASSES: dict[str, tuple[str, ...]] = {
     "mnist": tuple("0123456789"),
-    "fashion-mnist": tuple("T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")),
+    "fashion-mnist": (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
 }
 
 
@@ -36,19 +77,44 @@ def find(name: str, folder: Path) -> Path | None:
     """Return the folder with the idx files of `name` under `folder`, None where there is none.
 
     The two sets' files bear the same names, so only a folder's name tells them apart: `folder` itself is taken where
-    it bears one of the names in FOLDERS. Raises DataError for a folder that holds only some of the four files.
+    it bears one of the names in FOLDERS. Raises DataError where there is only a folder that lacks some of the files.
     """
     places = [folder / known for known in FOLDERS[name]]
     places += [folder for known in FOLDERS[name] if folder.resolve().as_posix().endswith(f"/{known}")]
+    incomplete = None
     for place in places:
         missing = [file for file in SHAPES if _variant(place, file) is None]
         if not missing:
             return place
         if len(missing) < len(SHAPES):
-            raise DataError(
-                f"{name}: {place} lacks {', '.join(missing)} (or the same with .gz); put them there or remove the others"
+            incomplete = DataError(
+                f"{name}: {place} lacks {', '.join(missing)} (.gz or not); put them there or remove the others"
             )
+    if incomplete is not None:
+        raise incomplete
     return None
+
+
+def fetch(name: str, folder: Path) -> Path:
+    """Put the idx files of `name` into a folder of its name in `folder` and return that.
+
+    Fashion-MNIST is first asked of Debian, MNIST comes from its mirrors alone. Raises DataError where neither has it.
+    """
+    place = folder / name
+    failure = ""
+    if name == "fashion-mnist":
+        try:
+            unpack_package("dataset-fashion-mnist", f"usr/share/datasets/{name}", place)
+        except DataError as error:
+            failure = f"{error}; "
+    try:
+        for file, md5 in zip(SHAPES, CHECKSUMS[name], strict=True):
+            if _variant(place, file) is None:
+                gz = f"{file}.gz"
+                download(Archive(gz, md5, tuple(mirror + gz for mirror in MIRRORS[name])), place)
+    except DataError as error:
+        raise DataError(f"{failure}{error}") from error
+    return place
 
 
 def read(name: str, path: Path) -> Images:

@@ -100,4 +100,6 @@ def _to_numpy(array: _Array, where: str) -> npt.NDArray[np.uint8]:
             return flat.reshape(shape, order="F" if fortran else "C")
         except (TypeError, ValueError):
             pass
-    raise DataError(f"{where} holds an array of type {code!r} and shape {shape!r}, expected bytes (u1) filling its shape")
+    raise DataError(
+        f"{where} holds an array of type {code!r} and shape {shape!r}, expected bytes (u1) filling its shape"
+    )

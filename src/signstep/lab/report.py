@@ -1,0 +1,623 @@
+"""The report on an experiment: one self-contained HTML page, the same as Markdown and JSON, and the figures as files.
+
+Every sentence with a number in it is computed from the runs. Accuracies are in percent, differences in points of percent.
+A run stopped by a non-finite loss counts with the accuracy of chance and is said to have diverged; an unfinished run
+counts nowhere and is listed as missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from signstep.lab import figures, stats
+from signstep.lab.checkpoint import write_atomically
+from signstep.lab.experiments import Experiment, Row, dataset_title
+from signstep.lab.reproduce import learning_rate
+from signstep.lab.runs import Run
+
+BASELINES = ("sgd", "adam", "signsgd")
+"""Keys of the rows that every other one is compared with, seed by seed."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one data set."""
+
+    dataset: str
+    lr: float
+    accuracies: Mapping[int, float]
+    """Percent by seed, of finished runs."""
+    diverged: tuple[int, ...]
+    missing: tuple[int, ...]
+    """Seeds that the experiment has and this cell has no finished run of."""
+    paper: float | None
+    runs: tuple[Run, ...]
+
+    @property
+    def all_diverged(self) -> bool:
+        return bool(self.accuracies) and len(self.diverged) == len(self.accuracies)
+
+    @cached_property
+    def estimate(self) -> stats.Estimate | None:
+        """None without a finished run, and where all diverged: chance is no measurement."""
+        return stats.estimate(list(self.accuracies.values())) if self.accuracies and not self.all_diverged else None
+
+    @property
+    def text(self) -> str:
+        if self.estimate is None:
+            return "diverged" if self.all_diverged else "not run"
+        return stats.with_interval(self.estimate)
+
+    @property
+    def caveat(self) -> str:
+        """'1 of 3 diverged' or nothing."""
+        return f"{len(self.diverged)} of {len(self.accuracies)} diverged" if self.diverged else ""
+
+    @property
+    def shift(self) -> float | None:
+        """Measured mean minus the paper's number."""
+        return None if self.estimate is None or self.paper is None else self.estimate.mean - self.paper
+
+    @property
+    def verdict(self) -> str:
+        """The cell beside the paper's number, in words."""
+        if self.estimate is None:
+            return self.text
+        return "the paper gives no number" if self.paper is None else stats.against_paper(self.estimate, self.paper)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method minus a baseline on one data set, over the seeds that both have."""
+
+    dataset: str
+    row: Row
+    baseline: Row
+    estimate: stats.Estimate | None
+    paper: float | None
+    """The same difference of the paper's numbers."""
+
+    @property
+    def verdict(self) -> stats.Verdict | None:
+        """What the measured difference says of the paper's; None where either is absent."""
+        if self.estimate is None or self.paper is None:
+            return None
+        return stats.claim_verdict(self.estimate, self.paper)
+
+
+class Results:
+    """An experiment and its runs, brought together: what the page, the Markdown and the JSON are written from."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        runs: Mapping[str, Run],
+        tuned: Mapping[str, Mapping[str, Any]],
+        commands: Sequence[str],
+    ) -> None:
+        self.experiment = experiment
+        self.tuned = {d: {r.key: tuned[d][r.key] for r in experiment.rows if r.key in tuned[d]}
+                      for d in experiment.datasets if d in tuned}  # fmt: skip
+        self.commands = tuple(commands)
+        self.titles = {d: dataset_title(d) for d in experiment.datasets}
+        candidates = {run.config.seed for run in runs.values()}
+        found: dict[tuple[str, str], dict[int, Run]] = {}
+        for row in experiment.rows:
+            for dataset in experiment.datasets:
+                lr = learning_rate(experiment, row.key, dataset, tuned)
+                hashes = {seed: row.config(dataset, seed, lr).hash for seed in sorted(candidates)}
+                found[row.key, dataset] = {seed: runs[h] for seed, h in hashes.items() if h in runs}
+        self.seeds = tuple(sorted({seed for by_seed in found.values() for seed in by_seed}))
+        self.unfinished = tuple(run for by_seed in found.values() for run in by_seed.values() if not run.done)
+        self.cells = {
+            (row.key, dataset): self._cell(row, dataset, tuned, found[row.key, dataset])
+            for row in experiment.rows
+            for dataset in experiment.datasets
+        }
+        self.differences = tuple(self._differences())
+
+    def _cell(self, row: Row, dataset: str, tuned: Mapping[str, Mapping[str, Any]], by_seed: dict[int, Run]) -> Cell:
+        finished = {seed: run for seed, run in by_seed.items() if run.done}
+        return Cell(
+            dataset=dataset,
+            lr=learning_rate(self.experiment, row.key, dataset, tuned),
+            accuracies={seed: run.final_accuracy for seed, run in finished.items()},
+            diverged=tuple(seed for seed, run in finished.items() if run.diverged),
+            missing=tuple(seed for seed in self.seeds if seed not in finished),
+            paper=row.paper.get(dataset),
+            runs=tuple(finished.values()),
+        )
+
+    def _differences(self) -> Iterator[Difference]:
+        for dataset in self.experiment.datasets:
+            for base in self.baselines:
+                ours_base = self.cells[base.key, dataset]
+                for row in self.experiment.rows:
+                    cell = self.cells[row.key, dataset]
+                    if row is base:
+                        continue
+                    measured = None
+                    if cell.estimate and ours_base.estimate:
+                        measured = stats.paired_difference(cell.accuracies, ours_base.accuracies)
+                    paper = None if cell.paper is None or ours_base.paper is None else cell.paper - ours_base.paper
+                    yield Difference(dataset, row, base, measured, paper)
+
+    @property
+    def baselines(self) -> tuple[Row, ...]:
+        """The rows to compare with that the experiment has."""
+        return tuple(row for key in BASELINES for row in self.experiment.rows if row.key == key)
+
+    @property
+    def groups(self) -> tuple[tuple[str, tuple[Row, ...]], ...]:
+        """The paper's rows, then those that are not in it."""
+        parts = ((title, tuple(r for r in self.experiment.rows if r.in_paper is kind))
+                 for title, kind in (("", True), ("Not in the paper", False)))  # fmt: skip
+        return tuple(part for part in parts if part[1])
+
+    def difference(self, dataset: str, row: Row, baseline: Row) -> Difference | None:
+        """The comparison of a row with a baseline; None of a row with itself."""
+        for each in self.differences:
+            if (each.dataset, each.row.key, each.baseline.key) == (dataset, row.key, baseline.key):
+                return each
+        return None
+
+    def is_best(self, cell: Cell) -> bool:
+        """Highest mean of its data set, to the digits shown."""
+        means = [c.estimate.mean for c in self.cells.values() if c.dataset == cell.dataset and c.estimate]
+        return cell.estimate is not None and stats.number(cell.estimate.mean) == stats.number(max(means))
+
+    def is_paper_best(self, cell: Cell) -> bool:
+        """Highest of the paper's numbers of its data set."""
+        numbers = [c.paper for c in self.cells.values() if c.dataset == cell.dataset and c.paper is not None]
+        return cell.paper is not None and cell.paper == max(numbers)
+
+    @property
+    def finished(self) -> tuple[Run, ...]:
+        """Every finished run that the report uses."""
+        return tuple(run for cell in self.cells.values() for run in cell.runs)
+
+    # ------------------------------------------------------------------------------------------------ in words
+
+    @property
+    def headline(self) -> str:
+        """The outcome in one sentence."""
+        parts = [f"on {self.titles[d]}, {self._outcome(d)}" for d in self.experiment.datasets]
+        sentence = "; ".join(parts)
+        return f"{sentence[0].upper()}{sentence[1:]}."
+
+    def _outcome(self, dataset: str) -> str:
+        ranked = [
+            (cell.estimate, row)
+            for row in self.experiment.rows
+            if (cell := self.cells[row.key, dataset]).estimate is not None
+        ]
+        ranked.sort(key=lambda pair: -pair[0].mean if pair[0] else 0)
+        if not ranked:
+            return "every run diverged" if any(c.dataset == dataset for c in self.cells.values() if c.runs) else (
+                "no run has finished yet"
+            )  # fmt: skip
+        best_estimate, best = ranked[0]
+        assert best_estimate is not None
+        if len(ranked) == 1:
+            return f"{best.label}, the only method that finished, reaches {stats.with_interval(best_estimate)} %"
+        rivals = [row for _, row in ranked[1:]]
+        rival = next((row for row in rivals if row.key == "sgd"), rivals[0])
+        gap = stats.paired_difference(
+            self.cells[best.key, dataset].accuracies, self.cells[rival.key, dataset].accuracies
+        )
+        if gap is None:
+            return f"{best.label} is highest with {stats.with_interval(best_estimate)} %, no seed in common with {rival.label}"
+        if gap.half_width is None:
+            return f"{best.label} ends {stats.number(gap.mean)} points above {rival.label} in one seed"
+        if gap.contains(0):
+            return (
+                f"{best.label} is highest, but {gap.n} seeds do not tell it from {rival.label} "
+                f"({stats.with_interval(gap, sign=True)} points)"
+            )
+        return f"{best.label} beats {rival.label} by {stats.with_interval(gap)} points"
+
+    @property
+    def scope(self) -> str:
+        """What was trained, and how far it compares with the paper's."""
+        configs = [row.config(d) for row in self.experiment.rows for d in self.experiment.datasets]
+        images = sorted({run.start["train_images"] for run in self.finished if "train_images" in run.start})
+        nets = " and ".join(sorted({_net(c.model, c.width) for c in configs}))
+        parts = [nets]
+        if images:
+            parts.append(f"{' and '.join(f'{n:,}' for n in images)} training images")
+        parts.append(f"{' and '.join(str(n) for n in sorted({c.epochs for c in configs}))} epochs")
+        parts.append(f"{len(self.seeds)} {'seed' if len(self.seeds) == 1 else 'seeds'}")
+        text = f"{', '.join(parts)}."
+        smaller = any(c.model != "resnet18" or c.width != 1 or c.subset is not None for c in configs)
+        if smaller and any(cell.paper is not None for cell in self.cells.values()):
+            text += (
+                " The paper trained ResNet-18 on all images, so its accuracies are printed for reference;"
+                " what can be compared is the order of the methods and the differences between them."
+            )
+        return text
+
+    @property
+    def tally(self) -> str:
+        """How many of the paper's differences are borne out."""
+        verdicts = Counter(d.verdict for d in self.differences if d.verdict and not _repeated(d))
+        total = sum(verdicts.values())
+        if not total:
+            return ""
+        names = _listed([row.label for row in self.baselines])
+        one = total == 1
+        return (
+            f"Of the paper's {total} {'difference' if one else 'differences'} to {names} that were measured here, "
+            f"{verdicts['agrees']} {'is' if verdicts['agrees'] == 1 else 'are'} borne out, {verdicts['contradicts']} "
+            f"contradicted and {verdicts['undecided']} undecided (the 95 % interval includes zero, or there is one seed)."
+        )
+
+    @property
+    def gaps(self) -> tuple[str, ...]:
+        """What is missing or went wrong, one sentence each."""
+        sentences = []
+        for row in self.experiment.rows:
+            for dataset in self.experiment.datasets:
+                cell = self.cells[row.key, dataset]
+                name = f"{row.label} on {self.titles[dataset]}"
+                if cell.diverged:
+                    sentences.append(
+                        f"{name}: {cell.caveat} (seed {_listed([str(s) for s in cell.diverged])}), counted with the accuracy of chance."
+                    )
+                if cell.missing and not cell.accuracies:
+                    sentences.append(f"{name}: no finished run.")
+                elif cell.missing:
+                    sentences.append(f"{name}: seed {_listed([str(s) for s in cell.missing])} missing.")
+        for run in self.unfinished:
+            sentences.append(
+                f"Unfinished, not counted: {run.config.hash}, at epoch {len(run.epochs)} of {run.config.epochs}."
+            )
+        for dataset, rows in self.tuned.items():
+            for row in self.experiment.rows:
+                if rows.get(row.key, {}).get("at_edge"):
+                    sentences.append(
+                        f"{row.label} on {self.titles[dataset]}: the best learning rate of the sweep, {rows[row.key]['lr']:g}, "
+                        "is at the edge of its grid; the method may want one beyond it."
+                    )
+        return tuple(sentences)
+
+    @property
+    def untuned(self) -> str:
+        """Which learning rates are the presets' and not the sweep's."""
+        names = {
+            d: [row.label for row in self.experiment.rows if row.key not in self.tuned.get(d, {})]
+            for d in self.experiment.datasets
+        }
+        if all(len(missing) == len(self.experiment.rows) for missing in names.values()):
+            return "The learning rates were not tuned: every method has its preset's."
+        return " ".join(
+            f"Not tuned on {self.titles[d]}, with the preset's learning rate: {_listed(missing)}."
+            for d, missing in names.items()
+            if missing
+        )
+
+    # ------------------------------------------------------------------------------------------------ recipe, machine
+
+    @cached_property
+    def shared_settings(self) -> dict[str, str]:
+        """Fields of `RunConfig` that all runs have in common."""
+        configs = [row.config(d).to_dict() for row in self.experiment.rows for d in self.experiment.datasets]
+        first = configs[0]
+        skipped = {"seed", "lr", "dataset"}
+        return {
+            name: _plain(value)
+            for name, value in first.items()
+            if name not in skipped and value is not None and all(c[name] == value for c in configs)
+        }
+
+    def own_settings(self, row: Row) -> dict[str, str]:
+        """The fields in which a row's runs differ from other rows', by data set where they differ there."""
+        by_dataset = {d: row.config(d, 0, self.cells[row.key, d].lr).to_dict() for d in self.experiment.datasets}
+        first = next(iter(by_dataset.values()))
+        settings = {}
+        for name in first:
+            if name in self.shared_settings or name in ("seed", "dataset"):
+                continue
+            values = {self.titles[d]: _plain(c[name]) for d, c in by_dataset.items() if c[name] is not None}
+            if len(set(values.values())) == 1:
+                settings[name] = next(iter(values.values()))
+            elif values:
+                settings[name] = ", ".join(f"{v} ({d})" for d, v in values.items())
+        return settings
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the runs ran on; a value that not all share is followed by its number of runs."""
+        runs = {run.config.hash: run for run in (*self.finished, *self.unfinished)}.values()
+        values: dict[str, Counter[str]] = {}
+        for run in runs:
+            for name, value in run.start.get("environment", {}).items():
+                if value is not None:
+                    values.setdefault(name, Counter())[str(value)] += 1
+        table = {
+            name: next(iter(counts)) if len(counts) == 1 else ", ".join(f"{v} ({n} runs)" for v, n in counts.items())
+            for name, counts in values.items()
+        }
+        seconds = math.fsum(epoch.get("timing", {}).get("seconds", 0.0) for run in runs for epoch in run.epochs)
+        table["runs"] = str(len(runs))
+        table["training time in total"] = _duration(seconds)
+        return table
+
+    # ------------------------------------------------------------------------------------------------ figures
+
+    def curves(self, dataset: str) -> tuple[figures.Curve, ...]:
+        """Mean accuracy over epochs of each row that has finished runs."""
+        lines = []
+        for row in self.experiment.rows:
+            runs = self.cells[row.key, dataset].runs
+            series = [_series(run) for run in runs]
+            epochs = tuple(sorted({epoch for values in series for epoch in values}))
+            points = [
+                stats.estimate([v for run, s in zip(runs, series, strict=True) if (v := _at(run, s, epoch)) is not None])
+                for epoch in epochs
+            ]
+            if epochs:
+                ended = tuple(int(run.end["epoch"]) for run in runs if run.diverged and run.end)
+                lines.append(figures.Curve(row.key, row.label, epochs, tuple(points), not row.in_paper, ended))
+        return tuple(lines)
+
+    def dots(self, dataset: str) -> tuple[figures.Dot, ...]:
+        """The table's column of a data set."""
+        return tuple(
+            figures.Dot(
+                row.key,
+                row.label,
+                cell.estimate,
+                tuple(cell.accuracies.values()) if cell.estimate else (),
+                cell.paper,
+                cell.text,
+            )
+            for _, rows in self.groups
+            for row in rows
+            if (cell := self.cells[row.key, dataset])
+        )
+
+    def difference_dots(self, dataset: str, baseline: Row) -> tuple[figures.Dot, ...]:
+        """The differences to a baseline on a data set."""
+        base = self.cells[baseline.key, dataset].accuracies
+        lines = []
+        for _, rows in self.groups:
+            for row in rows:
+                each = self.difference(dataset, row, baseline)
+                if each is not None:
+                    own = self.cells[row.key, dataset].accuracies
+                    values = tuple(own[s] - base[s] for s in own if s in base) if each.estimate else ()
+                    text = stats.with_interval(each.estimate, sign=True) if each.estimate else "—"
+                    lines.append(figures.Dot(row.key, row.label, each.estimate, values, each.paper, text))
+        return tuple(lines)
+
+    def switches(self, dataset: str) -> tuple[float, ...]:
+        """Epochs at which the hybrid rows go on as SGD."""
+        configs = [row.config(dataset) for row in self.experiment.rows]
+        return tuple(sorted({c.switch * c.epochs for c in configs if c.switch is not None}))
+
+    def epochs(self, dataset: str) -> int:
+        """Length of the longest run."""
+        return max(row.config(dataset).epochs for row in self.experiment.rows)
+
+    # ------------------------------------------------------------------------------------------------ as data
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report's numbers, for a machine."""
+        e = self.experiment
+        return {
+            "experiment": e.name,
+            "title": e.title,
+            "caption": e.caption,
+            "scale": e.scale,
+            "recipe": e.recipe,
+            "headline": self.headline,
+            "scope": self.scope,
+            "seeds": list(self.seeds),
+            "confidence": stats.CONFIDENCE,
+            "rows": [
+                {
+                    "key": row.key,
+                    "label": row.label,
+                    "in_paper": row.in_paper,
+                    "note": row.note,
+                    "cells": {d: _cell_dict(self.cells[row.key, d]) for d in e.datasets},
+                }
+                for row in e.rows
+            ],
+            "differences": [
+                {
+                    "dataset": d.dataset,
+                    "row": d.row.key,
+                    "baseline": d.baseline.key,
+                    **_estimate_dict(d.estimate),
+                    "paper": None if d.paper is None else round(d.paper, 6),
+                    "verdict": d.verdict,
+                }
+                for d in self.differences
+            ],
+            "gaps": list(self.gaps),
+            "tuned": self.tuned,
+            "guesses": list(e.guesses),
+            "settings": {"shared": self.shared_settings, **{row.key: self.own_settings(row) for row in e.rows}},
+            "environment": self.environment,
+            "commands": list(self.commands),
+        }
+
+
+def _net(model: str, width: float) -> str:
+    name = model.replace("resnet", "ResNet-")
+    return name if width == 1 else f"{name} at width {width:g}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(_plain(v) for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def _repeated(difference: Difference) -> bool:
+    """A difference between two baselines is measured twice, once with each sign."""
+    keys = [difference.row.key, difference.baseline.key]
+    return all(key in BASELINES for key in keys) and BASELINES.index(keys[0]) < BASELINES.index(keys[1])
+
+
+def _series(run: Run) -> dict[int, float]:
+    """Accuracy in percent by epoch; a diverged run's last epoch has that of chance."""
+    values = {int(e["epoch"]): 100.0 * float(e["eval_accuracy"]) for e in run.epochs if e.get("eval_accuracy") is not None}
+    if run.diverged and run.end is not None:
+        values[run.config.epochs] = run.final_accuracy
+    return values
+
+
+def _at(run: Run, series: Mapping[int, float], epoch: int) -> float | None:
+    """A run's accuracy at an epoch that some run was evaluated at; after a divergence, chance."""
+    if run.diverged and run.end is not None and epoch not in series and epoch >= int(run.end["epoch"]):
+        return run.final_accuracy
+    return series.get(epoch)
+
+
+def _estimate_dict(e: stats.Estimate | None) -> dict[str, Any]:
+    if e is None:
+        return {"n": 0, "mean": None, "low": None, "high": None}
+    return {"n": e.n, "mean": e.mean, "low": e.low, "high": e.high}
+
+
+def _cell_dict(cell: Cell) -> dict[str, Any]:
+    return {
+        **_estimate_dict(cell.estimate),
+        "accuracy_by_seed": {str(seed): value for seed, value in cell.accuracies.items()},
+        "diverged_seeds": list(cell.diverged),
+        "missing_seeds": list(cell.missing),
+        "paper": cell.paper,
+        "difference_to_paper": cell.shift,
+        "verdict": cell.verdict,
+        "lr": cell.lr,
+        "runs": [run.config.hash for run in cell.runs],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def _draw(results: Results) -> Iterator[tuple[str, str, Callable[[bool], Any], str, str]]:
+    """The figures: data set, kind, a drawing function (True: to stand alone), title, description."""
+    e = results.experiment
+    for dataset in e.datasets:
+        title = results.titles[dataset]
+        lines = results.curves(dataset)
+        if lines:
+            switches, epochs = results.switches(dataset), results.epochs(dataset)
+            heading = f"{title}: test accuracy over epochs"
+            words = f"{heading}. " + "; ".join(figures.describe(line) for line in lines)
+            if switches:
+                words += f". Switch to SGD after epoch {_listed([f'{s:g}' for s in switches])}"
+            yield dataset, "curves", _curves(lines, switches, epochs, heading), heading, f"{words}."
+        table = results.dots(dataset)
+        if any(dot.estimate for dot in table):
+            heading = f"{title}: final test accuracy"
+            words = f"{heading}, percent. " + "; ".join(figures.describe(dot) for dot in table)
+            yield dataset, "dots", _dots(table, "final test accuracy, %", heading, ""), heading, f"{words}."
+        for base in results.baselines[:1]:
+            table = results.difference_dots(dataset, base)
+            if any(dot.estimate for dot in table):
+                heading = f"{title}: difference to {base.label}"
+                words = f"{heading}, points. " + "; ".join(figures.describe(dot) for dot in table)
+                yield dataset, "differences", _dots(table, "points", heading, base.label), heading, f"{words}."
+
+
+def _curves(lines: tuple[figures.Curve, ...], switches: tuple[float, ...], epochs: int, title: str) -> Callable[[bool], Any]:
+    return lambda alone: figures.curves(
+        lines, switches=switches, epochs=epochs, title=title if alone else "", labels=alone
+    )
+
+
+def _dots(table: tuple[figures.Dot, ...], axis: str, title: str, zero: str) -> Callable[[bool], Any]:
+    return lambda alone: figures.dots(table, axis=axis, title=title if alone else "", zero=zero)
+
+
+def _environment() -> jinja2.Environment:
+    env = jinja2.Environment(
+        loader=jinja2.PackageLoader("signstep.lab"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters["number"] = stats.number
+    env.filters["signed"] = stats.signed
+    env.filters["interval"] = stats.with_interval
+    env.filters["paper"] = stats.paper_number
+    env.filters["plain"] = _plain
+    env.filters["colour"] = figures.colour
+    env.filters["md"] = lambda text: str(text).translate({ord(c): f"\\{c}" for c in "\\|*_`[]<>"})
+    return env
+
+
+def _save(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda file: file.write(content))
+
+
+def write(
+    experiment: Experiment,
+    runs: Mapping[str, Run],
+    out: Path,
+    *,
+    tuned: Mapping[str, Mapping[str, Any]] | None,
+    commands: Sequence[str],
+) -> Path:
+    """Write the report on `experiment` into `out`: `<name>.html`, `<name>.md`, `<name>.json`, and the figures.
+
+    Args:
+        experiment: the rows and data sets; its runs at the tuned (else preset) learning rates are looked up in `runs`.
+        runs: by configuration hash, as `signstep.lab.runs.read_runs` gives them; others than the experiment's are ignored.
+        out: a folder, made where there is none. Figures are `<name>-<data set>-<curves|dots|differences>.<svg|png>`.
+        tuned: what the sweep chose, as `signstep.lab.sweep.read_tuned` gives it; None: nothing was tuned.
+        commands: the commands that reproduce the report, printed as they are.
+
+    Returns:
+        The path of the HTML page, which needs no other file and no network.
+
+    Raises:
+        OSError: `out` cannot be written. Each file is there whole or as it was.
+    """
+    results = Results(experiment, runs, tuned or {}, commands)
+    out.mkdir(parents=True, exist_ok=True)
+    name = experiment.name
+    drawn: dict[tuple[str, str], dict[str, Any]] = {}
+    for dataset, kind, draw, title, description in _draw(results):
+        stem = f"{name}-{dataset}-{kind}"
+        alone = draw(True)
+        _save(out / f"{stem}.png", figures.png(alone))
+        _save(out / f"{stem}.svg", figures.svg(alone, name=stem, description=description, alone=True).encode())
+        inline = figures.svg(draw(False), name=stem, description=description, alone=False)
+        drawn[dataset, kind] = {"svg": Markup(inline), "file": stem, "title": title, "description": description}
+    env = _environment()
+    context = {"results": results, "experiment": experiment, "drawn": drawn, "palette": Markup(figures.palette_css(":root"))}
+    _save(out / f"{name}.json", (json.dumps(results.to_dict(), indent=1, ensure_ascii=False) + "\n").encode())
+    _save(out / f"{name}.md", env.get_template("report.md").render(context).encode())
+    page = out / f"{name}.html"
+    _save(page, env.get_template("report.html").render(context).encode())
+    return page

@@ -1,6 +1,6 @@
 """One-bit optimizers for PyTorch."""
 
-from signstep.optim import HybridSignSGD, SignSGD, signsgd
+from signstep.optim import HybridSignSGD, SignSGD
 
-__all__ = ["HybridSignSGD", "SignSGD", "__version__", "signsgd"]
+__all__ = ["HybridSignSGD", "SignSGD", "__version__"]
 __version__ = "0.1.0"

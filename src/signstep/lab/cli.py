@@ -26,8 +26,9 @@ from rich.console import Console
 
 from signstep.lab import experiments
 from signstep.lab.config import Dataset, RunConfig
-from signstep.lab.experiments import Experiment, Recipe, Scale
+from signstep.lab.experiments import Experiment, Name, Recipe, Scale
 
+_BAD_INPUT = 2
 _INTERRUPTED = 130
 
 
@@ -42,20 +43,9 @@ def _shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        usable = device == "auto" or torch.empty(0, device=device).numel() == 0
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {device}: not usable here ({reason})") from error
-    assert usable
-
-
-def _minutes(value: float | None, option: str) -> None:
+def _check_minutes(value: float | None) -> None:
     if value is not None and not value > 0:
-        raise ValueError(f"{option} {value}: expected a number of minutes above 0")
+        raise ValueError(f"--max-minutes {value}: expected a number above 0")
 
 
 @dataclass(frozen=True)
@@ -139,7 +129,7 @@ class Train:
         from signstep.lab.runs import read_run
         from signstep.lab.train import train
 
-        _minutes(self.max_minutes, "--max-minutes")
+        _check_minutes(self.max_minutes)
         started = time.monotonic()
         status = train(
             self.config,
@@ -168,7 +158,7 @@ class Train:
 
 @dataclass(frozen=True)
 class _Experiments:
-    experiment: Annotated[Literal["table1", "fig1", "fig2", "fig3", "beyond", "all"], tyro.conf.Positional] = "all"
+    experiment: Annotated[Name | Literal["all"], tyro.conf.Positional] = "all"
     """Which of the paper's results."""
     scale: Scale = "cpu"
     """smoke: seconds; demo: minutes; cpu: hours on two cores; full: one GPU."""
@@ -196,11 +186,15 @@ class _Experiments:
         tuned = read_tuned(self.folder)
         which = [self.experiment, "--scale", self.scale, "--recipe", self.recipe]
         which += ["--dataset", *self.dataset] if self.dataset else []
-        commands = [shlex.join(["signstep", "reproduce", *which, "--seeds", str(seeds)])]
-        if any(row.key in tuned.get(dataset, {}) for e in chosen for dataset in e.datasets for row in e.rows):
-            commands.insert(0, shlex.join(["signstep", "sweep", *which]))
-        for path in write_reports(chosen, self.folder, seeds=seeds, tuned=tuned, commands=commands):
-            _say(f"report: {path}")
+        keys = {(dataset, row.key) for e in chosen for dataset in e.datasets for row in e.rows}
+        choices = [choice for d, rows in tuned.items() for key, choice in rows.items() if (d, key) in keys]
+        grids = sorted({len(choice["trials"]) - choice["extensions"] for choice in choices})
+        commands = [["sweep", *which, "--trials", str(trials)] for trials in grids]
+        commands.append(["reproduce", *which, "--seeds", str(seeds)])
+        lines = [shlex.join(["signstep", *command]) for command in commands]
+        for page in write_reports(chosen, self.folder, seeds=seeds, tuned=tuned, commands=lines):
+            _say(f"table: {page.with_suffix('.md')}")
+            _say(f"report: {page}")
 
 
 @dataclass(frozen=True)
@@ -214,6 +208,16 @@ class _Trained(_Experiments):
     shard: str = "0/1"
     """i/n: do the i-th of n shares of the work, i from 0."""
 
+    def check(self) -> tuple[int, int]:
+        """The shard's i and n; ValueError for options that fit nothing."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "torchrun's workers train one run together: use it with signstep train, "
+                "and --shard here to train several runs at the same time"
+            )
+        _check_minutes(self.max_minutes)
+        return _shard(self.shard)
+
 
 @dataclass(frozen=True)
 class Sweep(_Trained):
@@ -226,7 +230,7 @@ class Sweep(_Trained):
         from signstep.lab.runs import read_runs
         from signstep.lab.sweep import sweep
 
-        _minutes(self.max_minutes, "--max-minutes")
+        shard = self.check()
         over = sweep(
             self.load(),
             self.folder,
@@ -234,7 +238,7 @@ class Sweep(_Trained):
             read=read_runs,
             trials=self.trials,
             max_minutes=self.max_minutes,
-            shard=_shard(self.shard),
+            shard=shard,
             say=_say,
         )
         if over:
@@ -253,7 +257,7 @@ class Reproduce(_Trained):
         from signstep.lab.reproduce import reproduce, run_is_done
         from signstep.lab.sweep import read_tuned
 
-        _minutes(self.max_minutes, "--max-minutes")
+        shard = self.check()
         chosen = self.load()
         reproduce(
             chosen,
@@ -263,7 +267,7 @@ class Reproduce(_Trained):
             train=_Trainer(self.data, self.device),
             done=run_is_done,
             max_minutes=self.max_minutes,
-            shard=_shard(self.shard),
+            shard=shard,
             say=_say,
         )
         self.write_reports(chosen, self.seeds)
@@ -338,18 +342,22 @@ def _preset(arguments: Sequence[str]) -> RunConfig:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    command: object = _Command
     try:
         if arguments[:1] == ["train"]:
             default = Train(config=_preset(arguments[1:]))
-            command = tyro.cli(Train, args=arguments[1:], default=default, prog="signstep train")
+            command: Data | Train | Sweep | Reproduce | Report | Demo = tyro.cli(
+                Train, args=arguments[1:], default=default, prog="signstep train"
+            )
         else:
             command = tyro.cli(_Command, args=arguments, prog="signstep", description=__doc__)
         code = command.run()
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         code = _INTERRUPTED
-    except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        # A RuntimeError that is not of our own making is a bug, and keeps its traceback.
+        if isinstance(error, RuntimeError) and not type(error).__module__.startswith("signstep."):
+            raise
         print(f"signstep: {error}", file=sys.stderr)
-        code = 2
+        code = _BAD_INPUT
     sys.exit(code)

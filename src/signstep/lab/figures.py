@@ -89,6 +89,11 @@ class Curve:
     diverged_at: tuple[int, ...] = ()
     """Epochs in which a seed's run was stopped by a non-finite loss."""
 
+    @property
+    def final(self) -> float:
+        """Mean at the last epoch."""
+        return self.estimates[-1].mean
+
 
 @dataclass(frozen=True)
 class Dot:

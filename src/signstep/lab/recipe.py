@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
+import signal
+import subprocess
+import sys
 from typing import Any
 
 import torch
@@ -52,8 +57,40 @@ def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> to
 
 
 def likely_cause(config: RunConfig, phase: str | None) -> str:
+    """Why the loss of such a run is usually not finite, for a hybrid by its phase ("sign" or "sgd")."""
     if phase == "sgd":
         return "likely cause: the calibrated rate is too high for SGD; lower lr, or set calibration to ratio"
     if config.optimizer in ("signsgd", "hybrid"):
         return f"likely cause: lr={config.lr:g}, by which every weight moves in each step, is too high; try a tenth"
     return f"likely cause: lr={config.lr:g} is too high for {config.optimizer}; try a tenth, or a longer warmup"
+
+
+_BF16_TRIAL = """
+import json, sys, torch
+from signstep.lab.models import build
+shape, layout, network = *json.loads(sys.argv[1]), build(**json.loads(sys.argv[2]))
+layout = torch.channels_last if layout else torch.contiguous_format
+network.to(memory_format=layout)
+with torch.autocast("cpu", torch.bfloat16):
+    network(torch.ones(shape).to(memory_format=layout)).sum().backward()
+"""
+
+
+@functools.lru_cache
+def require_bf16_on_cpu(
+    shape: tuple[int, int, int, int], *, channels_last: bool, num_classes: int, model: str, width: float, stem: str
+) -> None:
+    """Try one bfloat16 step of this network on a batch of this shape [B, C, H, W] in a process of its own.
+
+    Raises:
+        RuntimeError: the trial died, as oneDNN's bfloat16 kernels do on some CPUs (illegal instruction).
+    """
+    network = {"model": model, "num_classes": num_classes, "in_channels": shape[1], "width": width, "stem": stem}
+    command = [sys.executable, "-c", _BF16_TRIAL, json.dumps([shape, channels_last]), json.dumps(network)]
+    code = subprocess.run(command, capture_output=True, check=False).returncode
+    if code:
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        raise RuntimeError(
+            f"this CPU cannot train this network in bfloat16 (a trial step ended with {how}): use --precision fp32, "
+            "or set the environment variable ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
+        )

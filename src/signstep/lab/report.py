@@ -370,6 +370,21 @@ class Results:
                 lines.append(figures.Curve(row.key, row.label, epochs, tuple(points), not row.in_paper, ended))
         return tuple(lines)
 
+    def curve_values(self, lines: Sequence[figures.Curve]) -> list[dict[str, Any]]:
+        """What the page's script shows under the pointer."""
+        return [
+            {"method": c.method, "epochs": c.epochs, "text": [stats.with_interval(e) for e in c.estimates]} for c in lines
+        ]
+
+    def rates(self, dataset: str) -> list[float]:
+        """Every learning rate tried on a data set."""
+        return sorted({float(t["lr"]) for choice in self.tuned[dataset].values() for t in choice["trials"]})
+
+    @staticmethod
+    def trial(choice: Mapping[str, Any], lr: float) -> Mapping[str, Any] | None:
+        """The trial of a learning rate, if it was tried."""
+        return next((t for t in choice["trials"] if t["lr"] == lr), None)
+
     def dots(self, dataset: str) -> tuple[figures.Dot, ...]:
         """The table's column of a data set."""
         return tuple(
@@ -570,6 +585,7 @@ def _environment() -> jinja2.Environment:
     env.filters["signed"] = stats.signed
     env.filters["interval"] = stats.with_interval
     env.filters["paper"] = stats.paper_number
+    env.filters["shortsigned"] = lambda v: stats.signed(v, 0 if abs(v - round(v)) < 1e-9 else 2)
     env.filters["plain"] = _plain
     env.filters["colour"] = figures.colour
     env.filters["md"] = lambda text: str(text).translate({ord(c): f"\\{c}" for c in "\\|*_`[]<>"})

@@ -132,7 +132,7 @@ def read_tuned(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     return choices
 
 
-def _write_tuned(folder: Path, experiment: Experiment, searches: Iterable[Search], trials: int) -> None:
+def _write_tuned(folder: Path, experiment: Experiment, searches: Iterable[Search]) -> None:
     """Add the choices of finished searches to tuned.json, and keep those of others that it has."""
     from signstep.lab.checkpoint import write_atomically
 
@@ -154,7 +154,7 @@ def _write_tuned(folder: Path, experiment: Experiment, searches: Iterable[Search
         "scale": experiment.scale,
         "recipe": experiment.recipe,
         "epochs": experiment.tune_epochs,
-        "grid": f"{trials} trials per method, ratio sqrt(10), at most {MAX_EXTENSIONS} more beyond an edge",
+        "grid": f"ratio sqrt(10), the same number of trials per method, at most {MAX_EXTENSIONS} more beyond an edge",
         "criterion": "last epoch's accuracy (%) on the held-out tenth of the training set; ties to the smaller lr",
         "choices": {dataset: dict(sorted(choices[dataset].items())) for dataset in sorted(choices)},
     }
@@ -217,7 +217,7 @@ def sweep(
     with filelock.FileLock(folder / "results.lock"):
         records = read(tune)
         found = [search(dataset, row, trials, records) for dataset, row in pairs]
-        _write_tuned(folder, experiments[0], found, trials)
+        _write_tuned(folder, experiments[0], found)
     for each in found:
         if each.at_edge:
             say(

@@ -23,8 +23,8 @@ from signstep.lab.batches import Batches
 from signstep.lab.checkpoint import CheckpointError, RunBusy
 from signstep.lab.config import RunConfig
 from signstep.lab.display import Display
-from signstep.lab.recipe import build_optimizer, likely_cause, lr_factor
-from signstep.lab.workers import StopRequest, Workers, require_bf16_convolutions
+from signstep.lab.recipe import build_optimizer, likely_cause, lr_factor, require_bf16_on_cpu
+from signstep.lab.workers import StopRequest, Workers
 
 __all__ = ["CheckpointError", "RunBusy", "Status", "build_optimizer", "lr_factor", "train"]
 
@@ -128,22 +128,24 @@ class _Run:
 
     def __init__(self, config: RunConfig, workers: Workers, folder: Path | None) -> None:
         self.config, self.workers, device = config, workers, workers.device
-        if config.precision == "bf16" and device.type == "cpu":
-            require_bf16_convolutions()
         self.batches = Batches(config, workers, folder)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
 
+        images = self.batches.images
+        network: dict[str, Any] = {
+            "model": config.model,
+            "num_classes": images.num_classes,
+            "width": config.width,
+            "stem": config.stem,
+        }
+        if config.precision == "bf16" and device.type == "cpu":
+            batch = (config.batch_size // workers.size, images.channels, images.size, images.size)
+            require_bf16_on_cpu(batch, channels_last=config.channels_last, **network)
         # The initial weights are drawn on the CPU: the same on every device.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = models.build(
-                config.model,
-                num_classes=self.batches.images.num_classes,
-                in_channels=self.batches.images.channels,
-                width=config.width,
-                stem=config.stem,
-            )
+            model = models.build(in_channels=images.channels, **network)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(config, model, self.total_steps)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,19 +140,3 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-
-
-@functools.cache
-def require_bf16_convolutions() -> None:
-    """RuntimeError where bfloat16 convolutions kill the process, as oneDNN's do on some CPUs (illegal instruction)."""
-    probe = (
-        "import torch; c = torch.nn.Conv2d(8, 8, 3).bfloat16().to(memory_format=torch.channels_last); "
-        "c(torch.ones(2, 8, 8, 8, dtype=torch.bfloat16)).sum().backward()"
-    )
-    died = subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False).returncode
-    if died:
-        how = signal.Signals(-died).name if died < 0 else f"exit code {died}"
-        raise RuntimeError(
-            f"bfloat16 convolutions do not work on this CPU (a trial ended with {how}): train with --precision fp32, "
-            "or set the environment variable ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
-        )

@@ -1,6 +1,6 @@
 """What a step means: SignSGD, its dither, and the calibrated switch to SGD."""
 
 from signstep.optim.hybrid import HybridSignSGD
-from signstep.optim.signsgd import SignSGD, signsgd
+from signstep.optim.signsgd import SignSGD
 
-__all__ = ["HybridSignSGD", "SignSGD", "signsgd"]
+__all__ = ["HybridSignSGD", "SignSGD"]

@@ -12,6 +12,8 @@ import platformdirs
 from signstep.lab.data import cifar, digits, idx
 from signstep.lab.data.images import DataError, Images
 
+_DEBIAN = Path("/usr/share/datasets")
+
 
 @dataclass(frozen=True)
 class _OnDisk:
@@ -110,12 +112,12 @@ def demo_dataset(folder: Path | None = None) -> tuple[str, str]:
 def search_path(folder: Path | None = None) -> list[Path]:
     """Return where data is looked for, in order.
 
-    `folder`, the folders in the environment variable SIGNSTEP_DATA (separated as in PATH), ./data, the user's cache, and
-    where Debian puts data.
+    `folder`, the folders in the environment variable SIGNSTEP_DATA (separated as in PATH), ./data, the user's cache,
+    and where Debian puts data.
     """
     named = [Path(place) for place in os.environ.get("SIGNSTEP_DATA", "").split(os.pathsep) if place]
     first = [] if folder is None else [folder]
-    return [*first, *named, Path("data"), _cache(), Path("/usr/share/datasets")]
+    return [*first, *named, Path("data"), _cache(), _DEBIAN]
 
 
 def _cache() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -88,113 +89,23 @@ ARCHIVES: dict[str, Archive] = {
     ),
 }
 
+# fmt: off
 CLASSES: dict[str, tuple[str, ...]] = {
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-    # fmt: off
     "cifar100": (
-        "apple",
-        "aquarium_fish",
-        "baby",
-        "bear",
-        "beaver",
-        "bed",
-        "bee",
-        "beetle",
-        "bicycle",
-        "bottle",
-        "bowl",
-        "boy",
-        "bridge",
-        "bus",
-        "butterfly",
-        "camel",
-        "can",
-        "castle",
-        "caterpillar",
-        "cattle",
-        "chair",
-        "chimpanzee",
-        "clock",
-        "cloud",
-        "cockroach",
-        "couch",
-        "crab",
-        "crocodile",
-        "cup",
-        "dinosaur",
-        "dolphin",
-        "elephant",
-        "flatfish",
-        "forest",
-        "fox",
-        "girl",
-        "hamster",
-        "house",
-        "kangaroo",
-        "keyboard",
-        "lamp",
-        "lawn_mower",
-        "leopard",
-        "lion",
-        "lizard",
-        "lobster",
-        "man",
-        "maple_tree",
-        "motorcycle",
-        "mountain",
-        "mouse",
-        "mushroom",
-        "oak_tree",
-        "orange",
-        "orchid",
-        "otter",
-        "palm_tree",
-        "pear",
-        "pickup_truck",
-        "pine_tree",
-        "plain",
-        "plate",
-        "poppy",
-        "porcupine",
-        "possum",
-        "rabbit",
-        "raccoon",
-        "ray",
-        "road",
-        "rocket",
-        "rose",
-        "sea",
-        "seal",
-        "shark",
-        "shrew",
-        "skunk",
-        "skyscraper",
-        "snail",
-        "snake",
-        "spider",
-        "squirrel",
-        "streetcar",
-        "sunflower",
-        "sweet_pepper",
-        "table",
-        "tank",
-        "telephone",
-        "television",
-        "tiger",
-        "tractor",
-        "train",
-        "trout",
-        "tulip",
-        "turtle",
-        "wardrobe",
-        "whale",
-        "willow_tree",
-        "wolf",
-        "woman",
-        "worm",
+        "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle", "bowl",
+        "boy", "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle", "chair", "chimpanzee",
+        "clock", "cloud", "cockroach", "couch", "crab", "crocodile", "cup", "dinosaur", "dolphin", "elephant",
+        "flatfish", "forest", "fox", "girl", "hamster", "house", "kangaroo", "keyboard", "lamp", "lawn_mower",
+        "leopard", "lion", "lizard", "lobster", "man", "maple_tree", "motorcycle", "mountain", "mouse", "mushroom",
+        "oak_tree", "orange", "orchid", "otter", "palm_tree", "pear", "pickup_truck", "pine_tree", "plain", "plate",
+        "poppy", "porcupine", "possum", "rabbit", "raccoon", "ray", "road", "rocket", "rose", "sea", "seal", "shark",
+        "shrew", "skunk", "skyscraper", "snail", "snake", "spider", "squirrel", "streetcar", "sunflower",
+        "sweet_pepper", "table", "tank", "telephone", "television", "tiger", "tractor", "train", "trout", "tulip",
+        "turtle", "wardrobe", "whale", "willow_tree", "wolf", "woman", "worm",
     ),
-    # fmt: on
 }
+# fmt: on
 
 
 def find(name: str, folder: Path) -> Path | None:
@@ -264,20 +175,21 @@ def _read_archive(
     """Give `take` the wanted members of a tar.gz in one pass; nothing is unpacked to disk."""
     missing = set(wanted)
     try:
-        with tarfile.open(path, "r|gz") as archive:
+        with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as archive:
             for member in archive:
                 parent, _, file = member.name.rpartition("/")
                 stream = archive.extractfile(member) if file in missing and parent.endswith(folder) else None
                 if stream is not None:
                     take(file, stream.read())
                     missing.remove(file)
-                if not missing:
-                    return
+            while unzipped.read(1 << 20):  # gzip checks its checksum at the very end
+                pass
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise DataError(
             f"{name}: {path} is not a whole tar.gz archive ({error}); remove it and fetch it again"
         ) from error
-    raise DataError(f"{name}: {path} lacks {', '.join(sorted(missing))} in {folder}/")
+    if missing:
+        raise DataError(f"{name}: {path} lacks {', '.join(sorted(missing))} in {folder}/")
 
 
 def _parse_binary(
@@ -290,7 +202,7 @@ def _parse_binary(
     table = np.frombuffer(raw, dtype=np.uint8).reshape(records, layout.record)
     for column, (key, classes) in enumerate(layout.labels):
         labels = table[:, column].astype(np.int64)
-        _check_labels(labels, classes, key, where)
+        _check_labels(labels.min(), labels.max(), classes, key, where)
     return table[:, len(layout.labels) :].reshape(-1, 3, 32, 32), labels
 
 
@@ -304,20 +216,20 @@ def _parse_pickle(
         raise DataError(f"{where} has {found} under 'data', expected an array of ({records}, {_PIXELS}) bytes")
     for key, classes in layout.labels:
         values = content.get(key)
-        if not isinstance(values, list) or len(values) != records or not all(type(v) is int for v in values):
-            found = f"{len(values)} values" if isinstance(values, list) else "no list"
+        if not isinstance(values, list) or len(values) != records or not all(type(value) is int for value in values):
+            found = (
+                f"{len(values)} values{', not all whole,' if len(values) == records else ''}"
+                if isinstance(values, list)
+                else "no list"
+            )
             raise DataError(f"{where} has {found} under {key.decode()!r}, expected a list of {records} whole numbers")
-        if min(values) < 0 or max(values) >= classes:
-            labels = np.array([min(values), max(values)], dtype=object)
-        else:
-            labels = np.array(values, dtype=np.int64)
-        _check_labels(labels, classes, key, where)
+        _check_labels(min(values), max(values), classes, key, where)
+        labels = np.array(values, dtype=np.int64)
     return data.reshape(-1, 3, 32, 32), labels
 
 
-def _check_labels(labels: npt.NDArray[Any], classes: int, key: bytes, where: str) -> None:
-    if labels.min() < 0 or labels.max() >= classes:
+def _check_labels(low: int, high: int, classes: int, key: bytes, where: str) -> None:
+    if low < 0 or high >= classes:
         raise DataError(
-            f"{where} has {key.decode()} {labels.min()}..{labels.max()}, expected 0..{classes - 1}: "
-            "it is damaged or of another data set"
+            f"{where} has {key.decode()} {low}..{high}, expected 0..{classes - 1}: it is damaged or of another data set"
         )

@@ -1,0 +1,150 @@
+"""The paper's algorithms in float64 numpy, line by line: slow, and the truth that the optimizers are tested against."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import ndtr, ndtri
+
+Array = npt.NDArray[np.float64]
+MASK = 0xFFFFFFFF
+
+
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10 in Python integers (Salmon et al. 2011)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & MASK, (p0 >> 32) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+    return c0, c1, c2, c3
+
+
+def uniform(seed: int, step: int, parameter: int, element: int) -> int:
+    """U of design.md: 8 bits from stream 0, 24 from stream 1."""
+    key = (seed & MASK, seed >> 32)
+    words = philox((element // 16, step, parameter, 0), key)
+    top = (words[element % 16 // 4] >> (8 * (element % 4))) & 0xFF
+    low = philox((element // 4, step, parameter, 1), key)[element % 4] & 0xFFFFFF
+    return top << 24 | low
+
+
+@lru_cache(maxsize=None)
+def noise(seed: int, step: int, parameter: int, shape: tuple[int, ...]) -> Array:
+    """U for every element, as floats in (0, 1): (U + 1/2) / 2^32."""
+    draws = [uniform(seed, step, parameter, e) for e in range(int(np.prod(shape)))]
+    return ((np.array(draws, dtype=np.float64) + 0.5) / 2**32).reshape(shape)
+
+
+class SignSGDReference:
+    """Algorithm 1, eq. (9) and (10)."""
+
+    def __init__(
+        self,
+        params: list[Array],
+        lr: float,
+        momentum: float = 0.9,
+        *,
+        dither: float = 0.0,
+        dither_decay: float = 0.55,
+        dither_position: str = "pre",
+        dither_scale: str = "absolute",
+        seed: int = 0,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+    ) -> None:
+        self.x = [p.astype(np.float64).copy() for p in params]
+        self.m = [np.zeros_like(p) for p in self.x]  # line 2: m_0 <- 0
+        self.lr, self.beta = lr, momentum
+        self.alpha, self.gamma, self.position, self.scale = dither, dither_decay, dither_position, dither_scale
+        self.seed, self.decay, self.decoupled, self.maximize = seed, weight_decay, decoupled_weight_decay, maximize
+        self.k = 0
+
+    def gradients(self, gradients: list[Array]) -> list[Array]:
+        signed = [-g if self.maximize else g for g in gradients]
+        if self.decay and not self.decoupled:
+            signed = [g + self.decay * x for g, x in zip(signed, self.x, strict=True)]
+        return signed
+
+    def sigma(self, m: Array) -> float:
+        sigma = float(np.sqrt(self.alpha * (1 + self.k) ** -self.gamma))  # eq. (9)
+        return sigma * float(np.sqrt(np.mean(m**2))) if self.scale == "relative" else sigma
+
+    def direction(self, i: int) -> Array:
+        m = self.m[i]
+        if self.alpha == 0:
+            return np.sign(m)
+        # xi = -sigma Phi^-1(u), so that sign(m + xi) = +1 exactly when u < Phi(m / sigma).
+        xi = -self.sigma(m) * ndtri(noise(self.seed, self.k, i, m.shape))  # line 6
+        # "pre" is line 7; "post" is eq. (10), with the noise's other sign, which has the same law.
+        step = np.sign(m + xi) if self.position == "pre" else np.sign(m) - xi
+        return np.where(m == 0, 0.0, step)
+
+    def step(self, gradients: list[Array]) -> None:
+        gradients = self.gradients(gradients)
+        for i, g in enumerate(gradients):
+            if self.decay and self.decoupled:
+                self.x[i] *= 1 - self.lr * self.decay
+            self.m[i] = self.beta * self.m[i] + (1 - self.beta) * g  # line 5
+            self.x[i] -= self.lr * self.direction(i)  # line 7
+        self.k += 1
+
+
+class HybridSignSGDReference(SignSGDReference):
+    """Algorithm 2, eq. (11) and (12), and design.md's rules "ratio" and "applied"."""
+
+    def __init__(
+        self,
+        params: list[Array],
+        lr: float,
+        momentum: float = 0.9,
+        *,
+        switch_step: int,
+        ema_decay: float = 0.99,
+        calibration: str = "paper",
+        sgd_momentum: float = 0.0,
+        **options: object,
+    ) -> None:
+        super().__init__(params, lr, momentum, **options)  # type: ignore[arg-type]
+        self.switch_step, self.eta, self.rule, self.mu = switch_step, ema_decay, calibration, sgd_momentum
+        self.lambda_bar = 0.0  # line 2
+        self.inner = self.square = 0.0
+        self.lr_then = lr
+
+    def step(self, gradients: list[Array]) -> None:
+        if self.k >= self.switch_step:
+            self.sgd_step(gradients)
+            self.k += 1
+            return
+        raw = self.gradients(gradients)
+        super().step(gradients)  # lines 6 and 9
+        k = self.k - 1
+        signs = [np.sign(m) for m in self.m]
+        if self.rule == "applied" and self.alpha > 0 and self.position == "pre":
+            self.k = k
+            signs = [2 * ndtr(m / self.sigma(m)) - 1 for m in self.m]
+            self.k = k + 1
+        inner = sum(float(np.sum(s * g)) for s, g in zip(signs, raw, strict=True))
+        square = sum(float(np.sum(g**2)) for g in raw)
+        if self.rule == "paper":
+            rate = self.lr * abs(inner) / (square + 1e-8)  # line 7, eq. (12)
+            self.lambda_bar = self.eta * self.lambda_bar + (1 - self.eta) * rate  # line 8
+        else:
+            self.inner = self.eta * self.inner + (1 - self.eta) * inner
+            self.square = self.eta * self.square + (1 - self.eta) * square
+            weight = 1 - self.eta**self.k
+            self.lambda_bar = self.lr * max(0.0, (self.inner / weight) / (self.square / weight + 1e-8))
+        self.lr_then = self.lr
+
+    def sgd_step(self, gradients: list[Array]) -> None:
+        rate = self.lambda_bar * self.lr / self.lr_then
+        gradients = self.gradients(gradients)
+        for i, g in enumerate(gradients):
+            if self.decay and self.decoupled:
+                self.x[i] *= 1 - self.lr * self.decay
+            self.m[i] = self.mu * self.m[i] + (1 - self.mu) * g
+            self.x[i] -= rate * self.m[i]  # line 11

@@ -1,0 +1,104 @@
+"""SignSGD and HybridSignSGD follow the paper's algorithms, step by step, against the float64 references."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from references import HybridSignSGDReference, SignSGDReference
+from signstep import HybridSignSGD, SignSGD
+
+SHAPES = [(3, 5), (17,), (), (2, 3, 4)]
+STEPS = 200
+
+
+def _gradients(step: int, x: list[np.ndarray]) -> list[np.ndarray]:
+    """Noisy gradients of an ill-conditioned quadratic: they depend on the trajectory, so an error would grow."""
+    rng = np.random.default_rng(step)
+    return [np.asarray(np.linspace(0.1, 3, p.size).reshape(p.shape) * (p - 0.3) + rng.normal(size=p.shape)) for p in x]
+
+
+def _cosine(step: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * step / (STEPS + 50)))
+
+
+def _milestone(step: int) -> float:
+    return 0.2 if step >= 90 else 1.0
+
+
+def _run(fast_class: type, slow_class: type, schedule: Any, foreach: bool, options: dict[str, Any]) -> None:
+    rng = np.random.default_rng(7)
+    start = [rng.normal(size=shape) for shape in SHAPES]
+    params = [torch.nn.Parameter(torch.tensor(p, dtype=torch.float64)) for p in start]
+    fast = fast_class(params, lr=3e-3, foreach=foreach, **options)
+    slow = slow_class([np.asarray(p) for p in start], 3e-3, **options)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(fast, schedule)
+    # Decisions must agree exactly; post-sign noise is itself a float32 number.
+    tolerance = 1e-6 if options.get("dither_position") == "post" else 1e-9
+    switched = False
+    for step in range(STEPS):
+        slow.lr = 3e-3 * schedule(step)
+        gradients = _gradients(step, slow.x)
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = torch.tensor(g, dtype=torch.float64)
+        fast.step()
+        scheduler.step()
+        slow.step(gradients)
+        for p, x in zip(params, slow.x, strict=True):
+            np.testing.assert_allclose(p.detach().numpy(), x, rtol=tolerance, atol=tolerance, err_msg=f"step {step}")
+        if isinstance(fast, HybridSignSGD):
+            switched |= fast.phase == "sgd"
+            assert fast.phase == ("sgd" if step + 1 >= options["switch_step"] else "sign")
+            assert fast.calibrated_lr == pytest.approx(slow.lambda_bar, rel=1e-6, abs=1e-15)
+    assert switched == issubclass(fast_class, HybridSignSGD)
+
+
+DITHERS = {
+    "clean": {},
+    "pre": {"dither": 0.1, "seed": 3},
+    "pre, wide seed": {"dither": 0.5, "dither_decay": 0.0, "seed": (1 << 63) + 5},
+    "relative": {"dither": 1.0, "dither_decay": 0.0, "dither_scale": "relative", "seed": 3},
+    "post": {"dither": 0.1, "dither_position": "post", "seed": 3},
+}
+DECAYS = {
+    "none": {},
+    "decoupled": {"weight_decay": 0.1},
+    "coupled": {"weight_decay": 0.1, "decoupled_weight_decay": False},
+}
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("dither", DITHERS)
+def test_signsgd_follows_algorithm_1(dither: str, decay: str, foreach: bool) -> None:
+    _run(SignSGD, SignSGDReference, _cosine, foreach, DITHERS[dither] | DECAYS[decay])
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.0}, {"maximize": True, "weight_decay": 0.1}])
+def test_signsgd_options(options: dict[str, Any]) -> None:
+    _run(SignSGD, SignSGDReference, _cosine, True, options)
+
+
+@pytest.mark.parametrize("schedule", [_cosine, _milestone])
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("dither", ["clean", "pre", "relative"])
+@pytest.mark.parametrize("calibration", ["paper", "ratio", "applied"])
+def test_hybrid_follows_algorithm_2(calibration: str, dither: str, decay: str, schedule: Any) -> None:
+    # 90 is the milestone: the schedule's drop must come through at the switch, and nothing else.
+    options = {"calibration": calibration, "switch_step": 90, "ema_decay": 0.9} | DITHERS[dither] | DECAYS[decay]
+    _run(HybridSignSGD, HybridSignSGDReference, schedule, calibration != "paper", options)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_hybrid_with_momentum_after_the_switch(foreach: bool) -> None:
+    _run(
+        HybridSignSGD,
+        HybridSignSGDReference,
+        _cosine,
+        foreach,
+        {"switch_step": 60, "sgd_momentum": 0.8, "maximize": True, "weight_decay": 0.05},
+    )

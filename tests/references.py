@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ def uniform(seed: int, step: int, parameter: int, element: int) -> int:
     return top << 24 | low
 
 
-@lru_cache(maxsize=None)
+@cache
 def noise(seed: int, step: int, parameter: int, shape: tuple[int, ...]) -> Array:
     """U for every element, as floats in (0, 1): (U + 1/2) / 2^32."""
     draws = [uniform(seed, step, parameter, e) for e in range(int(np.prod(shape)))]

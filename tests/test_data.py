@@ -55,7 +55,7 @@ DIGITS_TEST_LABELS = [5, 7, 1, 1, 6, 3, 8, 0, 8, 0, 9, 4]
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No data of this machine is in reach: only what a test puts under tmp_path."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(catalog.platformdirs, "user_cache_path", lambda package: tmp_path / "cache" / package)
     monkeypatch.delenv("SIGNSTEP_DATA", raising=False)
     monkeypatch.setattr(catalog, "_DEBIAN", tmp_path / "debian")
     monkeypatch.setattr(fetch, "_PAUSE", 0.0)
@@ -203,6 +203,7 @@ def test_a_pickle_that_asks_for_anything_else_is_refused_and_not_run(
         (pickle.dumps({"data": np.array([{}], dtype=object)}), "array of type 'O8' .* expected bytes"),
         (b"\x80\x02}U\x01dcnumpy\nndarray\n)Rs.", "array of type None .* expected bytes"),
         (b"\x80\x02}U\x01dc_codecs\nencode\nX\x01\x00\x00\x00aX\x04\x00\x00\x00zlib\x86Rs.", "the codec 'zlib'"),
+        (b"\x80\x02}U\x01dcnumpy\nndarray\n)\x81s.", "array of type None .* expected bytes"),
         # memory asked for by a number in the stream: 2^62 bytes
         (b"\x80\x04\x8e\x00\x00\x00\x00\x00\x00\x00\x40.", "not a readable pickle"),
         # an array whose state says more than its bytes
@@ -212,6 +213,20 @@ def test_a_pickle_that_asks_for_anything_else_is_refused_and_not_run(
 def test_a_damaged_or_foreign_pickle_is_one_clear_error(raw: bytes, message: str) -> None:
     with pytest.raises(DataError, match=f"batch_7 .*{message}"):
         load_dict(raw, "batch_7")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(2, 6), st.lists(st.tuples(st.integers(0, 400), st.binary(max_size=6)), min_size=1, max_size=4))
+def test_no_damage_to_a_pickle_gives_another_error(writer: int, changes: list[tuple[int, bytes]]) -> None:
+    data = np.arange(15, dtype=np.uint8).reshape(3, 5)
+    content = {b"data": data, b"labels": [1, 2, 3]}
+    raw = bytearray(python2_pickle(data, [1, 2, 3]) if writer == 6 else pickle.dumps(content, protocol=writer))
+    for at, new in changes:
+        raw[at : at + len(new)] = new
+    try:
+        load_dict(bytes(raw), "here")
+    except DataError as error:
+        assert str(error).startswith("here ")
 
 
 def edit(path: Path, change: Callable[[bytes], bytes]) -> None:
@@ -254,8 +269,11 @@ def test_a_wrong_binary_file_is_named(
         ({"data": np.zeros((9, 3072), np.uint8), "labels": [0] * 10}, r"has an array of \(9, 3072\) .*\(10, 3072\)"),
         ({"data": np.zeros((10, 3071), np.uint8), "labels": [0] * 10}, r"has an array of \(10, 3071\)"),
         ({"data": np.zeros((10, 3072), np.uint8)}, "has no list under 'labels'"),
-        ({"data": np.zeros((10, 3072), np.uint8), "labels": [0] * 9}, "has 9 values under 'labels'"),
-        ({"data": np.zeros((10, 3072), np.uint8), "labels": [0.5] * 10}, "has 10 values, not all whole, under"),
+        ({"data": np.zeros((10, 3072), np.uint8), "labels": [0] * 9}, "has a list of 9 under 'labels'"),
+        (
+            {"data": np.zeros((10, 3072), np.uint8), "labels": [0.5] * 10},
+            "has a list of 10 under .*expected a list of 10 whole numbers",
+        ),
         ({"data": np.zeros((10, 3072), np.uint8), "labels": [-1] + [0] * 9}, r"has labels -1..0, expected 0..9"),
         ({"data": np.zeros((10, 3072), np.uint8), "labels": [10] + [0] * 9}, r"has labels 0..10, expected 0..9"),
         ({"data": np.zeros((10, 3072), np.uint8), "labels": [2**80] + [0] * 9}, r"has labels 0..\d{25}, expected"),
@@ -619,6 +637,7 @@ def test_a_killed_download_goes_on_and_leaves_nothing_behind(server: Server, tmp
     child.start()
     part = tmp_path / ".download" / "set.tar.gz.part"
     while not (part.exists() and part.stat().st_size >= 2 * BLOCK):
+        assert child.is_alive()
         time.sleep(0.01)
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)

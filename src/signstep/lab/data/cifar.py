@@ -217,11 +217,7 @@ def _parse_pickle(
     for key, classes in layout.labels:
         values = content.get(key)
         if not isinstance(values, list) or len(values) != records or not all(type(value) is int for value in values):
-            found = (
-                f"{len(values)} values{', not all whole,' if len(values) == records else ''}"
-                if isinstance(values, list)
-                else "no list"
-            )
+            found = f"a list of {len(values)}" if isinstance(values, list) else "no list"
             raise DataError(f"{where} has {found} under {key.decode()!r}, expected a list of {records} whole numbers")
         _check_labels(min(values), max(values), classes, key, where)
         labels = np.array(values, dtype=np.int64)

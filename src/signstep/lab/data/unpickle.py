@@ -19,6 +19,8 @@ from signstep.lab.data.images import DataError
 class _Dtype:
     """What `numpy.dtype(...)` was called with."""
 
+    code: Any = None
+
     def __init__(self, *args: Any) -> None:
         self.code = args[0] if args else None
 
@@ -29,8 +31,8 @@ class _Dtype:
 class _Array:
     """What an array was made of."""
 
-    def __init__(self, *args: Any) -> None:
-        self.parts: tuple[Any, Any, Any, Any] = (None, None, None, None)
+    parts: tuple[Any, Any, Any, Any] = (None, None, None, None)
+    """Shape, dtype, whether in Fortran order, bytes."""
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
@@ -63,7 +65,8 @@ for _core in ("numpy.core", "numpy._core"):
     _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _frombuffer
 
 
-class _Unpickler(pickle.Unpickler):
+# The unpickler written in Python: the one in C reserves as much memory as a damaged stream's numbers say.
+class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _ALLOWED[module, name]

@@ -1,0 +1,43 @@
+# The front door: `make help`. Everything runs in .venv, made on first use with the versions in constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint bench browser clean
+
+help: ## what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: $(STAMP) ## the environment in .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP) ## train the paper's comparison on real images and write the report (minutes)
+	$(BIN)/signstep demo
+
+test: $(STAMP) browser ## all tests
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
+
+lint: $(STAMP) ## ruff and mypy --strict
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(STAMP) ## what a step costs beside torch's own optimizers
+	$(BIN)/python benchmarks/step.py
+
+# The report's tests drive a Chromium; where there is none and apt can install one, it does, else they say that they skip.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	       && echo "installing Debian's chromium for the report's tests" \
+	       && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
+	  || echo "no Chromium here: the report's browser tests will be skipped"
+
+clean: ## remove the environment and caches, not results
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

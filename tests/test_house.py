@@ -1,0 +1,54 @@
+"""What the project promises about itself: light import, clean code, runnable docstrings."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.util
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import signstep
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(m.name for m in pkgutil.walk_packages(signstep.__path__, "signstep.") if not m.name.endswith("__main__"))
+
+
+def test_import_takes_torch_alone() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import signstep; "
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    ours = [n for n in loaded if n not in sys.stdlib_module_names and not n.startswith("_")]
+    assert set(ours) <= {"signstep", "torch"}
+
+
+def test_core_does_not_import_the_lab() -> None:
+    code = "import sys, signstep, signstep.optim, signstep.kernels.reference; print([m for m in sys.modules if 'lab' in m])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "signstep.lab" not in printed
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize(
+    "command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=["check", "format", "mypy"]
+)
+def test_lint(command: list[str]) -> None:
+    if importlib.util.find_spec(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    ran = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_version_is_the_one_in_pyproject() -> None:
+    assert f'version = "{signstep.__version__}"' in (ROOT / "pyproject.toml").read_text()

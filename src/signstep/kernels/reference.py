@@ -55,7 +55,7 @@ def _blocks(
         [torch.full((b - a,), s.parameter, device=device) for s, (a, b) in zip(segments, ranges, strict=True)]
     )
     last = torch.full_like(index, stream)
-    words = philox4x32((index, step.expand_as(index) & _MASK, parameter, last), (seed & _MASK, seed >> 32))
+    words = philox4x32((index, step & _MASK, parameter, last), (seed & _MASK, seed >> 32))
     split = [torch.split(w, [b - a for a, b in ranges]) for w in words]
     return [(split[0][i], split[1][i], split[2][i], split[3][i]) for i in range(len(segments))]
 
@@ -92,7 +92,7 @@ def less(top: Tensor, low: Tensor, t: Tensor) -> Tensor:
 
 def sign(m: Tensor) -> Tensor:
     """The sign of m: 0 at 0, and NaN where m is not finite (torch.sign turns NaN into 0 and hides it)."""
-    return torch.add(torch.sign(m), m.detach() * 0)
+    return torch.add(torch.sign(m), m.detach(), alpha=0)
 
 
 def directions(
@@ -127,11 +127,14 @@ def directions(
     m = torch.cat([x.reshape(-1).to(torch.float32) for x in ms])
     top = torch.cat(top_bits(segments, seed=seed, step=step, device=device))
     low = torch.cat(low_bits(segments, seed=seed, step=step, device=device))
-    sigma = torch.cat([s.to(device, torch.float32).expand(n) for s, n in zip(sigmas, sizes, strict=True)])
+    # Each sigma stays where it is: a 0-dim CPU tensor reaches a GPU kernel without a copy that the host waits for.
     if position == "pre":
-        flat = torch.where(less(top, low, threshold(m / sigma)), 1.0, -1.0)
+        z = torch.cat([x / s for x, s in zip(torch.split(m, sizes), sigmas, strict=True)])
+        flat = torch.where(less(top, low, threshold(z)), 1.0, -1.0)
     else:
         u = ((top << 24) | low).to(wide_dtype(device))
-        flat = torch.sign(m) + torch.special.ndtri((u + 0.5) * 2.0**-32).to(torch.float32) * sigma
+        normal = torch.special.ndtri((u + 0.5) * 2.0**-32).to(torch.float32)
+        xi = torch.cat([x * s for x, s in zip(torch.split(normal, sizes), sigmas, strict=True)])
+        flat = torch.sign(m) + xi
     flat = torch.where(m == 0, 0.0, flat) + m * 0
     return [x.view(like.shape) for x, like in zip(torch.split(flat, sizes), ms, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -51,11 +52,24 @@ def load(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         CheckpointError: the file is damaged, or belongs to another configuration.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums that torch.save writes
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"wrong checksum in its part {damaged}")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         found = state["config"]
     except FileNotFoundError:
         return None
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(
             f"{path} is not a readable checkpoint ({reason}); delete it to train this run from its start"

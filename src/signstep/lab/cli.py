@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import tyro
 from rich.console import Console
@@ -28,6 +28,8 @@ from signstep.lab import experiments
 from signstep.lab.config import Dataset, RunConfig
 from signstep.lab.experiments import Experiment, Name, Recipe, Scale
 
+# Comments that group a dataclass's fields are not their help.
+_TYRO = (tyro.conf.HelptextFromCommentsOff,)
 _BAD_INPUT = 2
 _INTERRUPTED = 130
 
@@ -302,12 +304,12 @@ class Demo:
     def run(self) -> int:
         from signstep.lab.data import demo_dataset
 
-        name, reason = demo_dataset()
+        name, reason = demo_dataset(self.data)
         _say(f"data set {name}: {reason}")
         return Reproduce(
             experiment="table1",
             scale="demo",
-            dataset=(name,),
+            dataset=(cast(Dataset, name),),
             out=self.out,
             data=self.data,
             max_minutes=self.max_minutes,
@@ -346,10 +348,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if arguments[:1] == ["train"]:
             default = Train(config=_preset(arguments[1:]))
             command: Data | Train | Sweep | Reproduce | Report | Demo = tyro.cli(
-                Train, args=arguments[1:], default=default, prog="signstep train"
+                Train, args=arguments[1:], default=default, prog="signstep train", config=_TYRO
             )
         else:
-            command = tyro.cli(_Command, args=arguments, prog="signstep", description=__doc__)
+            command = tyro.cli(_Command, args=arguments, prog="signstep", description=__doc__, config=_TYRO)
         code = command.run()
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

@@ -37,7 +37,7 @@ class Display:
         self._lines = show and not self._console.is_terminal
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=8),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             console=self._console,
@@ -52,6 +52,8 @@ class Display:
             self._board = SummaryWriter(str(board), purge_step=step // self._epoch_length + 1)
 
     def __enter__(self) -> Display:
+        if not self._progress.disable:
+            self._console.print(self._label, highlight=False)
         self._progress.start()
         return self
 
@@ -61,7 +63,7 @@ class Display:
             self._board.close()
 
     def _title(self, step: int) -> str:
-        return f"{self._label}  epoch {min(step // self._epoch_length + 1, self._epochs)}/{self._epochs}"
+        return f"epoch {min(step // self._epoch_length + 1, self._epochs)}/{self._epochs}"
 
     def step(self, step: int, losses: Tensor, accuracies: Tensor) -> None:
         """Show where the run is: `losses` and `accuracies` of the epoch's steps so far."""
@@ -74,7 +76,7 @@ class Display:
     def epoch(self, line: dict[str, Any]) -> None:
         """Show an epoch's line of the record."""
         if "eval_accuracy" in line:
-            self._evaluated = f"  evaluated {line['eval_accuracy']:.1%}"
+            self._evaluated = f", eval {line['eval_accuracy']:.1%}"
         if self._lines:
             seconds = (time.monotonic() - self._began) / (line["step"] - self._began_at) * (self._steps - line["step"])
             self._console.print(

@@ -1,7 +1,8 @@
 """The report's figures: accuracy over epochs as in the paper's Figures 1 to 3, and the table as dots.
 
-Figures are drawn once, in the colours of a light page, with matplotlib's object-oriented interface. `svg` then turns every
-colour into a CSS variable of the same meaning (`palette_css` defines them), so that one drawing serves light and dark pages.
+Figures are drawn once, in the colours of a light page, with matplotlib's object-oriented interface. `svg` then turns
+every colour into a CSS variable of the same meaning (`palette_css` defines them), so that one drawing serves light and
+dark pages.
 Accuracies are in percent.
 """
 
@@ -20,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from signstep.lab.stats import Estimate, number, paper_number, signed, with_interval
+from signstep.lab.stats import Estimate, number, signed
 
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "{http://www.w3.org/1999/xlink}href"
@@ -135,7 +136,7 @@ def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> lis
 
 
 def curves(
-    lines: Sequence[Curve], *, switches: Iterable[float], epochs: int, title: str = "", labels: bool = False
+    lines: Sequence[Curve], *, switches: Iterable[float], epochs: int, heading: tuple[str, str] | None = None
 ) -> Figure:
     """Test accuracy over epochs, the interval over seeds as a band, the switch to SGD as a red dashed line.
 
@@ -143,11 +144,10 @@ def curves(
         lines: the methods; later ones are drawn on top.
         switches: epochs (may be fractional) after which a hybrid method goes on as SGD.
         epochs: length of the runs, the right end of the axis.
-        title: printed above, for a figure that stands alone.
-        labels: name the methods at the lines' ends; without, the page around the figure has a key.
+        heading: title and subtitle of a figure that stands alone, where the lines are named at their ends; None:
+            the page around the figure has a title and a key.
     """
-    width, height, right = (680.0, 400.0, 250.0) if labels else (400.0, 290.0, 14.0)
-    top = 40.0 if title else 22.0
+    width, height, right, top = (680.0, 400.0, 245.0, 70.0) if heading else (400.0, 290.0, 14.0, 22.0)
     figure, axes = _figure(width, height, left=36, right=right, top=top, bottom=40)
     marker = "o" if max((len(line.epochs) for line in lines), default=0) <= 16 else None
     for order, line in enumerate(lines):
@@ -165,7 +165,9 @@ def curves(
                 **style,
             )
         dashes = (0, (4, 1.6)) if line.own else "-"
-        axes.plot(line.epochs, mean, linestyle=dashes, linewidth=1.6, marker=marker, markersize=3.4, **style)
+        axes.plot(
+            line.epochs, mean, linestyle=dashes, linewidth=1.6, marker=marker, markersize=3.4, clip_on=False, **style
+        )
         for epoch in line.diverged_at:
             at = [e.mean for at, e in zip(line.epochs, line.estimates, strict=True) if at <= epoch]
             axes.plot([epoch], [at[-1] if at else 0], marker="x", markersize=8, markeredgewidth=2, **style)
@@ -177,7 +179,7 @@ def curves(
         )  # fmt: skip
     axes.set_xlim(0, max(epochs, 1))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
@@ -186,11 +188,16 @@ def curves(
         "test accuracy, %", (0, 1), (-30, 7), xycoords="axes fraction",
         textcoords="offset points", color=_MUTED, fontsize=10, annotation_clip=False,
     )  # fmt: skip
-    if title:
-        figure.text(6 / width, 1 - 14 / height, title, color=_INK, fontsize=12, fontweight="bold", va="center")
-    if labels:
-        _label_ends(axes, [line for line in lines if line.epochs], height - top - 40)
+    if heading:
+        _head(figure, heading, 6)
+        _label_ends(axes, lines, height - top - 40)
     return figure
+
+
+def _head(figure: Figure, heading: tuple[str, str], left: float) -> None:
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    figure.text(left / width, 1 - 16 / height, heading[0], color=_INK, fontsize=12, fontweight="bold", va="center")
+    figure.text(left / width, 1 - 33 / height, heading[1], color=_MUTED, fontsize=9, va="center")
 
 
 def _label_ends(axes: Axes, lines: Sequence[Curve], plot_height: float) -> None:
@@ -202,27 +209,30 @@ def _label_ends(axes: Axes, lines: Sequence[Curve], plot_height: float) -> None:
         last = line.estimates[-1]
         shade = _COLOURS[colour(line.method)][0]
         axes.annotate(
-            "", (line.epochs[-1], last.mean), (1.03, place), textcoords=("axes fraction", "data"), annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": shade, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3},
+            "", (line.epochs[-1], last.mean), (1.03, place), textcoords=("axes fraction", "data"),
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": shade, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 1},
         )  # fmt: skip
         axes.annotate(
             f"{line.label}  {number(last.mean)}", (1, place), (14, 0), xycoords=("axes fraction", "data"),
-            textcoords="offset points", color=shade, fontsize=9.5, va="center", annotation_clip=False,
+            textcoords="offset points", color=_INK, fontsize=9.5, va="center", annotation_clip=False,
         )  # fmt: skip
 
 
-def dots(lines: Sequence[Dot], *, axis: str, title: str = "", zero: str = "") -> Figure:
+def dots(lines: Sequence[Dot], *, axis: str, zero: str = "", heading: tuple[str, str] | None = None) -> Figure:
     """One line per method: mean and interval, each seed as a small tick, the paper's number as a hollow mark.
 
     Args:
         lines: from top to bottom.
         axis: what the numbers are, printed below.
-        title: printed above, for a figure that stands alone.
         zero: where not empty, the numbers are differences, and this names what the line at 0 stands for.
+        heading: title and subtitle of a figure that stands alone.
     """
-    step, top, bottom, width = 36.0, 46.0 if title else 24.0, 40.0, 400.0
+    step, bottom, width = 36.0, 40.0, 400.0
+    top = (48.0 if heading else 4.0) + (20.0 if zero else 0.0)
+    margin = 12.0 if heading else 3.0
     height = top + bottom + step * len(lines)
-    figure, axes = _figure(width, height, left=10, right=14, top=top, bottom=bottom)
+    figure, axes = _figure(width, height, left=margin, right=margin, top=top, bottom=bottom)
     axes.set_ylim(len(lines), 0)
     axes.yaxis.set_visible(False)
     for i, line in enumerate(lines):
@@ -242,24 +252,29 @@ def dots(lines: Sequence[Dot], *, axis: str, title: str = "", zero: str = "") ->
         if line.estimate is not None:
             e = line.estimate
             if e.half_width is not None:
-                axes.plot([e.mean - e.half_width, e.mean + e.half_width], [y, y], color=shade, linewidth=2.2,
+                ends = [e.mean - e.half_width, e.mean + e.half_width]
+                if not zero:
+                    ends = [max(ends[0], 0), min(ends[1], 100)]
+                axes.plot(ends, [y, y], color=shade, linewidth=2.2,
                           solid_capstyle="butt", gid=gid, zorder=3)  # fmt: skip
             axes.plot([e.mean], [y], "o", color=shade, markersize=6.5, gid=gid, zorder=5)
         if line.paper is not None:
             axes.plot([line.paper], [y], "o", color=_INK, markerfacecolor="none", markersize=7, markeredgewidth=1.2,
-                      zorder=4)  # fmt: skip
+                      zorder=6)  # fmt: skip
     axes.margins(x=0.04)
     axes.autoscale(axis="x")
     if zero:
-        axes.axvline(0, color=_MUTED, linewidth=1, zorder=2)
+        # Short of the text above each line.
+        axes.vlines([0] * len(lines), [i + 0.5 for i in range(len(lines))], [i + 0.86 for i in range(len(lines))],
+                    color=_MUTED, linewidth=1, zorder=2)  # fmt: skip
         axes.annotate(zero, (0, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
                       color=_MUTED, fontsize=9.5, ha="center", annotation_clip=False)  # fmt: skip
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     if zero:
         axes.xaxis.set_major_formatter(lambda value, _: signed(value, 0 if value == int(value) else 1))
     axes.set_xlabel(axis, color=_MUTED, fontsize=10, loc="right", labelpad=3)
-    if title:
-        figure.text(10 / width, 1 - 14 / height, title, color=_INK, fontsize=12, fontweight="bold", va="center")
+    if heading:
+        _head(figure, heading, 12)
     return figure
 
 
@@ -279,8 +294,8 @@ def svg(figure: Figure, *, name: str, description: str, alone: bool) -> str:
         description: what the figure shows, for those who cannot see it.
         alone: a file of its own (with its own palette and background), not a part of an HTML page.
 
-    The elements of a method carry its key as `data-method`; the root carries the plot's place and its axis as `data-plot`:
-    left, right, top, bottom in the drawing's units, then the values at its left and right end.
+    The elements of a method carry its key as `data-method`; the root carries the plot's place and its axis as
+    `data-plot`: left, right, top, bottom in the drawing's units, then the values at its left and right end.
     """
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -324,10 +339,3 @@ def svg(figure: Figure, *, name: str, description: str, alone: bool) -> str:
     root.attrib.pop("height", None)
     # Inside HTML the namespace is implied, and a page that names no URL at all is easy to check.
     return ElementTree.tostring(root, encoding="unicode").replace(f' xmlns="{_SVG}"', "")
-
-
-def describe(line: Dot | Curve) -> str:
-    """A method's numbers in words, for a figure's text alternative."""
-    if isinstance(line, Curve):
-        return f"{line.label}: {with_interval(line.estimates[-1])} % after epoch {line.epochs[-1]}"
-    return f"{line.label}: {line.text}" + (f" (paper {paper_number(line.paper)})" if line.paper is not None else "")

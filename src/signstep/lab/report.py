@@ -1,26 +1,29 @@
 """The report on an experiment: one self-contained HTML page, the same as Markdown and JSON, and the figures as files.
 
-Every sentence with a number in it is computed from the runs. Accuracies are in percent, differences in points of percent.
-A run stopped by a non-finite loss counts with the accuracy of chance and is said to have diverged; an unfinished run
-counts nowhere and is listed as missing.
+Every sentence with a number in it is computed from the runs. Accuracies are in percent, differences in points of
+percent. A run stopped by a non-finite loss counts with the accuracy of chance and is said to have diverged; an
+unfinished run counts nowhere and is listed as missing.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from signstep.lab import figures, stats
 from signstep.lab.checkpoint import write_atomically
+from signstep.lab.config import RunConfig
 from signstep.lab.experiments import Experiment, Row, dataset_title
 from signstep.lab.reproduce import learning_rate
 from signstep.lab.runs import Run
@@ -144,8 +147,8 @@ class Results:
                 ours_base = self.cells[base.key, dataset]
                 for row in self.experiment.rows:
                     cell = self.cells[row.key, dataset]
-                    if row is base:
-                        continue
+                    if row.key in BASELINES[: BASELINES.index(base.key) + 1]:
+                        continue  # itself, or its mirror image, which has been there
                     measured = None
                     if cell.estimate and ours_base.estimate:
                         measured = stats.paired_difference(cell.accuracies, ours_base.accuracies)
@@ -196,70 +199,106 @@ class Results:
         return f"{sentence[0].upper()}{sentence[1:]}."
 
     def _outcome(self, dataset: str) -> str:
-        ranked = [
-            (cell.estimate, row)
-            for row in self.experiment.rows
-            if (cell := self.cells[row.key, dataset]).estimate is not None
-        ]
-        ranked.sort(key=lambda pair: -pair[0].mean if pair[0] else 0)
+        cells = [(row, self.cells[row.key, dataset].estimate) for row in self.experiment.rows]
+        means = [(estimate.mean, row) for row, estimate in cells if estimate]
+        ranked = [row for _, row in sorted(means, key=lambda pair: -pair[0])]
         if not ranked:
-            return "every run diverged" if any(c.dataset == dataset for c in self.cells.values() if c.runs) else (
-                "no run has finished yet"
-            )  # fmt: skip
-        best_estimate, best = ranked[0]
-        assert best_estimate is not None
+            any_run = any(self.cells[row.key, dataset].runs for row in self.experiment.rows)
+            return "every run diverged" if any_run else "no run has finished yet"
+        best = ranked[0]
+        reached = f"{self.cells[best.key, dataset].text} %"
         if len(ranked) == 1:
-            return f"{best.label}, the only method that finished, reaches {stats.with_interval(best_estimate)} %"
-        rivals = [row for _, row in ranked[1:]]
-        rival = next((row for row in rivals if row.key == "sgd"), rivals[0])
+            return f"{best.label}, the only method with a result, reaches {reached}"
+        rival = next((row for row in ranked[1:] if row.key == "sgd"), ranked[1])
         gap = stats.paired_difference(
             self.cells[best.key, dataset].accuracies, self.cells[rival.key, dataset].accuracies
         )
         if gap is None:
-            return f"{best.label} is highest with {stats.with_interval(best_estimate)} %, no seed in common with {rival.label}"
+            return f"{best.label} is highest with {reached}, without a seed in common with {rival.label}"
         if gap.half_width is None:
-            return f"{best.label} ends {stats.number(gap.mean)} points above {rival.label} in one seed"
+            return f"{best.label} and {rival.label} differ by {stats.signed(gap.mean)} points in one seed"
         if gap.contains(0):
-            return (
-                f"{best.label} is highest, but {gap.n} seeds do not tell it from {rival.label} "
-                f"({stats.with_interval(gap, sign=True)} points)"
-            )
-        return f"{best.label} beats {rival.label} by {stats.with_interval(gap)} points"
+            points = stats.with_interval(gap, sign=True)
+            return f"{best.label} is highest, but {gap.n} seeds do not tell it from {rival.label} ({points} points)"
+        verb = "beats" if gap.mean > 0 else "is highest, but is beaten seed by seed by"
+        name = rival.label if rival.key == "sgd" else f"the next best, {rival.label},"
+        return f"{best.label} {verb} {name} by {stats.with_interval(gap)} points"
+
+    @property
+    def setting(self) -> str:
+        """Net, images, epochs and seeds, as of the runs."""
+        configs = self._configs
+        images = sorted({int(run.start["train_images"]) for run in self.finished})
+        parts = [" and ".join(sorted({_net(c.model, c.width) for c in configs}))]
+        if images:
+            parts.append(f"{' and '.join(f'{n:,}' for n in images)} training images")
+        parts.append(f"{' and '.join(str(n) for n in sorted({c.epochs for c in configs}))} epochs")
+        parts.append(f"{len(self.seeds)} {_plural(len(self.seeds), 'seed')}")
+        return ", ".join(parts)
 
     @property
     def scope(self) -> str:
         """What was trained, and how far it compares with the paper's."""
-        configs = [row.config(d) for row in self.experiment.rows for d in self.experiment.datasets]
-        images = sorted({run.start["train_images"] for run in self.finished if "train_images" in run.start})
-        nets = " and ".join(sorted({_net(c.model, c.width) for c in configs}))
-        parts = [nets]
-        if images:
-            parts.append(f"{' and '.join(f'{n:,}' for n in images)} training images")
-        parts.append(f"{' and '.join(str(n) for n in sorted({c.epochs for c in configs}))} epochs")
-        parts.append(f"{len(self.seeds)} {'seed' if len(self.seeds) == 1 else 'seeds'}")
-        text = f"{', '.join(parts)}."
-        smaller = any(c.model != "resnet18" or c.width != 1 or c.subset is not None for c in configs)
-        if smaller and any(cell.paper is not None for cell in self.cells.values()):
-            text += (
-                " The paper trained ResNet-18 on all images, so its accuracies are printed for reference;"
-                " what can be compared is the order of the methods and the differences between them."
+        sentences = [f"{self.setting}."]
+        if self.experiment.scale in ("smoke", "demo"):
+            sentences.append(self.experiment.scale_summary)
+        unknown = [self.titles[d] for d in self.experiment.datasets if not self.in_paper(d)]
+        smaller = any(c.model != "resnet18" or c.width != 1 or c.subset is not None for c in self._configs)
+        if unknown:
+            sentences.append(f"The paper has no numbers on {_listed(unknown)}.")
+        if smaller and len(unknown) < len(self.titles):
+            sentences.append(
+                "The paper trained ResNet-18 on all images, so its accuracies are printed for reference; "
+                "what can be compared is the order of the methods and the differences between them."
             )
-        return text
+        return " ".join(sentences)
+
+    @cached_property
+    def _configs(self) -> tuple[RunConfig, ...]:
+        return tuple(row.config(d) for row in self.experiment.rows for d in self.experiment.datasets)
+
+    def in_paper(self, dataset: str) -> bool:
+        """Whether the paper has any number on a data set."""
+        return any(row.paper.get(dataset) is not None for row in self.experiment.rows)
 
     @property
     def tally(self) -> str:
         """How many of the paper's differences are borne out."""
-        verdicts = Counter(d.verdict for d in self.differences if d.verdict and not _repeated(d))
+        verdicts = Counter(d.verdict for d in self.differences if d.verdict)
         total = sum(verdicts.values())
         if not total:
             return ""
         names = _listed([row.label for row in self.baselines])
-        one = total == 1
+        same, opposite, open_ = (verdicts[verdict] for verdict in ("same sign", "opposite sign", "undecided"))
         return (
-            f"Of the paper's {total} {'difference' if one else 'differences'} to {names} that were measured here, "
-            f"{verdicts['agrees']} {'is' if verdicts['agrees'] == 1 else 'are'} borne out, {verdicts['contradicts']} "
-            f"contradicted and {verdicts['undecided']} undecided (the 95 % interval includes zero, or there is one seed)."
+            f"Of the paper's {total} {_plural(total, 'difference')} to {names} that were measured here, "
+            f"{same} {_have(same)} its sign, {opposite} the opposite one, and {open_} {_are(open_)} undecided: "
+            "the 95 % interval includes zero, or there is one seed."
         )
+
+    @property
+    def gap_summary(self) -> str:
+        """How much is missing or went wrong, in one sentence; empty if nothing is."""
+        diverged = sum(len(cell.diverged) for cell in self.cells.values())
+        missing = sum(len(cell.missing) for cell in self.cells.values())
+        edges = len(self._edges)
+        parts = []
+        if diverged:
+            parts.append(f"{diverged} {_plural(diverged, 'run')} diverged")
+        if missing:
+            parts.append(f"{missing} {_plural(missing, 'run')} {_are(missing)} missing")
+        if edges:
+            parts.append(f"{edges} {_plural(edges, 'learning rate')} {_are(edges)} at the edge of the sweep's grid")
+        return _listed(parts)
+
+    @property
+    def _edges(self) -> list[tuple[Row, str, float]]:
+        return [
+            (row, dataset, float(rows[row.key]["lr"]))
+            for dataset, rows in self.tuned.items()
+            for row in self.experiment.rows
+            if rows.get(row.key, {}).get("at_edge")
+        ]
 
     @property
     def gaps(self) -> tuple[str, ...]:
@@ -270,9 +309,8 @@ class Results:
                 cell = self.cells[row.key, dataset]
                 name = f"{row.label} on {self.titles[dataset]}"
                 if cell.diverged:
-                    sentences.append(
-                        f"{name}: {cell.caveat} (seed {_listed([str(s) for s in cell.diverged])}), counted with the accuracy of chance."
-                    )
+                    seeds = _listed([str(seed) for seed in cell.diverged])
+                    sentences.append(f"{name}: {cell.caveat} (seed {seeds}), counted with the accuracy of chance.")
                 if cell.missing and not cell.accuracies:
                     sentences.append(f"{name}: no finished run.")
                 elif cell.missing:
@@ -281,13 +319,11 @@ class Results:
             sentences.append(
                 f"Unfinished, not counted: {run.config.hash}, at epoch {len(run.epochs)} of {run.config.epochs}."
             )
-        for dataset, rows in self.tuned.items():
-            for row in self.experiment.rows:
-                if rows.get(row.key, {}).get("at_edge"):
-                    sentences.append(
-                        f"{row.label} on {self.titles[dataset]}: the best learning rate of the sweep, {rows[row.key]['lr']:g}, "
-                        "is at the edge of its grid; the method may want one beyond it."
-                    )
+        for row, dataset, lr in self._edges:
+            sentences.append(
+                f"{row.label} on {self.titles[dataset]}: the best learning rate of the sweep, {lr:g}, is at the edge "
+                "of its grid; the method may want one beyond it."
+            )
         return tuple(sentences)
 
     @property
@@ -310,7 +346,7 @@ class Results:
     @cached_property
     def shared_settings(self) -> dict[str, str]:
         """Fields of `RunConfig` that all runs have in common."""
-        configs = [row.config(d).to_dict() for row in self.experiment.rows for d in self.experiment.datasets]
+        configs = [config.to_dict() for config in self._configs]
         first = configs[0]
         skipped = {"seed", "lr", "dataset"}
         return {
@@ -362,7 +398,9 @@ class Results:
             series = [_series(run) for run in runs]
             epochs = tuple(sorted({epoch for values in series for epoch in values}))
             points = [
-                stats.estimate([v for run, s in zip(runs, series, strict=True) if (v := _at(run, s, epoch)) is not None])
+                stats.estimate(
+                    [v for run, s in zip(runs, series, strict=True) if (v := _at(run, s, epoch)) is not None]
+                )
                 for epoch in epochs
             ]
             if epochs:
@@ -373,7 +411,8 @@ class Results:
     def curve_values(self, lines: Sequence[figures.Curve]) -> list[dict[str, Any]]:
         """What the page's script shows under the pointer."""
         return [
-            {"method": c.method, "epochs": c.epochs, "text": [stats.with_interval(e) for e in c.estimates]} for c in lines
+            {"method": c.method, "epochs": c.epochs, "text": [stats.with_interval(e) for e in c.estimates]}
+            for c in lines
         ]
 
     def rates(self, dataset: str) -> list[float]:
@@ -474,6 +513,18 @@ def _net(model: str, width: float) -> str:
     return name if width == 1 else f"{name} at width {width:g}"
 
 
+def _plural(count: int, noun: str) -> str:
+    return noun if count == 1 else f"{noun}s"
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def _have(count: int) -> str:
+    return "has" if count == 1 else "have"
+
+
 def _listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
@@ -493,15 +544,11 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
-def _repeated(difference: Difference) -> bool:
-    """A difference between two baselines is measured twice, once with each sign."""
-    keys = [difference.row.key, difference.baseline.key]
-    return all(key in BASELINES for key in keys) and BASELINES.index(keys[0]) < BASELINES.index(keys[1])
-
-
 def _series(run: Run) -> dict[int, float]:
     """Accuracy in percent by epoch; a diverged run's last epoch has that of chance."""
-    values = {int(e["epoch"]): 100.0 * float(e["eval_accuracy"]) for e in run.epochs if e.get("eval_accuracy") is not None}
+    values = {
+        int(e["epoch"]): 100.0 * float(e["eval_accuracy"]) for e in run.epochs if e.get("eval_accuracy") is not None
+    }
     if run.diverged and run.end is not None:
         values[run.config.epochs] = run.final_accuracy
     return values
@@ -537,40 +584,53 @@ def _cell_dict(cell: Cell) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- writing
 
 
-def _draw(results: Results) -> Iterator[tuple[str, str, Callable[[bool], Any], str, str]]:
-    """The figures: data set, kind, a drawing function (True: to stand alone), title, description."""
-    e = results.experiment
-    for dataset in e.datasets:
-        title = results.titles[dataset]
+@dataclass(frozen=True)
+class _Drawing:
+    dataset: str
+    kind: str
+    title: str
+    description: str
+    draw: Callable[[tuple[str, str] | None], Figure]
+    """Draws it to stand alone under a title and subtitle, or, without them, as part of the page."""
+
+
+def _drawings(results: Results) -> Iterator[_Drawing]:
+    for dataset in results.experiment.datasets:
         lines = results.curves(dataset)
         if lines:
-            switches, epochs = results.switches(dataset), results.epochs(dataset)
-            heading = f"{title}: test accuracy over epochs"
-            words = f"{heading}. " + "; ".join(figures.describe(line) for line in lines)
-            if switches:
-                words += f". Switch to SGD after epoch {_listed([f'{s:g}' for s in switches])}"
-            yield dataset, "curves", _curves(lines, switches, epochs, heading), heading, f"{words}."
-        table = results.dots(dataset)
-        if any(dot.estimate for dot in table):
-            heading = f"{title}: final test accuracy"
-            words = f"{heading}, percent. " + "; ".join(figures.describe(dot) for dot in table)
-            yield dataset, "dots", _dots(table, "final test accuracy, %", heading, ""), heading, f"{words}."
+            switches = results.switches(dataset)
+            title = f"{results.titles[dataset]}: test accuracy over epochs"
+            words = [f"{line.label} {stats.with_interval(line.estimates[-1])}" for line in lines]
+            switch = f" Switch to SGD after epoch {_listed([f'{s:g}' for s in switches])}." if switches else ""
+            yield _Drawing(
+                dataset,
+                "curves",
+                title,
+                f"{title}. Percent at the end: {'; '.join(words)}.{switch}",
+                partial(_curves, lines, switches, results.epochs(dataset)),
+            )
+        tables = [("dots", "final test accuracy", "%", results.dots(dataset), "")]
         for base in results.baselines[:1]:
-            table = results.difference_dots(dataset, base)
-            if any(dot.estimate for dot in table):
-                heading = f"{title}: difference to {base.label}"
-                words = f"{heading}, points. " + "; ".join(figures.describe(dot) for dot in table)
-                yield dataset, "differences", _dots(table, "points", heading, base.label), heading, f"{words}."
+            difference = f"difference to {base.label}"
+            tables.append(("differences", difference, "points", results.difference_dots(dataset, base), base.label))
+        for kind, what, unit, dots, zero in tables:
+            if any(dot.estimate for dot in dots):
+                title = f"{results.titles[dataset]}: {what}"
+                words = [f"{d.label} {d.text}{'' if d.paper is None else f' (paper {d.paper:.6g})'}" for d in dots]
+                axis = unit if zero else f"{what}, {unit}"
+                yield _Drawing(
+                    dataset, kind, title, f"{title}, {unit}: {'; '.join(words)}.", partial(_dots, dots, axis, zero)
+                )
 
 
-def _curves(lines: tuple[figures.Curve, ...], switches: tuple[float, ...], epochs: int, title: str) -> Callable[[bool], Any]:
-    return lambda alone: figures.curves(
-        lines, switches=switches, epochs=epochs, title=title if alone else "", labels=alone
-    )
+def _curves(
+    lines: Sequence[figures.Curve], switches: Sequence[float], epochs: int, heading: tuple[str, str] | None
+) -> Figure:
+    return figures.curves(lines, switches=switches, epochs=epochs, heading=heading)
 
 
-def _dots(table: tuple[figures.Dot, ...], axis: str, title: str, zero: str) -> Callable[[bool], Any]:
-    return lambda alone: figures.dots(table, axis=axis, title=title if alone else "", zero=zero)
+def _dots(dots: Sequence[figures.Dot], axis: str, zero: str, heading: tuple[str, str] | None) -> Figure:
+    return figures.dots(dots, axis=axis, zero=zero, heading=heading)
 
 
 def _environment() -> jinja2.Environment:
@@ -586,10 +646,21 @@ def _environment() -> jinja2.Environment:
     env.filters["interval"] = stats.with_interval
     env.filters["paper"] = stats.paper_number
     env.filters["shortsigned"] = lambda v: stats.signed(v, 0 if abs(v - round(v)) < 1e-9 else 2)
+    env.filters["unbroken"] = _unbroken
     env.filters["plain"] = _plain
     env.filters["colour"] = figures.colour
     env.filters["md"] = lambda text: str(text).translate({ord(c): f"\\{c}" for c in "\\|*_`[]<>"})
     return env
+
+
+def _unbroken(text: str) -> Markup:
+    """Text whose hyphenated words, intervals and bracketed remarks stay on one line."""
+    glued = re.sub(r" ± | %", lambda m: m[0].replace(" ", "\xa0"), text)
+    glued = re.sub(r"\([^()]{1,12}\)", lambda m: m[0].replace(" ", "\xa0"), glued)
+    words = (
+        Markup('<span class="whole">{}</span>').format(w) if "-" in w else Markup.escape(w) for w in glued.split(" ")
+    )
+    return Markup(" ").join(words)
 
 
 def _save(path: Path, content: bytes) -> None:
@@ -608,7 +679,8 @@ def write(
 
     Args:
         experiment: the rows and data sets; its runs at the tuned (else preset) learning rates are looked up in `runs`.
-        runs: by configuration hash, as `signstep.lab.runs.read_runs` gives them; others than the experiment's are ignored.
+        runs: by configuration hash, as `signstep.lab.runs.read_runs` gives them; others than the experiment's are
+            ignored.
         out: a folder, made where there is none. Figures are `<name>-<data set>-<curves|dots|differences>.<svg|png>`.
         tuned: what the sweep chose, as `signstep.lab.sweep.read_tuned` gives it; None: nothing was tuned.
         commands: the commands that reproduce the report, printed as they are.
@@ -623,15 +695,27 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     name = experiment.name
     drawn: dict[tuple[str, str], dict[str, Any]] = {}
-    for dataset, kind, draw, title, description in _draw(results):
-        stem = f"{name}-{dataset}-{kind}"
-        alone = draw(True)
+    hollow = "mean, 95 % interval, seeds; hollow: the paper"
+    marks = {"curves": "mean and 95 % interval", "dots": hollow, "differences": hollow}
+    for drawing in _drawings(results):
+        stem = f"{name}-{drawing.dataset}-{drawing.kind}"
+        alone = drawing.draw((drawing.title, f"{results.setting}; {marks[drawing.kind]}"))
         _save(out / f"{stem}.png", figures.png(alone))
-        _save(out / f"{stem}.svg", figures.svg(alone, name=stem, description=description, alone=True).encode())
-        inline = figures.svg(draw(False), name=stem, description=description, alone=False)
-        drawn[dataset, kind] = {"svg": Markup(inline), "file": stem, "title": title, "description": description}
+        _save(out / f"{stem}.svg", figures.svg(alone, name=stem, description=drawing.description, alone=True).encode())
+        inline = figures.svg(drawing.draw(None), name=stem, description=drawing.description, alone=False)
+        drawn[drawing.dataset, drawing.kind] = {
+            "svg": Markup(inline),
+            "file": stem,
+            "title": drawing.title,
+            "description": drawing.description,
+        }
     env = _environment()
-    context = {"results": results, "experiment": experiment, "drawn": drawn, "palette": Markup(figures.palette_css(":root"))}
+    context = {
+        "results": results,
+        "experiment": experiment,
+        "drawn": drawn,
+        "palette": Markup(figures.palette_css(":root")),
+    }
     _save(out / f"{name}.json", (json.dumps(results.to_dict(), indent=1, ensure_ascii=False) + "\n").encode())
     _save(out / f"{name}.md", env.get_template("report.md").render(context).encode())
     page = out / f"{name}.html"

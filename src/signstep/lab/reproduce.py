@@ -74,10 +74,11 @@ def reproduce(
     started = time.monotonic()
     out = folder / "runs"
     runs = planned(experiments, seeds, tuned)
-    rates = {(d, row.key): row.label for e in experiments for d in e.datasets for row in e.rows}
-    untuned = [f"{d}/{key}" for d, key in rates if key not in tuned.get(d, {})]
+    cells = dict.fromkeys((d, row.key) for e in experiments for d in e.datasets for row in e.rows)
+    untuned = [f"{d}/{key}" for d, key in cells if key not in tuned.get(d, {})]
     if untuned:
-        say(f"not tuned, so with the preset's learning rate: {', '.join(untuned)}")
+        names = "every method" if len(untuned) == len(cells) else ", ".join(untuned)
+        say(f"not tuned, so with the preset's learning rate: {names}")
     mine = list(runs.values())[shard[0] :: shard[1]]
     for position, (label, config) in enumerate(mine):
         if done(out / f"{config.hash}.jsonl"):

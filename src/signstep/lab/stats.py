@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ import scipy.stats
 
 CONFIDENCE = 0.95
 
-Verdict = Literal["agrees", "contradicts", "undecided"]
+Verdict = Literal["same sign", "opposite sign", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Estimate:
         return Estimate(self.n, self.mean - value, self.half_width)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _t_factor(n: int) -> float:
     return float(scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) / math.sqrt(n)
 
@@ -90,13 +90,13 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
 
 
 def claim_verdict(difference: Estimate, claimed: float) -> Verdict:
-    """Whether a measured difference bears out the direction of a claimed one.
+    """Whether a measured difference has the sign of a claimed one.
 
-    "agrees" and "contradicts" need an interval that excludes 0; everything else, one seed included, is "undecided".
+    "same sign" and "opposite sign" need an interval that excludes 0; all else, one seed included, is "undecided".
     """
     if difference.contains(0.0) is not False or claimed == 0:
         return "undecided"
-    return "agrees" if (difference.mean > 0) == (claimed > 0) else "contradicts"
+    return "same sign" if (difference.mean > 0) == (claimed > 0) else "opposite sign"
 
 
 def number(value: float, digits: int = 2) -> str:

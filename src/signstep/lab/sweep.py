@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,17 +82,15 @@ def search(dataset: str, row: Row, trials: int, records: Mapping[str, Record]) -
     indices = list(row.grid(trials))
     extensions = 0
     while True:
-        configs = [row.tuning_config(dataset, grid_point(index)) for index in indices]
-        finished = {c.hash: records[c.hash] for c in configs if c.hash in records and records[c.hash].done}
+        configs = {c.hash: c for c in (row.tuning_config(dataset, grid_point(index)) for index in indices)}
+        finished = {key: records[key] for key in configs if key in records and records[key].done}
         state = Search(
             dataset=dataset,
             row=row,
             trials=tuple(
-                Trial(c.lr, finished[c.hash].final_accuracy, finished[c.hash].diverged, c.hash)
-                for c in configs
-                if c.hash in finished
+                Trial(configs[key].lr, record.final_accuracy, record.diverged, key) for key, record in finished.items()
             ),
-            pending=tuple(c for c in configs if c.hash not in finished),
+            pending=tuple(config for key, config in configs.items() if key not in finished),
             extensions=extensions,
             at_edge=False,
         )
@@ -103,7 +101,7 @@ def search(dataset: str, row: Row, trials: int, records: Mapping[str, Record]) -
         if not (at_low or at_high):
             return state
         if extensions == MAX_EXTENSIONS:
-            return Search(**{**vars(state), "at_edge": True})
+            return replace(state, at_edge=True)
         if at_high:
             indices.append(indices[-1] + 1)
         else:

@@ -99,11 +99,12 @@ def train(
                     now, ended = time.monotonic(), run.step == run.total_steps
                     out_of_time = max_minutes is not None and now - started >= 60 * max_minutes
                     due = now - last_save >= 60 * checkpoint_minutes
-                    stopping, due = workers.any(stop.received or out_of_time, due)
+                    stopping, due = workers.any(stop.received is not None or out_of_time, due)
                     if stopping or ended or due:
                         run.save(saved)
                         last_save = now
                     if stopping and not ended:
+                        stop.answered = True
                         where = f"after step {run.step} of {run.total_steps}"
                         display.say(f"{config.hash}: stopped {where}; run it again to go on")
                         return "stopped"
@@ -116,7 +117,7 @@ def train(
                 return "diverged"
             run.end("done")
             run.write(record)
-    return "done"
+        return "done"
 
 
 class _NotFinite(Exception):

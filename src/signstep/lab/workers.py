@@ -119,14 +119,18 @@ class Workers:
 
 
 class StopRequest:
-    """Within the block, the first SIGINT or SIGTERM sets `received`; the second one kills the process."""
+    """Within the block, the first SIGINT or SIGTERM sets `received`; the second one kills the process.
+
+    A request that the block has not `answered` is raised again at its end, for whoever comes next.
+    """
 
     def __init__(self) -> None:
-        self.received = False
+        self.received: int | None = None
+        self.answered = False
         self._previous: dict[int, object] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self.received = number
         for each in self._previous:
             signal.signal(each, signal.SIG_DFL)
 
@@ -140,3 +144,5 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self.received is not None and not self.answered:
+            signal.raise_signal(self.received)

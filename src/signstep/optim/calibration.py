@@ -42,19 +42,24 @@ def update(
         state: the tensors of `STATE`: lambda_bar, lambda_bar over delta at the last sign step, E<s, g> and E||g||^2.
         sums: [<s, g>, ||g||^2], shape (2,).
         steps: 0-dim integer tensor, sign steps taken, this one included.
-        lr: delta, the scheduled learning rate of this step.
+        lr: delta, the scheduled learning rate of this step; a tensor has 0 dimensions.
         ema_decay: eta in [0, 1).
     """
-    inner, square = sums[0], sums[1]
+    # The tensors of state change last, by copies: under differentiable=True autograd holds what entered the sums.
+    inner, square = sums.unbind()
     calibrated, ratio = state["calibrated_lr"], state["lr_ratio"]
-    lr = torch.as_tensor(lr, dtype=ratio.dtype, device=ratio.device).squeeze()
     if rule == "paper":
-        calibrated.lerp_(lr * inner.abs() / (square + EPS), 1 - ema_decay)
+        average = calibrated.lerp(lr * inner.abs() / (square + EPS), 1 - ema_decay)
         # An lr of exactly 0 says nothing about the ratio: keep the last one.
-        ratio.copy_(torch.where(lr > 0, calibrated / lr, ratio))
+        now = average / lr
+        now = torch.where(now.isfinite(), now, ratio)
+        calibrated.copy_(average)
     else:
-        state["inner_avg"].lerp_(inner, 1 - ema_decay)
-        state["square_avg"].lerp_(square, 1 - ema_decay)
-        start = 1 - ema_decay ** steps.to(ratio.device, ratio.dtype)
-        ratio.copy_((state["inner_avg"] / (state["square_avg"] + EPS * start)).clamp(min=0))
-        calibrated.copy_(ratio * lr)
+        inner = state["inner_avg"].lerp(inner, 1 - ema_decay)
+        square = state["square_avg"].lerp(square, 1 - ema_decay)
+        start = 1 - ema_decay ** steps.to(torch.float32)
+        now = (inner / (square + EPS * start)).clamp(min=0)
+        state["inner_avg"].copy_(inner)
+        state["square_avg"].copy_(square)
+        calibrated.copy_(now * lr)
+    ratio.copy_(now)

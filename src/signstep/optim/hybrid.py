@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from signstep.optim import calibration as rules
-from signstep.optim.signsgd import Batch, SignSGD, picks_foreach, real
+from signstep.optim.signsgd import Batch, SignSGD, picks_foreach, real, scalar
 
 __all__ = ["HybridSignSGD"]
 
@@ -166,7 +166,7 @@ class HybridSignSGD(SignSGD):
                 batch.params,
                 batch.grads,
                 batch.exp_avgs,
-                rate=group["lr_ratio"] * group["lr"],
+                rate=group["lr_ratio"] * scalar(group["lr"]),
                 **{name: group[name] for name in ("lr", "weight_decay", "decoupled_weight_decay", "maximize")},
                 momentum=group["sgd_momentum"],
                 foreach=group["foreach"],
@@ -177,7 +177,12 @@ class HybridSignSGD(SignSGD):
         sums = torch.zeros(2, dtype=running["lr_ratio"].dtype, device=running["lr_ratio"].device)
         super()._step_group(group, batch, sums)
         rules.update(
-            group["calibration"], running, sums, steps=group["step"], lr=group["lr"], ema_decay=group["ema_decay"]
+            group["calibration"],
+            running,
+            sums,
+            steps=group["step"],
+            lr=scalar(group["lr"]),
+            ema_decay=group["ema_decay"],
         )
         if group["switch_step"] is not None and group["step"] >= group["switch_step"]:
             self._switch_group(group)
@@ -208,8 +213,8 @@ def sgd(
     """
     lists = [params, grads] + ([exp_avgs] if momentum > 0 else [])
     lists = [[real(x) for x in column] for column in lists]
-    lr = lr.squeeze() if isinstance(lr, Tensor) else lr
-    options = (rate.squeeze(), lr, momentum, weight_decay, decoupled_weight_decay, maximize)
+    lr = scalar(lr)
+    options = (rate, lr, momentum, weight_decay, decoupled_weight_decay, maximize)
     if picks_foreach(foreach, differentiable, params):
         grouped = torch.optim.Optimizer._group_tensors_by_device_and_dtype(lists)  # type: ignore[arg-type]
         for columns, _ in grouped.values():
@@ -232,7 +237,8 @@ def _single_tensor_sgd(param: Tensor, grad: Tensor, exp_avg: Tensor | None = Non
         param.mul_(1 - lr * weight_decay)
     if exp_avg is not None:
         exp_avg.lerp_(grad, 1 - momentum)
-        grad = exp_avg
+        # Under differentiable=True autograd holds this step's average, which the next step overwrites.
+        grad = exp_avg.clone() if torch.is_grad_enabled() else exp_avg
     param.add_(grad.to(torch.promote_types(grad.dtype, torch.float32)) * -rate.to(param.device))
 
 

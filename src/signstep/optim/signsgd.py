@@ -75,7 +75,7 @@ def check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(value.shape)}")
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise TypeError(f"Invalid {name}: {value!r} of type {type(value).__name__}, expected {rule.allowed}")
-        if not rule.holds(float(value) if isinstance(value, Tensor) else value):
+        if not rule.holds(float(value.detach()) if isinstance(value, Tensor) else value):
             raise ValueError(f"Invalid {name}: {value!r}, expected {rule.allowed}")
     if options["fused"]:
         raise RuntimeError("Invalid fused: True, this version has no fused kernels; pass fused=None or foreach=True")
@@ -269,6 +269,11 @@ class SignSGD(Optimizer):
     def _first_exp_avg(self, group: dict[str, Any], p: Tensor) -> Tensor:
         return torch.zeros_like(p, memory_format=torch.preserve_format)
 
+    def _graph_capture_health_check(self) -> None:
+        # torch renamed it between 2.6 and 2.13.
+        check = getattr(self, "_accelerator_graph_capture_health_check", None)
+        (check or self._cuda_graph_capture_health_check)()
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -278,7 +283,7 @@ class SignSGD(Optimizer):
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step; with a closure, re-evaluate the loss under grad first and return it."""
-        self._accelerator_graph_capture_health_check()
+        self._graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -353,7 +358,7 @@ def signsgd(
         grads,
         exp_avgs,
         step=step,
-        lr=lr.squeeze() if isinstance(lr, Tensor) else lr,
+        lr=scalar(lr),
         momentum=momentum,
         dither=_Dither(dither, dither_decay, dither_position, dither_scale, seed) if dither > 0 else None,
         weight_decay=weight_decay,
@@ -385,7 +390,12 @@ class _Dither(NamedTuple):
         sigma = dither_std(step, self.alpha, self.decay)
         if self.scale == "absolute":
             return [sigma] * len(ms)
-        return [sigma.to(m.device) * m.detach().float().square().mean().sqrt() for m in ms]
+        return [sigma.to(m.device) * m.float().square().mean().sqrt() for m in ms]
+
+
+def scalar(lr: float | Tensor) -> float | Tensor:
+    """A tensor of one element without its dimensions, so that it may be on the CPU while the parameters are not."""
+    return lr.squeeze() if isinstance(lr, Tensor) else lr
 
 
 def real(x: Tensor) -> Tensor:
@@ -394,10 +404,14 @@ def real(x: Tensor) -> Tensor:
 
 
 def _apply_steps(params: list[Tensor], directions: Sequence[Tensor], lr: float | Tensor) -> None:
-    """Param <- param - lr * direction, computed in at least float32 and rounded to the parameter's dtype once."""
+    """Param <- param - lr * direction, in at least float32 and rounded to the parameter's dtype once.
+
+    May overwrite directions.
+    """
     if isinstance(lr, Tensor):
-        wide = [d.to(torch.promote_types(d.dtype, torch.float32)) for d in directions]
-        torch._foreach_add_(params, torch._foreach_mul(wide, -lr))
+        wide = [d.to(torch.promote_types(p.dtype, torch.float32)) for p, d in zip(params, directions, strict=True)]
+        torch._foreach_mul_(wide, -lr)
+        torch._foreach_add_(params, wide)
     else:
         torch._foreach_add_(params, list(directions), alpha=-lr)
 
@@ -405,8 +419,8 @@ def _apply_steps(params: list[Tensor], directions: Sequence[Tensor], lr: float |
 def _add_sums(sums: Tensor, directions: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Add [<s, g>, ||g||^2] over the lists to sums, in the dtype of sums."""
     for direction, grad in zip(directions, grads, strict=True):
-        g = grad.detach().to(sums.dtype)
-        sums += torch.stack([(direction.detach().to(sums.dtype) * g).sum(), g.square().sum()]).to(sums.device)
+        g = grad.to(sums.dtype)
+        sums += torch.stack([(direction.to(sums.dtype) * g).sum(), g.square().sum()]).to(sums.device)
 
 
 def _segment(param: Tensor, m: Tensor, ordinal: int, offset: int) -> Segment:
@@ -460,7 +474,7 @@ def _single_tensor_signsgd(
         if sums is not None:
             _add_sums(sums, [expected], [grad])
         if isinstance(lr, Tensor):
-            param.add_(direction.to(torch.promote_types(direction.dtype, torch.float32)) * -lr)
+            param.add_(direction.to(torch.promote_types(param.dtype, torch.float32)) * -lr)
         else:
             param.add_(direction, alpha=-lr)
 
@@ -501,7 +515,7 @@ def _multi_tensor_signsgd(
                 _add_sums(sums, torch._foreach_sign(ms), gs)
             # sign, with NaN where m is not finite: see reference.sign.
             directions = list(torch._foreach_sign(ms))
-            torch._foreach_add_(directions, torch._foreach_mul(ms, 0))
+            torch._foreach_add_(directions, ms, alpha=0)
             _apply_steps(ps, directions, lr)
             continue
         sigmas = dither.sigmas(ms, step)

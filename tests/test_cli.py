@@ -1,0 +1,212 @@
+"""The command line: what it accepts, what it refuses and how, and how it stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from signstep.lab import cli
+from signstep.lab.cli import main
+from signstep.lab.config import RunConfig
+
+TINY = ["--model", "resnet8", "--width", "0.25", "--subset", "128", "--batch-size", "64", "--epochs", "1"]
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    code = stopped.value.code
+    return 0 if code is None else int(code)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--lr", "-1"], "lr=-1.0: expected a finite value >= 0"),
+        (["train", "--optimizer", "sgd", "--dither", "0.1"], "dither=0.1: optimizer sgd has no such option"),
+        (["train", "--optimizer", "hybrid"], "optimizer hybrid needs the share of steps before the switch"),
+        (["train", "--dataset", "digits", "--subset", "999999", "--epochs", "1"], "subset=999999"),
+        (["train", "--dataset", "digits", "--batch-size", "5000", "--epochs", "1"], "batch_size=5000"),
+        (["train", "--dataset", "digits", "--device", "abacus"], "device='abacus'"),
+        (["train", "--dataset", "digits", "--max-minutes", "0"], "--max-minutes 0.0: expected a number above 0"),
+        (["train", "--preset", "table1"], "table1 has no row ''"),
+        (["train", "--preset", "table1/lion"], "table1 has no row 'lion': it has sgd"),
+        (["train", "--preset", "table3/sgd"], "experiment 'table3': expected one of table1"),
+        (["sweep", "--shard", "2/2"], "--shard 2/2: expected i/n"),
+        (["sweep", "--shard", "half"], "--shard half: expected i/n"),
+        (["sweep", "--shard", "-1/2"], "--shard -1/2: expected i/n"),
+        (["sweep", "--trials", "0"], "trials=0: expected at least 1"),
+        (["sweep", "--max-minutes", "-3"], "--max-minutes -3.0"),
+        (["reproduce", "--max-minutes", "nan"], "--max-minutes nan"),
+        (["reproduce", "--seeds", "0"], "seeds=0: expected at least 1"),
+        (["report", "--seeds", "0"], "seeds=0: expected at least 1"),
+        (["data", "get"], "name the sets to get"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = [] if arguments[0] == "data" else ["--out", str(tmp_path)]
+    assert run(*arguments, *out) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("signstep: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["train", "--dataset", "imagenet"],
+        ["train", "--lr", "fast"],
+        ["train", "--learning-rate", "1"],
+        ["reproduce", "table9"],
+        ["sweep", "table1", "--scale", "huge"],
+        ["data", "get", "imagenet"],
+    ],
+)
+def test_what_the_parser_refuses_ends_with_exit_code_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err + captured.out
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("command", [[], ["data"], ["train"], ["sweep"], ["reproduce"], ["report"], ["demo"]])
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*command, "--help") == 0
+    assert "usage: signstep" in capsys.readouterr().out
+
+
+def test_the_commands_module_does_not_import_torch_itself() -> None:
+    # `import signstep` needs torch: what is measured is that nothing heavier is imported until a command runs.
+    code = (
+        "import sys, torch, signstep; import signstep.lab.cli; "
+        "print(*[m for m in ('matplotlib', 'sklearn', 'scipy', 'signstep.lab.train', 'signstep.lab.data') "
+        "if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_a_preset_is_the_runs_default_and_options_override_it() -> None:
+    arguments = ["--preset", "table1/pre-0.1", "--scale", "smoke", "--recipe", "paper", "--dataset", "digits"]
+    preset = cli._preset(arguments)
+    assert (preset.dataset, preset.dither, preset.dither_position, preset.schedule) == ("digits", 0.1, "pre", "step")
+    assert cli._preset(["--lr", "1"]) == RunConfig()
+
+
+def test_train_from_a_preset_writes_the_run_that_the_experiment_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from signstep.lab.experiments import load
+
+    row = load("fig2", scale="smoke", datasets=["digits"]).row("hybrid")
+    arguments = ["train", "--preset", "fig2/hybrid", "--scale", "smoke", "--dataset", "digits", "--seed", "1"]
+    assert run(*arguments, "--out", str(tmp_path)) == 0
+    path = tmp_path / f"{row.config('digits', 1).hash}.jsonl"
+    assert path.exists()
+    assert f"% accuracy after the last epoch; see {path}" in capsys.readouterr().out
+    before = path.read_bytes()
+    assert run(*arguments, "--out", str(tmp_path)) == 0
+    assert path.read_bytes() == before
+
+
+def test_a_diverged_run_is_reported_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "--dataset", "digits", *TINY, "--epochs", "3", "--lr", "1e30", "--out", str(tmp_path)]
+    assert run(*arguments) == 0
+    assert "diverged: the loss of step" in capsys.readouterr().out
+
+
+def test_a_damaged_record_or_tuned_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "smoke-strong"
+    (folder / "runs").mkdir(parents=True)
+    (folder / "runs/0.jsonl").write_text("not json\n")
+    arguments = ["report", "fig2", "--scale", "smoke", "--dataset", "digits", "--out", str(tmp_path)]
+    assert run(*arguments) == 2
+    assert "0.jsonl, line 1" in capsys.readouterr().err
+    (folder / "tuned.json").write_text("{}")
+    assert run(*arguments) == 2
+    assert "tuned.json: not a file that sweep writes" in capsys.readouterr().err
+
+
+def test_torchrun_is_for_train_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("sweep", "fig2", "--scale", "smoke") == 2
+    assert "use it with signstep train" in capsys.readouterr().err
+
+
+def test_a_report_without_runs_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("report", "fig2", "--scale", "smoke", "--dataset", "digits", "--out", str(tmp_path)) == 0
+    page = tmp_path / "smoke-strong/fig2.html"
+    assert str(page) in capsys.readouterr().out
+    assert page.exists()
+
+
+def test_data_lists_every_set(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run("data") == 0
+    out = capsys.readouterr().out
+    for name in ("cifar10", "cifar100", "fashion-mnist", "mnist", "digits"):
+        assert name in out
+    assert run("data", "get", "digits") == 0
+    assert "digits: 1437 training and 360 test images" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_demo_falls_back_to_digits_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("signstep.lab.data.demo_dataset", lambda folder: ("digits", "Fashion-MNIST is not to be had"))
+    assert run("demo", "--out", str(tmp_path), "--seeds", "1", "--max-minutes", "0.05") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "data set digits: Fashion-MNIST is not to be had"
+    assert any("runs are left" in line for line in lines)
+    assert lines[-2:] == [
+        f"table: {tmp_path / 'demo-strong/table1.md'}",
+        f"report: {tmp_path / 'demo-strong/table1.html'}",
+    ]
+    assert all(Path(line.partition(": ")[2]).exists() for line in lines[-2:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "sweep"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_cleanly_and_the_same_command_goes_on(
+    tmp_path: Path, command: str, number: signal.Signals
+) -> None:
+    if command == "train":
+        options = ["train", "--dataset", "digits", *TINY, "--epochs", "100000", "--out", str(tmp_path)]
+        records = tmp_path
+    else:
+        options = ["sweep", "table1", "--scale", "smoke", "--dataset", "digits", "--out", str(tmp_path)]
+        records = tmp_path / "smoke-strong/tune"
+    arguments = [sys.executable, "-m", "signstep", *options]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not any(b'"epoch"' in path.read_bytes() for path in records.glob("*.jsonl")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=300)
+    assert "Traceback" not in err
+    # Between two of a sweep's runs, a SIGTERM is the plain one.
+    assert process.returncode in ((130,) if command == "train" or number == signal.SIGINT else (130, -signal.SIGTERM))
+    if process.returncode == 130:
+        assert "the same command goes on" in out + err
+    for path in records.glob("*.jsonl"):
+        lines = path.read_text().splitlines()
+        assert json.loads(lines[0])["event"] == "start"
+    assert not list(records.glob("*.tmp"))

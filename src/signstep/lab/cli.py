@@ -5,8 +5,8 @@
     signstep sweep table1 --scale cpu
     signstep reproduce all --scale cpu --seeds 3 --max-minutes 60
 
-Exit code 0: done, or stopped by --max-minutes (the last line says what is left); 2: bad input, one sentence on stderr;
-130: stopped by Ctrl-C or SIGTERM. torch, data and training are imported by the command that needs them.
+Exit code 0: done, or stopped by --max-minutes (the last line says what is left); 1: `train` diverged; 2: bad
+input, one sentence on stderr; 130: stopped by Ctrl-C or SIGTERM. torch, data and training are imported by the command that needs them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from signstep.lab.experiments import Experiment, Name, Recipe, Scale
 _TYRO = (tyro.conf.HelptextFromCommentsOff,)
 _BAD_INPUT = 2
 _INTERRUPTED = 130
+_DIVERGED = 1
 
 
 def _say(line: str) -> None:
@@ -153,8 +154,8 @@ class Train:
         if run.diverged:
             assert run.end is not None
             _say(f"diverged: {run.end.get('reason', 'a loss was not finite')}; see {path}")
-        else:
-            _say(f"done: {run.final_accuracy:.2f} % accuracy after the last epoch; see {path}")
+            return _DIVERGED
+        _say(f"done: {run.final_accuracy:.2f} % accuracy after the last epoch; see {path}")
         return 0
 
 

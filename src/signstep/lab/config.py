@@ -35,7 +35,8 @@ class RunConfig:
     # data
     dataset: Dataset = "cifar10"
     split: Literal["tune", "final"] = "final"
-    """tune: train on the training set less a fixed tenth, evaluate on that tenth; final: train on all of it, evaluate on the test set."""
+    """tune: train on nine tenths of the training set, evaluate on the fixed tenth that is left; final: train on all of
+    it, evaluate on the test set."""
     subset: int | None = None
     """Train on this many images only, a fixed random choice from the training part; None: all."""
     crop: int = 4
@@ -137,7 +138,9 @@ class RunConfig:
 
     @property
     def hash(self) -> str:
-        """12 hex digits of the SHA-256 of the fields that differ from their defaults, so that a field added later does not rename old runs."""
+        """12 hex digits that name the run: of the fields that differ from their defaults, so that a field added later
+        renames no old run.
+        """
         defaults = RunConfig().to_dict()
         changed = {k: v for k, v in self.to_dict().items() if v != defaults[k]}
         return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]

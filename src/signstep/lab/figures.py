@@ -89,11 +89,8 @@ class Curve:
     """A method that is not in the paper: drawn dashed."""
     diverged_at: tuple[int, ...] = ()
     """Epochs in which a seed's run was stopped by a non-finite loss."""
-
-    @property
-    def final(self) -> float:
-        """Mean at the last epoch."""
-        return self.estimates[-1].mean
+    diverged: bool = False
+    """Every seed diverged: the line ends before the run does, and no number belongs to it."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +211,7 @@ def _label_ends(axes: Axes, lines: Sequence[Curve], plot_height: float) -> None:
             arrowprops={"arrowstyle": "-", "color": shade, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 1},
         )  # fmt: skip
         axes.annotate(
-            f"{line.label}  {number(last.mean)}", (1, place), (14, 0), xycoords=("axes fraction", "data"),
+            f"{line.label}  {'diverged' if line.diverged else number(last.mean)}", (1, place), (14, 0), xycoords=("axes fraction", "data"),
             textcoords="offset points", color=_INK, fontsize=9.5, va="center", annotation_clip=False,
         )  # fmt: skip
 

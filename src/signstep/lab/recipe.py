@@ -83,14 +83,14 @@ def require_bf16_on_cpu(
     """Try one bfloat16 step of this network on a batch of this shape [B, C, H, W] in a process of its own.
 
     Raises:
-        RuntimeError: the trial died, as oneDNN's bfloat16 kernels do on some CPUs (illegal instruction).
+        ValueError: the trial died, as oneDNN's bfloat16 kernels do on some CPUs (illegal instruction).
     """
     network = {"model": model, "num_classes": num_classes, "in_channels": shape[1], "width": width, "stem": stem}
     command = [sys.executable, "-c", _BF16_TRIAL, json.dumps([shape, channels_last]), json.dumps(network)]
     code = subprocess.run(command, capture_output=True, check=False).returncode
     if code:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        raise RuntimeError(
-            f"this CPU cannot train this network in bfloat16 (a trial step ended with {how}): use --precision fp32, "
+        raise ValueError(
+            f"precision='bf16': this CPU cannot train this network in it (a trial step ended with {how}); use fp32, "
             "or set the environment variable ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
         )

@@ -58,13 +58,13 @@ class Cell:
     @property
     def text(self) -> str:
         if self.estimate is None:
-            return "diverged" if self.all_diverged else "not run"
+            return f"diverged ({self.caveat})" if self.all_diverged else "not run"
         return stats.with_interval(self.estimate)
 
     @property
     def caveat(self) -> str:
-        """'1 of 3 diverged' or nothing."""
-        return f"{len(self.diverged)} of {len(self.accuracies)} diverged" if self.diverged else ""
+        """'1 of 3' or nothing: how many seeds diverged."""
+        return f"{len(self.diverged)} of {len(self.accuracies)}" if self.diverged else ""
 
     @property
     def shift(self) -> float | None:
@@ -246,7 +246,7 @@ class Results:
         smaller = any(c.model != "resnet18" or c.width != 1 or c.subset is not None for c in self._configs)
         if unknown:
             sentences.append(f"The paper has no numbers on {_listed(unknown)}.")
-        if smaller and len(unknown) < len(self.titles):
+        if smaller and self.any_in_paper:
             sentences.append(
                 "The paper trained ResNet-18 on all images, so its accuracies are printed for reference; "
                 "what can be compared is the order of the methods and the differences between them."
@@ -260,6 +260,11 @@ class Results:
     def in_paper(self, dataset: str) -> bool:
         """Whether the paper has any number on a data set."""
         return any(row.paper.get(dataset) is not None for row in self.experiment.rows)
+
+    @property
+    def any_in_paper(self) -> bool:
+        """Whether the paper has any number on any of the data sets."""
+        return any(self.in_paper(d) for d in self.experiment.datasets)
 
     @property
     def tally(self) -> str:
@@ -310,7 +315,9 @@ class Results:
                 name = f"{row.label} on {self.titles[dataset]}"
                 if cell.diverged:
                     seeds = _listed([str(seed) for seed in cell.diverged])
-                    sentences.append(f"{name}: {cell.caveat} (seed {seeds}), counted with the accuracy of chance.")
+                    sentences.append(
+                        f"{name}: {cell.caveat} diverged (seed {seeds}), counted with the accuracy of chance."
+                    )
                 if cell.missing and not cell.accuracies:
                     sentences.append(f"{name}: no finished run.")
                 elif cell.missing:
@@ -391,28 +398,48 @@ class Results:
     # ------------------------------------------------------------------------------------------------ figures
 
     def curves(self, dataset: str) -> tuple[figures.Curve, ...]:
-        """Mean accuracy over epochs of each row that has finished runs."""
+        """Mean accuracy over epochs of each row that has been evaluated; its last point is the table's number."""
         lines = []
         for row in self.experiment.rows:
-            runs = self.cells[row.key, dataset].runs
-            series = [_series(run) for run in runs]
-            epochs = tuple(sorted({epoch for values in series for epoch in values}))
-            points = [
-                stats.estimate(
-                    [v for run, s in zip(runs, series, strict=True) if (v := _at(run, s, epoch)) is not None]
-                )
-                for epoch in epochs
-            ]
+            cell = self.cells[row.key, dataset]
+            series = [_series(run, to_the_end=not cell.all_diverged) for run in cell.runs]
+            epochs = sorted({epoch for values in series for epoch in values})
+            ended = tuple(int(run.end["epoch"]) for run in cell.runs if run.diverged and run.end)
+            points = []
+            for epoch in epochs:
+                values = [s[epoch] for s in series if epoch in s]
+                if not cell.all_diverged:
+                    # A diverged run goes on at chance wherever another was evaluated after its end.
+                    values += [
+                        run.final_accuracy
+                        for run, s in zip(cell.runs, series, strict=True)
+                        if run.diverged and run.end and epoch not in s and epoch >= int(run.end["epoch"])
+                    ]
+                points.append(stats.estimate(values))
             if epochs:
-                ended = tuple(int(run.end["epoch"]) for run in runs if run.diverged and run.end)
-                lines.append(figures.Curve(row.key, row.label, epochs, tuple(points), not row.in_paper, ended))
+                lines.append(
+                    figures.Curve(
+                        method=row.key,
+                        label=row.label,
+                        epochs=tuple(epochs),
+                        estimates=tuple(points),
+                        own=not row.in_paper,
+                        diverged_at=ended,
+                        diverged=cell.all_diverged,
+                    )
+                )
         return tuple(lines)
 
-    def curve_values(self, lines: Sequence[figures.Curve]) -> list[dict[str, Any]]:
+    def key(self, dataset: str) -> list[tuple[figures.Curve, str]]:
+        """The curves by falling final accuracy, each with that accuracy as printed."""
+        lines = sorted(self.curves(dataset), key=lambda line: (line.diverged, -line.estimates[-1].mean))
+        return [(line, "diverged" if line.diverged else stats.with_interval(line.estimates[-1])) for line in lines]
+
+    def curve_values(self, dataset: str) -> list[dict[str, Any]]:
         """What the page's script shows under the pointer."""
         return [
             {"method": c.method, "epochs": c.epochs, "text": [stats.with_interval(e) for e in c.estimates]}
-            for c in lines
+            for c in self.curves(dataset)
         ]
 
     def rates(self, dataset: str) -> list[float]:
@@ -544,21 +571,14 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
-def _series(run: Run) -> dict[int, float]:
-    """Accuracy in percent by epoch; a diverged run's last epoch has that of chance."""
+def _series(run: Run, *, to_the_end: bool) -> dict[int, float]:
+    """Accuracy in percent by epoch; with `to_the_end` a diverged run's last epoch has that of chance."""
     values = {
         int(e["epoch"]): 100.0 * float(e["eval_accuracy"]) for e in run.epochs if e.get("eval_accuracy") is not None
     }
-    if run.diverged and run.end is not None:
+    if run.diverged and to_the_end:
         values[run.config.epochs] = run.final_accuracy
     return values
-
-
-def _at(run: Run, series: Mapping[int, float], epoch: int) -> float | None:
-    """A run's accuracy at an epoch that some run was evaluated at; after a divergence, chance."""
-    if run.diverged and run.end is not None and epoch not in series and epoch >= int(run.end["epoch"]):
-        return run.final_accuracy
-    return series.get(epoch)
 
 
 def _estimate_dict(e: stats.Estimate | None) -> dict[str, Any]:
@@ -600,7 +620,7 @@ def _drawings(results: Results) -> Iterator[_Drawing]:
         if lines:
             switches = results.switches(dataset)
             title = f"{results.titles[dataset]}: test accuracy over epochs"
-            words = [f"{line.label} {stats.with_interval(line.estimates[-1])}" for line in lines]
+            words = [f"{line.label} {text}" for line, text in results.key(dataset)]
             switch = f" Switch to SGD after epoch {_listed([f'{s:g}' for s in switches])}." if switches else ""
             yield _Drawing(
                 dataset,

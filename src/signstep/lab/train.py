@@ -63,8 +63,7 @@ def train(
     Raises:
         RunBusy: another process is training this run.
         CheckpointError: the checkpoint is damaged.
-        ValueError: the configuration does not fit the images or the workers.
-        RuntimeError: this CPU cannot train in bfloat16.
+        ValueError: the configuration does not fit the images, the workers or, in bf16, this CPU.
     """
     started = last_save = time.monotonic()
     workers = Workers.join(device)

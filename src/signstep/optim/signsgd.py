@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -44,18 +45,18 @@ def _choice(*names: str) -> _Rule:
 
 _FLAG = (bool,)
 _RULES: dict[str, tuple[tuple[type, ...], _Rule]] = {
-    "lr": ((float, int, Tensor), _number(0)),
-    "momentum": ((float, int), _number(0, 1, open_end=True)),
-    "dither": ((float, int), _number(0)),
-    "dither_decay": ((float, int), _number(0)),
+    "lr": ((Real, Tensor), _number(0)),
+    "momentum": ((Real,), _number(0, 1, open_end=True)),
+    "dither": ((Real,), _number(0)),
+    "dither_decay": ((Real,), _number(0)),
     "dither_position": ((str,), _choice("pre", "post")),
     "dither_scale": ((str,), _choice("absolute", "relative")),
-    "seed": ((int,), _integer(0, 1 << 64)),
-    "weight_decay": ((float, int), _number(0)),
-    "switch_step": ((int, type(None)), _Rule(lambda x: x is None or x >= 1, "None or an integer >= 1")),
-    "ema_decay": ((float, int), _number(0, 1, open_end=True)),
+    "seed": ((Integral,), _integer(0, 1 << 64)),
+    "weight_decay": ((Real,), _number(0)),
+    "switch_step": ((Integral, type(None)), _Rule(lambda x: x is None or x >= 1, "None or an integer >= 1")),
+    "ema_decay": ((Real,), _number(0, 1, open_end=True)),
     "calibration": ((str,), _choice("paper", "ratio", "applied")),
-    "sgd_momentum": ((float, int), _number(0, 1, open_end=True)),
+    "sgd_momentum": ((Real,), _number(0, 1, open_end=True)),
     "decoupled_weight_decay": (_FLAG, _Rule(lambda x: True, "True or False")),
     "maximize": (_FLAG, _Rule(lambda x: True, "True or False")),
     "capturable": (_FLAG, _Rule(lambda x: True, "True or False")),
@@ -257,7 +258,7 @@ class SignSGD(Optimizer):
                 if self._keeps_exp_avg(group):
                     state = self.state[p]
                     if "exp_avg" not in state:
-                        state["exp_avg"] = self._first_exp_avg(group, p)
+                        state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                     batch.exp_avgs.append(state["exp_avg"])
             if batch.params:
                 batches.append((group, batch))
@@ -265,9 +266,6 @@ class SignSGD(Optimizer):
 
     def _keeps_exp_avg(self, group: dict[str, Any]) -> bool:
         return bool(group["momentum"] > 0)
-
-    def _first_exp_avg(self, group: dict[str, Any], p: Tensor) -> Tensor:
-        return torch.zeros_like(p, memory_format=torch.preserve_format)
 
     def _graph_capture_health_check(self) -> None:
         # torch renamed it between 2.6 and 2.13.

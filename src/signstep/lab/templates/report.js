@@ -3,6 +3,9 @@ document.querySelectorAll("figure.curves").forEach((figure) => {
   const svg = figure.querySelector("svg");
   const lines = JSON.parse(figure.querySelector("script").textContent);
   const items = [...figure.querySelectorAll(".key li")];
+  const key = figure.querySelector(".key");
+  key.setAttribute("role", "group");
+  key.setAttribute("aria-label", "methods: press one to hide or show it");
   const when = figure.querySelector(".when");
   const [left, right, top, bottom, first, last] = svg.dataset.plot.split(" ").map(Number);
   const epochs = [...new Set(lines.flatMap((line) => line.epochs))].sort((a, b) => a - b);

@@ -5,8 +5,9 @@
     signstep sweep table1 --scale cpu
     signstep reproduce all --scale cpu --seeds 3 --max-minutes 60
 
-Exit code 0: done, or stopped by --max-minutes (the last line says what is left); 1: `train` diverged; 2: bad
-input, one sentence on stderr; 130: stopped by Ctrl-C or SIGTERM. torch, data and training are imported by the command that needs them.
+Exit code 0: done, or stopped by --max-minutes (the last line says what is left); 1: `train` diverged; 2: bad input, one
+sentence on stderr; 130: stopped by Ctrl-C or SIGTERM. torch, data and training are imported by the command that needs
+them.
 """
 
 from __future__ import annotations

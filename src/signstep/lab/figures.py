@@ -120,6 +120,16 @@ def _figure(width: float, height: float, left: float, right: float, top: float, 
     return figure, axes
 
 
+def _say(
+    axes: Axes, text: str, at: tuple[float, float], where: Any, offset: tuple[float, float] = (0, 0), **style: Any
+) -> None:
+    """Write `text`, taken as it is, at a point in the coordinates `where`, moved by `offset` points."""
+    style = {"color": _MUTED, "fontsize": 10, **style}
+    axes.annotate(
+        text, at, offset, xycoords=where, textcoords="offset points", annotation_clip=False, parse_math=False, **style
+    )
+
+
 def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Positions in the order of the rising `wanted`, at least `gap` apart, inside [low, high] where they fit."""
     placed: list[float] = []
@@ -170,10 +180,7 @@ def curves(
             axes.plot([epoch], [at[-1] if at else 0], marker="x", markersize=8, markeredgewidth=2, **style)
     for switch in sorted(set(switches)):
         axes.axvline(switch, color=_SWITCH, linestyle=(0, (5, 3)), linewidth=1.2, zorder=2)
-        axes.annotate(
-            "switch to SGD", (switch, 1), (3, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
-            color=_SWITCH, fontsize=10, annotation_clip=False,
-        )  # fmt: skip
+        _say(axes, "switch to SGD", (switch, 1), ("data", "axes fraction"), (3, 3), color=_SWITCH)
     axes.set_xlim(0, max(epochs, 1))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
@@ -181,10 +188,7 @@ def curves(
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("epoch", color=_MUTED, fontsize=10, loc="right", labelpad=3)
-    axes.annotate(
-        "test accuracy, %", (0, 1), (-30, 7), xycoords="axes fraction",
-        textcoords="offset points", color=_MUTED, fontsize=10, annotation_clip=False,
-    )  # fmt: skip
+    _say(axes, "test accuracy, %", (0, 1), "axes fraction", (-30, 7))
     if heading:
         _head(figure, heading, 6)
         _label_ends(axes, lines, height - top - 40)
@@ -193,8 +197,10 @@ def curves(
 
 def _head(figure: Figure, heading: tuple[str, str], left: float) -> None:
     width, height = (72 * inches for inches in figure.get_size_inches())
-    figure.text(left / width, 1 - 16 / height, heading[0], color=_INK, fontsize=12, fontweight="bold", va="center")
-    figure.text(left / width, 1 - 33 / height, heading[1], color=_MUTED, fontsize=9, va="center")
+    left /= width
+    style: dict[str, Any] = {"va": "center", "parse_math": False}
+    figure.text(left, 1 - 16 / height, heading[0], color=_INK, fontsize=12, fontweight="bold", **style)
+    figure.text(left, 1 - 33 / height, heading[1], color=_MUTED, fontsize=9, **style)
 
 
 def _label_ends(axes: Axes, lines: Sequence[Curve], plot_height: float) -> None:
@@ -205,15 +211,14 @@ def _label_ends(axes: Axes, lines: Sequence[Curve], plot_height: float) -> None:
     for line, place in zip(ordered, places, strict=True):
         last = line.estimates[-1]
         shade = _COLOURS[colour(line.method)][0]
+        ending = "diverged" if line.diverged else number(last.mean)
         axes.annotate(
             "", (line.epochs[-1], last.mean), (1.03, place), textcoords=("axes fraction", "data"),
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": shade, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 1},
         )  # fmt: skip
-        axes.annotate(
-            f"{line.label}  {'diverged' if line.diverged else number(last.mean)}", (1, place), (14, 0), xycoords=("axes fraction", "data"),
-            textcoords="offset points", color=_INK, fontsize=9.5, va="center", annotation_clip=False,
-        )  # fmt: skip
+        text, right = f"{line.label}  {ending}", ("axes fraction", "data")
+        _say(axes, text, (1, place), right, (14, 0), color=_INK, fontsize=9.5, va="center")
 
 
 def dots(lines: Sequence[Dot], *, axis: str, zero: str = "", heading: tuple[str, str] | None = None) -> Figure:
@@ -237,13 +242,10 @@ def dots(lines: Sequence[Dot], *, axis: str, zero: str = "", heading: tuple[str,
         shade = _COLOURS[colour(line.method)][0]
         gid = _METHOD + line.method
         axes.axhline(y, color=_GRID, linewidth=0.8, zorder=1)
-        axes.annotate(
-            line.label, (0, i + 0.27), xycoords=("axes fraction", "data"), color=_INK, fontsize=10, va="center"
-        )
-        axes.annotate(
-            line.text, (1, i + 0.27), xycoords=("axes fraction", "data"), color=_INK if line.estimate else _MUTED,
-            fontsize=10, va="center", ha="right",
-        )  # fmt: skip
+        above = ("axes fraction", "data")
+        _say(axes, line.label, (0, i + 0.27), above, color=_INK, va="center")
+        shown = _INK if line.estimate else _MUTED
+        _say(axes, line.text, (1, i + 0.27), above, color=shown, va="center", ha="right")
         axes.plot(line.values, [y] * len(line.values), "|", color=shade, markersize=7, markeredgewidth=1, alpha=0.6,
                   gid=gid, zorder=3)  # fmt: skip
         if line.estimate is not None:
@@ -264,8 +266,7 @@ def dots(lines: Sequence[Dot], *, axis: str, zero: str = "", heading: tuple[str,
         # Short of the text above each line.
         axes.vlines([0] * len(lines), [i + 0.5 for i in range(len(lines))], [i + 0.86 for i in range(len(lines))],
                     color=_MUTED, linewidth=1, zorder=2)  # fmt: skip
-        axes.annotate(zero, (0, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
-                      color=_MUTED, fontsize=9.5, ha="center", annotation_clip=False)  # fmt: skip
+        _say(axes, zero, (0, 1), ("data", "axes fraction"), (0, 4), fontsize=9.5, ha="center")
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     if zero:
         axes.xaxis.set_major_formatter(lambda value, _: signed(value, 0 if value == int(value) else 1))
@@ -304,6 +305,8 @@ def svg(figure: Figure, *, name: str, description: str, alone: bool) -> str:
     referenced = set(re.findall(r"#([\w-]+)", text))
     variables = {light: f"var(--c-{colour_name})" for colour_name, (light, _) in _COLOURS.items()}
     for element in root.iter():
+        # Indentation of the file; the drawing's own words are never blank.
+        element.text, element.tail = (t if t and t.strip() else None for t in (element.text, element.tail))
         identity = element.attrib.pop("id", None)
         if identity in referenced:
             element.set("id", f"{name}-{identity}")

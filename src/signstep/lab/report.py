@@ -353,28 +353,24 @@ class Results:
     @cached_property
     def shared_settings(self) -> dict[str, str]:
         """Fields of `RunConfig` that all runs have in common."""
-        configs = [config.to_dict() for config in self._configs]
-        first = configs[0]
-        skipped = {"seed", "lr", "dataset"}
+        configs = [_settings(config) for config in self._configs]
         return {
             name: _plain(value)
-            for name, value in first.items()
-            if name not in skipped and value is not None and all(c[name] == value for c in configs)
+            for name, value in configs[0].items()
+            if name != "lr" and all(name in c and c[name] == value for c in configs)
         }
 
     def own_settings(self, row: Row) -> dict[str, str]:
         """The fields in which a row's runs differ from other rows', by data set where they differ there."""
-        by_dataset = {d: row.config(d, 0, self.cells[row.key, d].lr).to_dict() for d in self.experiment.datasets}
-        first = next(iter(by_dataset.values()))
+        configs = {d: _settings(row.config(d, 0, self.cells[row.key, d].lr)) for d in self.experiment.datasets}
         settings = {}
-        for name in first:
-            if name in self.shared_settings or name in ("seed", "dataset"):
-                continue
-            values = {self.titles[d]: _plain(c[name]) for d, c in by_dataset.items() if c[name] is not None}
-            if len(set(values.values())) == 1:
-                settings[name] = next(iter(values.values()))
-            elif values:
-                settings[name] = ", ".join(f"{v} ({d})" for d, v in values.items())
+        for name in dict.fromkeys(name for config in configs.values() for name in config):
+            if name not in self.shared_settings:
+                values = {self.titles[d]: _plain(c[name]) for d, c in configs.items() if name in c}
+                if len(values) == len(configs) and len(set(values.values())) == 1:
+                    settings[name] = next(iter(values.values()))
+                else:
+                    settings[name] = ", ".join(f"{value} ({title})" for title, value in values.items())
         return settings
 
     @property
@@ -535,6 +531,12 @@ class Results:
         }
 
 
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """The fields that say how a run trained, less those that it does not use."""
+    unused = {"seed", "dataset"} | (set() if config.schedule == "step" else {"milestones", "gamma"})
+    return {name: value for name, value in config.to_dict().items() if value is not None and name not in unused}
+
+
 def _net(model: str, width: float) -> str:
     name = model.replace("resnet", "ResNet-")
     return name if width == 1 else f"{name} at width {width:g}"
@@ -636,7 +638,10 @@ def _drawings(results: Results) -> Iterator[_Drawing]:
         for kind, what, unit, dots, zero in tables:
             if any(dot.estimate for dot in dots):
                 title = f"{results.titles[dataset]}: {what}"
-                words = [f"{d.label} {d.text}{'' if d.paper is None else f' (paper {d.paper:.6g})'}" for d in dots]
+                words = [
+                    f"{d.label} {d.text}{'' if d.paper is None else f' (paper {stats.paper_number(d.paper)})'}"
+                    for d in dots
+                ]
                 axis = unit if zero else f"{what}, {unit}"
                 yield _Drawing(
                     dataset, kind, title, f"{title}, {unit}: {'; '.join(words)}.", partial(_dots, dots, axis, zero)

@@ -125,7 +125,7 @@ def with_interval(e: Estimate, *, sign: bool = False) -> str:
 
 def paper_number(value: float) -> str:
     """A number as the paper prints it: 91.38 and 77, not 77.00."""
-    return f"{value:g}"
+    return f"{value:g}".replace("-", "−")
 
 
 def against_paper(e: Estimate, paper: float) -> str:

@@ -49,7 +49,7 @@ def update(
     inner, square = sums.unbind()
     calibrated, ratio = state["calibrated_lr"], state["lr_ratio"]
     if rule == "paper":
-        average = calibrated.lerp(lr * inner.abs() / (square + EPS), 1 - ema_decay)
+        average = calibrated.lerp((lr * inner.abs() / (square + EPS)).to(calibrated.dtype), 1 - ema_decay)
         # An lr of exactly 0 says nothing about the ratio: keep the last one.
         now = average / lr
         now = torch.where(now.isfinite(), now, ratio)

@@ -287,8 +287,20 @@ class SignSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group, batch in self._batches():
-            self._step_group(group, batch)
+            if not self._changes_nothing(group, batch):
+                self._step_group(group, batch)
         return loss
+
+    def _changes_nothing(self, group: dict[str, Any], batch: Batch) -> bool:
+        """True for a step with lr 0 and zero gradients on a group that keeps no state, which is not to be counted.
+
+        torch.distributed.checkpoint takes such a step, to make state, whenever it finds an optimizer without any.
+        """
+        lr = group["lr"]
+        on_host = not isinstance(lr, Tensor) or lr.device.type == "cpu"
+        if batch.exp_avgs or torch.compiler.is_compiling() or not on_host or lr != 0:
+            return False
+        return not any(g.any() for g in batch.grads)
 
     def _step_group(self, group: dict[str, Any], batch: Batch, sums: Tensor | None = None) -> None:
         signsgd(

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from signstep.lab import experiments, figures
 from signstep.lab.experiments import Experiment, Row
-from signstep.lab.report import Results, write
+from signstep.lab.report import write
+from signstep.lab.results import Results
 from signstep.lab.runs import Run
 
 COMMANDS = ["signstep sweep table1 --scale cpu", 'signstep report table1 --scale cpu # <&">']

@@ -54,7 +54,7 @@ from torch.testing._internal.common_optimizers import (
 from torch.testing._internal.common_utils import TestCase, parametrize
 
 # That import forbids the whole process to set torch.backends.*; other tests in the process may.
-setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)  # noqa: B010 a name that Python would mangle
+setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the optimizers support, in PyTorch's terms

@@ -2,8 +2,8 @@
 
     python benchmarks/step.py [millions of parameters, default 5]
 
-Every round times each optimizer once, in turn, on the same tensors; a ratio is the median over rounds of this optimizer's time
-over SGD's of the same round, with the 10th and 90th percentile. An absolute time means little on a shared machine.
+Every round times each optimizer once, in turn, on the same tensors; a ratio is the median over rounds of its time over
+SGD's of the same round, with the 10th and 90th percentile. An absolute time means little on a shared machine.
 """
 
 import statistics
@@ -54,13 +54,17 @@ def main(millions: float) -> None:
         optimizer.step()
     rounds = [{name: seconds(o.step, device) for name, o in contestants.items()} for _ in range(ROUNDS)]
     peer = next(iter(contestants))
-    print(f"{sum(sizes) / 1e6:g} M fp32 parameters in {len(sizes)} tensors, {device}, {torch.get_num_threads()} threads")
+    print(
+        f"{sum(sizes) / 1e6:g} M fp32 parameters in {len(sizes)} tensors, {device}, {torch.get_num_threads()} threads"
+    )
     print(f"{'optimizer':28} {'ns/parameter':>12} {'ratio to the first':>19}   10 % to 90 %")
     for name in contestants:
         ratios = [r[name] / r[peer] for r in rounds]
         deciles = statistics.quantiles(ratios, n=10)
         nanoseconds = statistics.median(r[name] for r in rounds) / sum(sizes) * 1e9
-        print(f"{name:28} {nanoseconds:12.2f} {statistics.median(ratios):19.2f}   {deciles[0]:.2f} to {deciles[-1]:.2f}")
+        print(
+            f"{name:28} {nanoseconds:12.2f} {statistics.median(ratios):19.2f}   {deciles[0]:.2f} to {deciles[-1]:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -52,7 +52,9 @@ CONFIGS: dict[str, tuple[type[SignSGD], dict[str, Any]]] = {
 every_config = pytest.mark.parametrize(("cls", "options"), CONFIGS.values(), ids=CONFIGS)
 
 
-def tensors(seed: int = 0, *, dtype: torch.dtype = torch.float32, shapes: Iterable[tuple[int, ...]] = SHAPES) -> list[Tensor]:
+def tensors(
+    seed: int = 0, *, dtype: torch.dtype = torch.float32, shapes: Iterable[tuple[int, ...]] = SHAPES
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
@@ -258,9 +260,7 @@ HYBRID_OVERRIDES: list[tuple[str, Any, dict[str, Any] | None]] = [
     ("cls", "name", "value", "common"),
     [(cls, *case) for cls in CLASSES for case in OVERRIDES + (HYBRID_OVERRIDES if cls is HybridSignSGD else [])],
 )
-def test_group_overrides_an_option(
-    cls: type[SignSGD], name: str, value: Any, common: dict[str, Any] | None
-) -> None:
+def test_group_overrides_an_option(cls: type[SignSGD], name: str, value: Any, common: dict[str, Any] | None) -> None:
     """Two groups step as two optimizers with the two values do, and the value matters."""
     matters, common = common is not None, {"lr": 0.01, **(common or {})}
     common.pop(name, None) if name == "lr" else None
@@ -626,7 +626,14 @@ def test_state_saved_before_an_option_existed(cls: type[SignSGD], name: str) -> 
     state = deepcopy(old.state_dict())
     for group in state["param_groups"]:
         del group[name]
-    set_now = {"dither": 0.5, "seed": 3, "weight_decay": 0.1, "maximize": True, "calibration": "ratio", "switch_step": 3}
+    set_now = {
+        "dither": 0.5,
+        "seed": 3,
+        "weight_decay": 0.1,
+        "maximize": True,
+        "calibration": "ratio",
+        "switch_step": 3,
+    }
     new = cls(params, **({name: set_now[name]} if name in set_now else {}))
     for p, q in zip(params, then, strict=True):
         p.copy_(q)

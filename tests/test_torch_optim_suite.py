@@ -460,7 +460,10 @@ class TestOptimSuite(TestCase):
     def test_complex(self, device, dtype, optim_info):
         """A complex parameter steps as its view_as_real does; the last parameter is real, to mix both."""
         for optim_input in plain_inputs(device, dtype, optim_info):
-            complex_params = [torch.randn(10, 5, device=device, dtype=dtype), torch.randn(10, device=device, dtype=dtype)]
+            complex_params = [
+                torch.randn(10, 5, device=device, dtype=dtype),
+                torch.randn(10, device=device, dtype=dtype),
+            ]
             complex_params.append(torch.randn(10, 5, device=device))
             real_params = [signsgd.real(p).clone() for p in complex_params]
             complex_optimizer = optim_info.optim_cls(complex_params, **deepcopy(optim_input.kwargs))
@@ -640,7 +643,9 @@ class TestOptimSuite(TestCase):
                 peaks.append(memory.peak)
             size = sum(p.numel() * p.element_size() for p in params)
             # A coupled decay, like maximize, makes a new list of gradients before the list of directions.
-            intermediates = 2 if moves_up(optim_input) or not optim_input.kwargs.get("decoupled_weight_decay", True) else 1
+            intermediates = (
+                2 if moves_up(optim_input) or not optim_input.kwargs.get("decoupled_weight_decay", True) else 1
+            )
             assert peaks[1] <= peaks[0] + intermediates * size, (optim_input.desc, peaks, size)
 
     @parametrize("position", ["pre", "post"])
@@ -795,9 +800,7 @@ class TestOptimSuite(TestCase):
                     p.loss()
                     o.step()
                 assert_same(twin.params, problem.params, optim_input.desc)
-            assert_same(
-                without_names(other.state_dict()), without_names(optimizer.state_dict()), optim_input.desc
-            )
+            assert_same(without_names(other.state_dict()), without_names(optimizer.state_dict()), optim_input.desc)
             # A parameter that is in two groups is written the same way twice.
             other.param_groups.extend(other.param_groups)
             repeated = without_names(other.state_dict())["param_groups"]
@@ -1019,9 +1022,7 @@ class TestOptimSuite(TestCase):
         for optimizer in self._hooked(device, dtype, optim_info):
             seen = []
             optimizer.register_load_state_dict_pre_hook(pre)
-            optimizer.register_load_state_dict_post_hook(
-                lambda opt, seen=seen: seen.append(opt.param_groups[0]["lr"])
-            )
+            optimizer.register_load_state_dict_post_hook(lambda opt, seen=seen: seen.append(opt.param_groups[0]["lr"]))
             optimizer.load_state_dict(optimizer.state_dict())
             assert seen == [0.003]
 

@@ -200,7 +200,7 @@ def test_hybrid_options_are_unknown_to_signsgd() -> None:
 def test_options_that_exclude_each_other(cls: type[SignSGD]) -> None:
     with pytest.raises(ValueError, match=r"Tensor lr must be 1-element, got shape \(2,\)"):
         cls(tensors(), lr=torch.tensor([0.1, 0.1]))
-    with pytest.raises(RuntimeError, match="Invalid foreach: True.*differentiable"):
+    with pytest.raises(RuntimeError, match=r"Invalid foreach: True.*differentiable"):
         cls(tensors(), foreach=True, differentiable=True)
     with pytest.raises(RuntimeError, match="Invalid fused: True"):
         cls(tensors(), fused=True)
@@ -823,7 +823,7 @@ def test_schedule_goes_on_through_the_switch(
 
 @pytest.mark.parametrize("calibration", ["paper", "ratio", "applied"])
 def test_switch_keeps_the_rate_that_was_measured(calibration: str) -> None:
-    """With a steady gradient lambda-bar settles at lr <s, g> / |g|^2: the SGD step projects on g as the sign step did."""
+    """Under a steady gradient lambda-bar settles at lr <s, g> / |g|^2: both steps project alike on g."""
     p = torch.zeros(3, dtype=torch.float64)
     g = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
     optimizer = HybridSignSGD([p], lr=0.01, momentum=0.5, switch_step=200, ema_decay=0.9, calibration=calibration)

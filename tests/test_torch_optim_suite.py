@@ -1,8 +1,8 @@
 """The generic tests of torch.optim, driven over `SignSGD` and `HybridSignSGD`.
 
-PyTorch holds every optimizer to one set of tests, written against an `OptimizerInfo` (test/test_optim.py, which does not
-ship in the wheel; the OptimizerInfo machinery does). Each test here has the name of the one it stands for and asks at
-least as much; the bodies are our own. `NOT_RUN` lists the ones that cannot run, and why; `pytest -rs` prints them.
+PyTorch holds every optimizer to one set of tests, written against an `OptimizerInfo` (test/test_optim.py, which does
+not ship in the wheel; the OptimizerInfo machinery does). Each test here has the name of the one it stands for and asks
+at least as much; the bodies are our own. `NOT_RUN` lists the ones that cannot run, and why; `pytest -rs` prints them.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ that was killed and resumed on the same CPU with the same number of threads ends
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from pathlib import Path
@@ -127,6 +128,8 @@ class _Run:
     """What a run consists of while it trains: images, model, optimizer, and the record so far."""
 
     def __init__(self, config: RunConfig, workers: Workers, folder: Path | None) -> None:
+        # A run's optimizer and scheduler hold each other: without this, earlier runs of a sweep and their images pile up.
+        gc.collect()
         self.config, self.workers, device = config, workers, workers.device
         self.batches = Batches(config, workers, folder)
         self.steps_per_epoch = self.batches.steps_per_epoch

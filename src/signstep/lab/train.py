@@ -128,7 +128,7 @@ class _Run:
     """What a run consists of while it trains: images, model, optimizer, and the record so far."""
 
     def __init__(self, config: RunConfig, workers: Workers, folder: Path | None) -> None:
-        # A run's optimizer and scheduler hold each other: without this, earlier runs of a sweep and their images pile up.
+        # A run's optimizer and scheduler hold each other: without this, a sweep's earlier runs pile up in memory.
         gc.collect()
         self.config, self.workers, device = config, workers, workers.device
         self.batches = Batches(config, workers, folder)

@@ -21,7 +21,7 @@ demo: $(STAMP) ## train the paper's comparison on real images and write the repo
 	$(BIN)/signstep demo
 
 test: $(STAMP) browser ## all tests
-	$(BIN)/pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check
@@ -33,8 +33,9 @@ bench: $(STAMP) ## what a step costs beside torch's own optimizers
 
 # The report's tests drive a Chromium; where there is none and apt can install one, it does, else they say that they skip.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null \
-	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+	    command -v $$name >/dev/null && exit 0; done; \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	       && echo "installing Debian's chromium for the report's tests" \
 	       && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
 	  || echo "no Chromium here: the report's browser tests will be skipped"

@@ -551,13 +551,18 @@ def test_capturable_changes_no_number(cls: type[SignSGD], options: dict[str, Any
     options = {k: v for k, v in options.items() if k != "switch_step"}
     a, b = tensors(), tensors()
     plain, capturable = cls(a, **options), cls(b, capturable=True, **options)
+    (group,) = capturable.param_groups
+    counted = {name: value for name, value in group.items() if isinstance(value, Tensor)}
     for i in range(7):
         for optimizer in (plain, capturable):
             if i == 4 and isinstance(optimizer, HybridSignSGD):
                 optimizer.switch()
             train(optimizer, [i])
         assert_equal(b, a)
-    assert capturable.param_groups[0]["step"].device == b[0].device
+    assert group["step"].device == b[0].device
+    # A captured step advances the tensors that were there when it was captured.
+    for name, value in counted.items():
+        assert group[name] is value
 
 
 @both

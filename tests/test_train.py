@@ -289,10 +289,25 @@ def test_seeds_differ_and_repeat(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compiled(tmp_path: Path) -> None:
+    try:
+        recipe.require_compiler("cpu")
+    except ValueError as error:
+        pytest.skip(str(error))
     status = train(tiny(compile=True), tmp_path, progress=False)
     assert status == train(tiny(), tmp_path, progress=False) == "done"
     compiled, plain = (record(tiny(compile=flag), tmp_path).epochs[0] for flag in (True, False))
     assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=0.02)
+
+
+def test_no_compiler_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("No working C++ compiler found")
+
+    recipe.require_compiler.cache_clear()
+    monkeypatch.setattr(recipe.torch, "compile", broken)
+    with pytest.raises(ValueError, match=r"compile=True.*No working C\+\+ compiler.*set compile to False"):
+        train(tiny(compile=True), tmp_path, progress=False)
+    recipe.require_compiler.cache_clear()
 
 
 # What it says

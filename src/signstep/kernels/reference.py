@@ -26,8 +26,8 @@ TOP_BITS, LOW_BITS = 0, 1
 """Stream numbers, the last word of the counter."""
 
 _MASK = 0xFFFFFFFF
-_MAX_ELEMENTS = 1 << 34
-"""Elements a parameter may have: a block index of stream 1 is one 32-bit word."""
+CHUNK = 1 << 22
+"""Elements whose noise is drawn at a time, which bounds its memory to some 350 MB."""
 
 
 class Segment(NamedTuple):
@@ -92,7 +92,7 @@ def less(top: Tensor, low: Tensor, t: Tensor) -> Tensor:
 
 def sign(m: Tensor) -> Tensor:
     """The sign of m: 0 at 0, and NaN where m is not finite (torch.sign turns NaN into 0 and hides it)."""
-    return torch.add(torch.sign(m), m.detach(), alpha=0)
+    return torch.where(m.isfinite(), torch.sign(m), math.nan)
 
 
 def directions(
@@ -122,19 +122,59 @@ def directions(
     Returns:
         For each, a float32 tensor of its shape.
     """
+    out = [torch.empty(m.shape, dtype=torch.float32, device=m.device) for m in ms]
+    flat_in, flat_out = [m.reshape(-1) for m in ms], [d.view(-1) for d in out]
+    for pieces in _pieces([m.numel() for m in ms]):
+        drawn = _draw(
+            [flat_in[i][a:b].to(torch.float32) for i, a, b in pieces],
+            [sigmas[i] for i, _, _ in pieces],
+            [Segment(segments[i].parameter, segments[i].start + a, b - a) for i, a, b in pieces],
+            seed,
+            step,
+            position,
+        )
+        for (i, a, b), piece in zip(pieces, torch.split(drawn, [b - a for _, a, b in pieces]), strict=True):
+            flat_out[i][a:b] = piece
+    return out
+
+
+def _pieces(sizes: Sequence[int]) -> list[list[tuple[int, int, int]]]:
+    """All elements of tensors of these sizes, in order, as lists of (tensor, first, end), `CHUNK` elements a list."""
+    lists: list[list[tuple[int, int, int]]] = []
+    room = 0
+    for i, size in enumerate(sizes):
+        first = 0
+        while first < size:
+            if room == 0:
+                lists.append([])
+                room = CHUNK
+            end = min(size, first + room)
+            lists[-1].append((i, first, end))
+            room -= end - first
+            first = end
+    return lists
+
+
+def _draw(
+    ms: list[Tensor], sigmas: list[Tensor], segments: list[Segment], seed: int, step: Tensor, position: str
+) -> Tensor:
+    """`directions` of float32 vectors, one after another in one vector."""
     sizes = [m.numel() for m in ms]
     device = ms[0].device
-    m = torch.cat([x.reshape(-1).to(torch.float32) for x in ms])
+    m = torch.cat(ms)
     top = torch.cat(top_bits(segments, seed=seed, step=step, device=device))
     low = torch.cat(low_bits(segments, seed=seed, step=step, device=device))
     # Each sigma stays where it is: a 0-dim CPU tensor reaches a GPU kernel without a copy that the host waits for.
     if position == "pre":
-        z = torch.cat([x / s for x, s in zip(torch.split(m, sizes), sigmas, strict=True)])
+        z = torch.cat([x / s for x, s in zip(ms, sigmas, strict=True)])
         flat = torch.where(less(top, low, threshold(z)), 1.0, -1.0)
     else:
-        u = ((top << 24) | low).to(wide_dtype(device))
-        normal = torch.special.ndtri((u + 0.5) * 2.0**-32).to(torch.float32)
+        wide = wide_dtype(device)
+        u = (((top << 24) | low).to(wide) + 0.5) * 2.0**-32
+        if wide == torch.float32:
+            u = u.clamp(max=1 - 2.0**-24)  # which else rounds to 1, and the noise to infinity
+        normal = torch.special.ndtri(u).to(torch.float32)
         xi = torch.cat([x * s for x, s in zip(torch.split(normal, sizes), sigmas, strict=True)])
         flat = torch.sign(m) + xi
-    flat = torch.where(m == 0, 0.0, flat) + m * 0
-    return [x.view(like.shape) for x, like in zip(torch.split(flat, sizes), ms, strict=True)]
+    # torch.where, not arithmetic: the compiler may take m * 0 for 0 although m is NaN.
+    return torch.where(m.isfinite(), torch.where(m == 0, 0.0, flat), math.nan)

@@ -75,7 +75,7 @@ class Batches:
         """One worker's share of the evaluation images, every `size`-th of them: normalised float32, labels int64."""
         share = slice(self._workers.rank, None, self._workers.size)
         size = _EVAL_BATCH_CPU if self._workers.device.type == "cpu" else _EVAL_BATCH
-        for x, y in zip(self.eval_x[share].split(size), self.eval_y[share].split(size), strict=True):
+        for x, y in zip(torch.split(self.eval_x[share], size), torch.split(self.eval_y[share], size), strict=True):
             yield normalise(x, self.images.mean, self.images.std, channels_last=self._config.channels_last), y
 
 

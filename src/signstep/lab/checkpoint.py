@@ -13,6 +13,8 @@ from typing import IO, Any
 import filelock
 import torch
 
+from signstep.lab.config import RunConfig
+
 
 class RunBusy(RuntimeError):
     """Another process is training the same run."""
@@ -57,7 +59,7 @@ def load(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         if damaged is not None:
             raise ValueError(f"wrong checksum in its part {damaged}")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["config"]
+        found = RunConfig.from_dict(state["config"])
     except FileNotFoundError:
         return None
     except (
@@ -74,7 +76,7 @@ def load(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         raise CheckpointError(
             f"{path} is not a readable checkpoint ({reason}); delete it to train this run from its start"
         ) from error
-    if found != config:
+    if found != RunConfig.from_dict(config):
         raise CheckpointError(
             f"{path} is the checkpoint of another configuration; delete it or train in another folder"
         )

@@ -9,7 +9,7 @@ Experiments that share a run share its `RunConfig`, so its hash, so its file.
 from __future__ import annotations
 
 import math
-import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -17,11 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from signstep.lab.config import Dataset, RunConfig
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Name = Literal["table1", "fig1", "fig2", "fig3", "beyond"]
 Scale = Literal["smoke", "demo", "cpu", "full"]

@@ -94,3 +94,23 @@ def require_bf16_on_cpu(
             f"precision='bf16': this CPU cannot train this network in it (a trial step ended with {how}); use fp32, "
             "or set the environment variable ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
         )
+
+
+@functools.lru_cache
+def require_compiler(device: str) -> None:
+    """Try torch.compile on one addition.
+
+    Args:
+        device: type of the device, as "cpu".
+
+    Raises:
+        ValueError: it fails, most often for want of a C++ compiler or of Python's headers.
+    """
+    try:
+        torch.compile(torch.neg, dynamic=False)(torch.ones(1, device=device))
+    except Exception as error:  # what a missing tool raises differs from one version of torch to the next
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"compile=True: torch.compile does not work on this machine ({reason}); install a C++ compiler and "
+            "Python's headers, or set compile to False"
+        ) from error

@@ -114,6 +114,7 @@ def write(
     *,
     tuned: Mapping[str, Mapping[str, Any]] | None,
     commands: Sequence[str],
+    seeds: int = 0,
 ) -> Path:
     """Write the report on `experiment` into `out`: `<name>.html`, `<name>.md`, `<name>.json`, and the figures.
 
@@ -124,6 +125,7 @@ def write(
         out: a folder, made where there is none. Figures are `<name>-<data set>-<curves|dots|differences>.<svg|png>`.
         tuned: what the sweep chose, as `signstep.lab.sweep.read_tuned` gives it; None: nothing was tuned.
         commands: the commands that reproduce the report, printed as they are.
+        seeds: runs of seeds 0 to this less one were asked for: one that is not there is reported as missing.
 
     Returns:
         The path of the HTML page, which needs no other file and no network.
@@ -131,7 +133,7 @@ def write(
     Raises:
         OSError: `out` cannot be written. Each file is there whole or as it was.
     """
-    results = Results(experiment, runs, tuned or {}, commands)
+    results = Results(experiment, runs, tuned or {}, commands, seeds)
     out.mkdir(parents=True, exist_ok=True)
     name = experiment.name
     drawn: dict[tuple[str, str], dict[str, Any]] = {}

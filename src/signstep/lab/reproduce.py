@@ -129,5 +129,5 @@ def write_reports(
         for experiment in experiments:
             hashes = planned([experiment], seeds, tuned)
             runs = {key: recorded[key] for key in hashes if key in recorded}
-            written.append(report.write(experiment, runs, folder, tuned=tuned, commands=commands))
+            written.append(report.write(experiment, runs, folder, tuned=tuned, commands=commands, seeds=seeds))
         return written

@@ -99,6 +99,7 @@ class Results:
         runs: Mapping[str, Run],
         tuned: Mapping[str, Mapping[str, Any]],
         commands: Sequence[str],
+        seeds: int = 0,
     ) -> None:
         self.experiment = experiment
         self.tuned = {d: {r.key: tuned[d][r.key] for r in experiment.rows if r.key in tuned[d]}
@@ -112,7 +113,7 @@ class Results:
                 lr = learning_rate(experiment, row.key, dataset, tuned)
                 hashes = {seed: row.config(dataset, seed, lr).hash for seed in sorted(candidates)}
                 found[row.key, dataset] = {seed: runs[h] for seed, h in hashes.items() if h in runs}
-        self.seeds = tuple(sorted({seed for by_seed in found.values() for seed in by_seed}))
+        self.seeds = tuple(sorted({seed for by_seed in found.values() for seed in by_seed} | set(range(seeds))))
         self.unfinished = tuple(run for by_seed in found.values() for run in by_seed.values() if not run.done)
         self.cells = {
             (row.key, dataset): self._cell(row, dataset, tuned, found[row.key, dataset])

@@ -42,10 +42,6 @@ class Estimate:
         """Whether `value` lies in the interval, ends included; None without an interval."""
         return None if self.half_width is None else abs(value - self.mean) <= self.half_width
 
-    def minus(self, value: float) -> Estimate:
-        """The same estimate shifted by a number that carries no uncertainty of its own."""
-        return Estimate(self.n, self.mean - value, self.half_width)
-
 
 @cache
 def _t_factor(n: int) -> float:

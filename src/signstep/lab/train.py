@@ -24,7 +24,7 @@ from signstep.lab.batches import Batches
 from signstep.lab.checkpoint import CheckpointError, RunBusy
 from signstep.lab.config import RunConfig
 from signstep.lab.display import Display
-from signstep.lab.recipe import build_optimizer, likely_cause, lr_factor, require_bf16_on_cpu
+from signstep.lab.recipe import build_optimizer, likely_cause, lr_factor, require_bf16_on_cpu, require_compiler
 from signstep.lab.workers import StopRequest, Workers
 
 __all__ = ["CheckpointError", "RunBusy", "Status", "build_optimizer", "lr_factor", "train"]
@@ -64,7 +64,7 @@ def train(
     Raises:
         RunBusy: another process is training this run.
         CheckpointError: the checkpoint is damaged.
-        ValueError: the configuration does not fit the images, the workers or, in bf16, this CPU.
+        ValueError: the configuration does not fit the images, the workers or, in bf16 or compiled, this machine.
     """
     started = last_save = time.monotonic()
     workers = Workers.join(device)
@@ -156,6 +156,7 @@ class _Run:
             self.optimizer, lambda step: lr_factor(config, min(1.0, step / self.total_steps))
         )
         if config.compile:
+            require_compiler(device.type)
             torch.compiler.reset()  # else many runs in one process reach the limit on recompilations
         self.network = workers.wrap(torch.compile(self.model) if config.compile else self.model)  # type: ignore[arg-type]
 

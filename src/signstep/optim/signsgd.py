@@ -17,9 +17,6 @@ from signstep.optim.dither import dither_std, expected_sign
 
 __all__ = ["SignSGD", "signsgd"]
 
-_CHUNK = 1 << 22
-"""Elements dithered at a time by the multi-tensor path: bounds the noise's memory to some 200 MB."""
-
 
 class _Rule(NamedTuple):
     holds: Callable[[Any], bool]
@@ -261,6 +258,9 @@ class SignSGD(Optimizer):
                         state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                     batch.exp_avgs.append(state["exp_avg"])
             if batch.params:
+                # The model may have moved since the group was made.
+                if any(group[name].device != device for name, (_, device) in self._group_tensors(group).items()):
+                    self._place_group_state(group)
                 batches.append((group, batch))
         return batches
 
@@ -286,19 +286,20 @@ class SignSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        stateless = not self.state
         for group, batch in self._batches():
-            if not self._changes_nothing(group, batch):
+            if not (stateless and self._changes_nothing(group, batch)):
                 self._step_group(group, batch)
         return loss
 
     def _changes_nothing(self, group: dict[str, Any], batch: Batch) -> bool:
-        """True for a step with lr 0 and zero gradients on a group that keeps no state, which is not to be counted.
+        """True for a step with lr 0 and zero gradients, which is not counted while the optimizer has no state.
 
         torch.distributed.checkpoint takes such a step, to make state, whenever it finds an optimizer without any.
         """
         lr = group["lr"]
         on_host = not isinstance(lr, Tensor) or lr.device.type == "cpu"
-        if batch.exp_avgs or torch.compiler.is_compiling() or not on_host or lr != 0:
+        if torch.compiler.is_compiling() or group["capturable"] or not on_host or lr != 0:
             return False
         return not any(g.any() for g in batch.grads)
 
@@ -400,7 +401,7 @@ class _Dither(NamedTuple):
         sigma = dither_std(step, self.alpha, self.decay)
         if self.scale == "absolute":
             return [sigma] * len(ms)
-        return [sigma.to(m.device) * m.float().square().mean().sqrt() for m in ms]
+        return [sigma * m.float().square().mean().sqrt() for m in ms]
 
 
 def scalar(lr: float | Tensor) -> float | Tensor:
@@ -534,19 +535,5 @@ def _multi_tensor_signsgd(
             signs = [expected_sign(m, s) if expected else torch.sign(m) for m, s in zip(ms, sigmas, strict=True)]
             _add_sums(sums, signs, gs)
         segments = [_segment(params[i], m, ordinals[i], offsets[i]) for i, m in zip(indices, ms, strict=True)]
-        for chunk in _chunks([m.numel() for m in ms]):
-            directions = reference.directions(
-                ms[chunk], sigmas[chunk], segments[chunk], seed=dither.seed, step=step, position=dither.position
-            )
-            _apply_steps(ps[chunk], directions, lr)
-
-
-def _chunks(sizes: Sequence[int]) -> list[slice]:
-    """Consecutive slices of about `_CHUNK` elements each, at least one tensor a slice."""
-    slices, start, total = [], 0, 0
-    for i, size in enumerate(sizes):
-        if i > start and total + size > _CHUNK:
-            slices.append(slice(start, i))
-            start, total = i, 0
-        total += size
-    return [*slices, slice(start, len(sizes))]
+        directions = reference.directions(ms, sigmas, segments, seed=dither.seed, step=step, position=dither.position)
+        _apply_steps(ps, directions, lr)

@@ -286,7 +286,8 @@ class SignSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stateless = not self.state
+        # Not asked while compiling: a guard on the state's keys would compile anew at every step.
+        stateless = not torch.compiler.is_compiling() and not self.state
         for group, batch in self._batches():
             if not (stateless and self._changes_nothing(group, batch)):
                 self._step_group(group, batch)
@@ -299,7 +300,7 @@ class SignSGD(Optimizer):
         """
         lr = group["lr"]
         on_host = not isinstance(lr, Tensor) or lr.device.type == "cpu"
-        if torch.compiler.is_compiling() or group["capturable"] or not on_host or lr != 0:
+        if group["capturable"] or not on_host or lr != 0:
             return False
         return not any(g.any() for g in batch.grads)
 

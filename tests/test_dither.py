@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -219,3 +220,20 @@ def test_large_groups_are_dithered_in_chunks_with_the_same_result(monkeypatch: p
     whole = run()
     monkeypatch.setattr(reference, "CHUNK", 300)
     assert torch.equal(run(), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"dither": 0.1}, {"dither": 0.1, "dither_position": "post"}], ids=str)
+def test_a_compiled_step_does_not_hide_a_non_finite_gradient(options: dict[str, Any]) -> None:
+    # Inductor takes x * 0 for 0, which would make a step of +1 or -1 of a NaN.
+    recipe = pytest.importorskip("signstep.lab.recipe")
+    try:
+        recipe.require_compiler("cpu")
+    except ValueError as error:
+        pytest.skip(str(error))
+    p = torch.nn.Parameter(torch.zeros(5))
+    optimizer = SignSGD([p], lr=1.0, momentum=0.0, **options)
+    p.grad = torch.tensor([1.0, math.nan, math.inf, -math.inf, 0.0])
+    torch.compile(optimizer.step)()
+    assert p.isnan().tolist() == [False, True, True, True, False]
+    assert p[4] == 0

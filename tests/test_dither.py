@@ -237,3 +237,13 @@ def test_a_compiled_step_does_not_hide_a_non_finite_gradient(options: dict[str, 
     torch.compile(optimizer.step)()
     assert p.isnan().tolist() == [False, True, True, True, False]
     assert p[4] == 0
+
+
+def test_relative_dither_shows_a_non_finite_momentum_in_its_whole_tensor() -> None:
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    for position in ("pre", "post"):
+        optimizer = SignSGD(params, dither=1.0, dither_scale="relative", dither_position=position)
+        params[0].grad, params[1].grad = torch.tensor([1.0, math.nan, 2.0]), torch.ones(3)
+        optimizer.step()
+        assert params[0].isnan().all()
+        assert params[1].isfinite().all()

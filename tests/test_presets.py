@@ -10,7 +10,7 @@ import pytest
 
 from signstep.lab import experiments
 from signstep.lab.config import Dataset, RunConfig
-from signstep.lab.experiments import NAMES, Name, Recipe, Scale, grid_point, load, load_all
+from signstep.lab.experiments import NAMES, OF_THE_PAPER, Name, Recipe, Scale, grid_point, load, load_all
 
 SCALES, RECIPES, DATASETS = get_args(Scale), get_args(Recipe), get_args(Dataset)
 
@@ -125,7 +125,7 @@ def test_every_guess_of_the_paper_recipe_is_named() -> None:
 
 def test_all_keeps_each_figure_on_its_own_data_set() -> None:
     everything = {e.name: e.datasets for e in load_all("all", scale="cpu", recipe="strong")}
-    assert set(everything) == set(NAMES)
+    assert set(everything) == set(OF_THE_PAPER)
     assert everything["table1"] == ("cifar10", "cifar100")
     assert everything["fig1"] == ("cifar100",)
     one = {e.name: e.datasets for e in load_all("all", scale="cpu", recipe="strong", datasets=["cifar10"])}

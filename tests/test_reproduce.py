@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from signstep.lab.config import RunConfig
-from signstep.lab.experiments import NAMES, load, load_all
+from signstep.lab.experiments import OF_THE_PAPER, load, load_all
 from signstep.lab.reproduce import learning_rate, planned, reproduce, run_is_done
 
 TABLE = load("table1", scale="smoke", datasets=["digits", "mnist"])
@@ -81,7 +81,7 @@ def test_a_run_that_several_experiments_need_is_trained_once() -> None:
     assert len(runs) < sum(len(e.rows) for e in everything)
     needed = {row.config("cifar100").hash for e in everything for row in e.rows}
     assert set(runs) == needed
-    assert [e.name for e in everything] == list(NAMES)
+    assert [e.name for e in everything] == list(OF_THE_PAPER)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 50])

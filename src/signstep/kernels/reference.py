@@ -167,7 +167,8 @@ def _draw(
     # Each sigma stays where it is: a 0-dim CPU tensor reaches a GPU kernel without a copy that the host waits for.
     if position == "pre":
         z = torch.cat([x / s for x, s in zip(ms, sigmas, strict=True)])
-        flat = torch.where(less(top, low, threshold(z)), 1.0, -1.0)
+        signs = torch.where(less(top, low, threshold(z)), 1.0, -1.0)
+        flat = torch.where(z.isnan(), math.nan, signs)  # sigma is not a number: the rms of a tensor with such elements
     else:
         wide = wide_dtype(device)
         u = (((top << 24) | low).to(wide) + 0.5) * 2.0**-32

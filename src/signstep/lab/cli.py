@@ -13,6 +13,7 @@ them.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -346,6 +347,8 @@ def _preset(arguments: Sequence[str]) -> RunConfig:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # labels have Greek letters and arrows
     try:
         if arguments[:1] == ["train"]:
             default = Train(config=_preset(arguments[1:]))

@@ -205,6 +205,8 @@ def sweep(
                 break
             say(f"tuning {position + 1} of {len(pairs)}: {dataset}, {row.label}, lr {waiting[0].lr:g}")
             status = train(waiting[0], tune, left)
+            if status in ("done", "diverged"):
+                (tune / f"{waiting[0].hash}.pt").unlink(missing_ok=True)  # its accuracy is all that counts
             if status == "busy":
                 busy.add(waiting[0].hash)
             stopped = status == "stopped"

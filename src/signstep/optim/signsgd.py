@@ -104,8 +104,9 @@ class SignSGD(Optimizer):
         \xi_k \sim \mathcal N(0, \sigma_k^2 I), \quad \sigma_k^2 = \alpha (1 + k)^{-\gamma}
 
     A coordinate whose momentum is exactly 0 does not move. A momentum that is not finite makes its coordinate NaN, as a
-    non-finite gradient does in torch.optim.SGD. The noise is a pure function of (seed, step, parameter, element): a
-    resumed run, every replica and every engine draw the same, and no generator state is kept.
+    non-finite gradient does in torch.optim.SGD; under relative dither, all that share its rms. The noise is a pure
+    function of (seed, step, parameter, element): a resumed run, every replica and every engine draw the same, and no
+    generator state is kept.
 
     Args:
         params: parameters, (name, parameter) pairs or param_groups; a group may override every option below.

@@ -366,22 +366,20 @@ def signsgd(
     if offsets is None:
         offsets = [0] * len(params)
     implementation = _multi_tensor_signsgd if picks_foreach(foreach, differentiable, params) else _single_tensor_signsgd
-    implementation(
-        params,
-        grads,
-        exp_avgs,
+    options = _Options(
         step=step,
         lr=scalar(lr),
         momentum=momentum,
         dither=_Dither(dither, dither_decay, dither_position, dither_scale, seed) if dither > 0 else None,
-        weight_decay=weight_decay,
-        decoupled_weight_decay=decoupled_weight_decay,
+        weight_decay=weight_decay if decoupled_weight_decay else 0.0,
+        coupled_weight_decay=0.0 if decoupled_weight_decay else weight_decay,
         maximize=maximize,
         ordinals=ordinals,
         offsets=offsets,
         sums=sums,
         sums_applied=sums_applied,
     )
+    implementation(params, grads, exp_avgs, options)
 
 
 def picks_foreach(foreach: bool | None, differentiable: bool, params: Sequence[Tensor]) -> bool:
@@ -404,6 +402,22 @@ class _Dither(NamedTuple):
         if self.scale == "absolute":
             return [sigma] * len(ms)
         return [sigma * m.float().square().mean().sqrt() for m in ms]
+
+
+class _Options(NamedTuple):
+    """What `signsgd` was asked for."""
+
+    step: Tensor
+    lr: float | Tensor
+    momentum: float
+    dither: _Dither | None
+    weight_decay: float
+    coupled_weight_decay: float
+    maximize: bool
+    ordinals: Sequence[int]
+    offsets: Sequence[int]
+    sums: Tensor | None
+    sums_applied: bool
 
 
 def scalar(lr: float | Tensor) -> float | Tensor:
@@ -444,98 +458,80 @@ def _single_tensor_signsgd(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
-    *,
-    step: Tensor,
-    lr: float | Tensor,
-    momentum: float,
-    dither: _Dither | None,
-    weight_decay: float,
-    decoupled_weight_decay: bool,
-    maximize: bool,
-    ordinals: Sequence[int],
-    offsets: Sequence[int],
-    sums: Tensor | None,
-    sums_applied: bool,
+    options: _Options,
 ) -> None:
     for i, whole in enumerate(params):
         param, grad = real(whole), real(grads[i])
-        if maximize:
+        if options.maximize:
             grad = -grad
-        if weight_decay != 0 and not decoupled_weight_decay:
-            grad = grad.add(param, alpha=weight_decay)
-        if weight_decay != 0 and decoupled_weight_decay:
-            param.mul_(1 - lr * weight_decay)
+        if options.coupled_weight_decay != 0:
+            grad = grad.add(param, alpha=options.coupled_weight_decay)
+        if options.weight_decay != 0:
+            param.mul_(1 - options.lr * options.weight_decay)
         m = grad
-        if momentum > 0:
+        if options.momentum > 0:
             m = real(exp_avgs[i])
-            m.lerp_(grad, 1 - momentum)
+            m.lerp_(grad, 1 - options.momentum)
         expected = torch.sign(m)
-        if dither is None:
+        if options.dither is None:
             direction = reference.sign(m)
         else:
-            (sigma,) = dither.sigmas([m], step)
+            (sigma,) = options.dither.sigmas([m], options.step)
             (direction,) = reference.directions(
                 [m.detach()],
                 [sigma],
-                [_segment(whole, m, ordinals[i], offsets[i])],
-                seed=dither.seed,
-                step=step,
-                position=dither.position,
+                [_segment(whole, m, options.ordinals[i], options.offsets[i])],
+                seed=options.dither.seed,
+                step=options.step,
+                position=options.dither.position,
             )
-            if sums_applied and dither.position == "pre":
+            if options.sums_applied and options.dither.position == "pre":
                 expected = expected_sign(m, sigma)
-        if sums is not None:
-            _add_sums(sums, [expected], [grad])
-        if isinstance(lr, Tensor):
-            param.add_(direction.to(torch.promote_types(param.dtype, torch.float32)) * -lr)
+        if options.sums is not None:
+            _add_sums(options.sums, [expected], [grad])
+        if isinstance(options.lr, Tensor):
+            param.add_(direction.to(torch.promote_types(param.dtype, torch.float32)) * -options.lr)
         else:
-            param.add_(direction, alpha=-lr)
+            param.add_(direction, alpha=-options.lr)
 
 
 def _multi_tensor_signsgd(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
-    *,
-    step: Tensor,
-    lr: float | Tensor,
-    momentum: float,
-    dither: _Dither | None,
-    weight_decay: float,
-    decoupled_weight_decay: bool,
-    maximize: bool,
-    ordinals: Sequence[int],
-    offsets: Sequence[int],
-    sums: Tensor | None,
-    sums_applied: bool,
+    options: _Options,
 ) -> None:
-    lists = [list(params), list(grads)] + ([list(exp_avgs)] if momentum > 0 else [])
+    lists = [list(params), list(grads)] + ([list(exp_avgs)] if options.momentum > 0 else [])
     grouped = Optimizer._group_tensors_by_device_and_dtype(lists, with_indices=True)  # type: ignore[arg-type]
     for columns, indices in grouped.values():
         ps, gs, *state = [[real(x) for x in column if x is not None] for column in columns]
-        if maximize:
+        if options.maximize:
             gs = list(torch._foreach_neg(gs))
-        if weight_decay != 0 and not decoupled_weight_decay:
-            gs = list(torch._foreach_add(gs, ps, alpha=weight_decay))
-        if weight_decay != 0 and decoupled_weight_decay:
-            torch._foreach_mul_(ps, 1 - lr * weight_decay)
+        if options.coupled_weight_decay != 0:
+            gs = list(torch._foreach_add(gs, ps, alpha=options.coupled_weight_decay))
+        if options.weight_decay != 0:
+            torch._foreach_mul_(ps, 1 - options.lr * options.weight_decay)
         ms = gs
-        if momentum > 0:
+        if options.momentum > 0:
             ms = state[0]
-            torch._foreach_lerp_(ms, gs, 1 - momentum)
-        if dither is None:
-            if sums is not None:
-                _add_sums(sums, torch._foreach_sign(ms), gs)
+            torch._foreach_lerp_(ms, gs, 1 - options.momentum)
+        if options.dither is None:
+            if options.sums is not None:
+                _add_sums(options.sums, torch._foreach_sign(ms), gs)
             # sign, with NaN where m is not finite: see reference.sign.
             directions = list(torch._foreach_sign(ms))
             torch._foreach_add_(directions, ms, alpha=0)
-            _apply_steps(ps, directions, lr)
+            _apply_steps(ps, directions, options.lr)
             continue
-        sigmas = dither.sigmas(ms, step)
-        if sums is not None:
-            expected = sums_applied and dither.position == "pre"
+        sigmas = options.dither.sigmas(ms, options.step)
+        if options.sums is not None:
+            expected = options.sums_applied and options.dither.position == "pre"
             signs = [expected_sign(m, s) if expected else torch.sign(m) for m, s in zip(ms, sigmas, strict=True)]
-            _add_sums(sums, signs, gs)
-        segments = [_segment(params[i], m, ordinals[i], offsets[i]) for i, m in zip(indices, ms, strict=True)]
-        directions = reference.directions(ms, sigmas, segments, seed=dither.seed, step=step, position=dither.position)
-        _apply_steps(ps, directions, lr)
+            _add_sums(options.sums, signs, gs)
+        segments = [
+            _segment(params[i], m, options.ordinals[i], options.offsets[i]) for i, m in zip(indices, ms, strict=True)
+        ]
+        directions = reference.directions(
+            ms, sigmas, segments, seed=options.dither.seed, step=options.step, position=options.dither.position
+        )
+        _apply_steps(ps, directions, options.lr)

@@ -13,7 +13,8 @@ import pytest
 
 from signstep.lab.config import RunConfig
 from signstep.lab.experiments import OF_THE_PAPER, load, load_all
-from signstep.lab.reproduce import learning_rate, planned, reproduce, run_is_done
+from signstep.lab.reproduce import planned, reproduce, run_is_done
+from signstep.lab.sweep import learning_rate
 
 TABLE = load("table1", scale="smoke", datasets=["digits", "mnist"])
 

@@ -11,13 +11,7 @@ import filelock
 
 from signstep.lab.config import RunConfig
 from signstep.lab.experiments import Experiment
-from signstep.lab.sweep import Train
-
-
-def learning_rate(experiment: Experiment, key: str, dataset: str, tuned: Mapping[str, Mapping[str, Any]]) -> float:
-    """The tuned learning rate of a row on a data set, or the preset's where it was not tuned."""
-    choice = tuned.get(dataset, {}).get(key)
-    return experiment.row(key).lr if choice is None else float(choice["lr"])
+from signstep.lab.sweep import Train, learning_rate
 
 
 def planned(

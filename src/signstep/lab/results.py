@@ -17,8 +17,8 @@ from typing import Any
 from signstep.lab import figures, stats
 from signstep.lab.config import RunConfig
 from signstep.lab.experiments import Experiment, Row, dataset_title
-from signstep.lab.reproduce import learning_rate
 from signstep.lab.runs import Run
+from signstep.lab.sweep import learning_rate
 
 BASELINES = ("sgd", "adam", "signsgd")
 """Keys of the rows that every other one is compared with, seed by seed."""

@@ -130,6 +130,12 @@ def read_tuned(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     return choices
 
 
+def learning_rate(experiment: Experiment, key: str, dataset: str, tuned: Mapping[str, Mapping[str, Any]]) -> float:
+    """The tuned learning rate of a row on a data set, or the preset's where it was not tuned."""
+    choice = tuned.get(dataset, {}).get(key)
+    return experiment.row(key).lr if choice is None else float(choice["lr"])
+
+
 def _write_tuned(folder: Path, experiment: Experiment, searches: Iterable[Search]) -> None:
     """Add the choices of finished searches to tuned.json, and keep those of others that it has."""
     from signstep.lab.checkpoint import write_atomically

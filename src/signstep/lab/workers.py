@@ -146,3 +146,5 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
         if self.received is not None and not self.answered:
             signal.raise_signal(self.received)
+            if self._previous[self.received] is signal.SIG_IGN:  # as a shell sets it for SIGINT of a background job
+                raise KeyboardInterrupt

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiab
 
 from signstep.kernels import reference
 from signstep.kernels.reference import Segment
+from signstep.optim import calibration
 from signstep.optim.dither import dither_std, expected_sign
 
 __all__ = ["SignSGD", "signsgd"]
@@ -52,7 +53,7 @@ _RULES: dict[str, tuple[tuple[type, ...], _Rule]] = {
     "weight_decay": ((Real,), _number(0)),
     "switch_step": ((Integral, type(None)), _Rule(lambda x: x is None or x >= 1, "None or an integer >= 1")),
     "ema_decay": ((Real,), _number(0, 1, open_end=True)),
-    "calibration": ((str,), _choice("paper", "ratio", "applied")),
+    "calibration": ((str,), _choice(*calibration.RULES)),
     "sgd_momentum": ((Real,), _number(0, 1, open_end=True)),
     "decoupled_weight_decay": (_FLAG, _Rule(lambda x: True, "True or False")),
     "maximize": (_FLAG, _Rule(lambda x: True, "True or False")),

@@ -9,8 +9,8 @@ from typing import get_args
 import pytest
 
 from signstep.lab import experiments
-from signstep.lab.config import Dataset, RunConfig
-from signstep.lab.experiments import NAMES, OF_THE_PAPER, Name, Recipe, Scale, grid_point, load, load_all
+from signstep.lab.config import Dataset, Optimizer, RunConfig
+from signstep.lab.experiments import NAMES, OF_THE_PAPER, Name, Recipe, Scale, default_lr, grid_point, load, load_all
 
 SCALES, RECIPES, DATASETS = get_args(Scale), get_args(Recipe), get_args(Dataset)
 
@@ -109,6 +109,13 @@ def test_default_learning_rates_are_points_of_the_grid_and_its_centre() -> None:
             assert row.lr in [grid_point(index) for index in row.grid(4)]
 
 
+def test_every_optimizer_has_a_default_rate_which_is_that_of_its_presets() -> None:
+    rates = {optimizer: default_lr(optimizer) for optimizer in get_args(Optimizer)}
+    for name, recipe in itertools.product(NAMES, RECIPES):
+        for row in load(name, recipe=recipe, datasets=["cifar100"]).rows:
+            assert row.lr == rates[row.config("cifar100").optimizer]
+
+
 def test_the_grid_has_two_points_per_decade() -> None:
     points = [grid_point(index) for index in range(-8, 3)]
     assert points[::2] == [1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0]
@@ -120,6 +127,8 @@ def test_every_guess_of_the_paper_recipe_is_named() -> None:
     text = " ".join(paper.guesses)
     for word in ("Batch size", "Momentum", "decay", "learning rate", "switch", "epochs", "flip", "stem"):
         assert word in text
+    # Whether rates were tuned is for the report to say: a recipe does not know.
+    assert not any("tuned" in line for e in (paper, load("table1")) for line in (*e.guesses, e.scale_summary))
     assert all(guess.endswith(".") for recipe in RECIPES for guess in load("table1", recipe=recipe).guesses)
 
 

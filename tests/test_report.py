@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import math
 import re
@@ -250,8 +251,62 @@ def test_one_seed_has_no_interval_anywhere(tmp_path: Path) -> None:
         assert "±" not in cells[0][1]
     found = json.loads((tmp_path / "fig3.json").read_text(encoding="utf-8"))
     assert {each["verdict"] for each in found["differences"]} == {"undecided"}
-    assert "in one seed" in found["headline"]
+    assert found["headline"].endswith(
+        "ranks none of them: no learning rate was tuned and fewer than 3 seeds are common to all."
+    )
     assert not re.search(r"\d ± \d", (tmp_path / "fig3.md").read_text(encoding="utf-8"))
+
+
+def all_tuned(experiment: Experiment) -> dict[str, dict[str, dict[str, Any]]]:
+    choices = {row.key: {"lr": row.lr, "trials": [], "extensions": 0} for row in experiment.rows}
+    return dict.fromkeys(experiment.datasets, choices)
+
+
+@pytest.mark.parametrize(
+    ("tuned", "seeds", "reason"),
+    [
+        (True, 3, ""),
+        (False, 3, "no learning rate was tuned"),
+        (True, 2, "fewer than 3 seeds are common to all"),
+        (False, 2, "no learning rate was tuned and fewer than 3 seeds are common to all"),
+    ],
+)
+def test_the_headline_names_a_winner_only_of_tuned_rates_and_three_seeds(tuned: bool, seeds: int, reason: str) -> None:
+    experiment = experiments.load("fig2", scale="demo", datasets=["fashion-mnist"])
+    runs = full(experiment, {(row.key, "fashion-mnist", seed): 60.0 + 3 * i + 0.1 * seed * i
+                             for i, row in enumerate(experiment.rows) for seed in range(seeds)})  # fmt: skip
+    results = Results(experiment, runs, all_tuned(experiment) if tuned else {}, [])
+    if reason:
+        low, high = "60.00", "66.20" if seeds == 3 else "66.10"
+        assert (
+            results.headline
+            == f"On Fashion-MNIST, 3 methods reach {low} to {high} %, which ranks none of them: {reason}."
+        )
+    else:
+        assert results.headline.startswith("On Fashion-MNIST, Hybrid (SignSGD-M → SGD) beats SGD by 6.20 ±")
+
+
+def test_one_method_with_fewer_seeds_leaves_the_order_open() -> None:
+    experiment = experiments.load("fig2", scale="cpu")
+    values = accuracies(experiment, 3)
+    del values["signsgd", "cifar10", 1]
+    results = Results(experiment, full(experiment, values), all_tuned(experiment), [])
+    assert results.headline.endswith("ranks none of them: fewer than 3 seeds are common to all.")
+
+
+def test_the_recipe_says_whether_rates_were_tuned(tmp_path: Path) -> None:
+    experiment = experiments.load("fig2", scale="cpu")
+    runs = full(experiment, accuracies(experiment, 1))
+    every = all_tuned(experiment)
+    some = {"cifar10": {"sgd": every["cifar10"]["sgd"]}}
+    chosen, not_tuned = "Learning rates are chosen on a held-out tenth", "The learning rates were not tuned"
+    partly = "Not tuned on CIFAR-10, with the preset's learning rate: SignSGD-M and Hybrid (SignSGD-M → SGD)."
+    for tuned, words in [(every, {chosen}), (some, {chosen, partly}), (None, {not_tuned})]:
+        page = write(experiment, runs, tmp_path, tuned=tuned, commands=[])
+        for file in (page, page.with_suffix(".md"), page.with_suffix(".json")):
+            text = html.unescape(file.read_text(encoding="utf-8"))
+            recipe = text[text.index("What the paper does not say") :] if file.suffix != ".json" else text
+            assert {each for each in (chosen, not_tuned, partly) if each in recipe} == words, (file, words)
 
 
 def test_a_data_set_that_the_paper_does_not_use(tmp_path: Path) -> None:
@@ -383,6 +438,29 @@ def test_contrast_of_text_and_marks_in_both_schemes(page: Path) -> None:
             assert _contrast(values[name][i], values["page"][i]) >= 4.5, (name, i)
         for key in ("sgd", "adam", "signsgd", "post-0.1", "pre-0.5", "pre-0.1", "hybrid"):
             assert _contrast(values[f"c-{figures.colour(key)}"][i], values["page"][i]) >= 3, (key, i)
+
+
+@pytest.mark.parametrize(("seeds", "bands", "thin"), [(1, 0, 0), (2, 0, 2), (3, 1, 0)])
+def test_two_seeds_are_two_thin_lines_and_three_a_band(seeds: int, bands: int, thin: int) -> None:
+    experiment = experiments.load("fig2", scale="cpu")
+    lines = Results(experiment, full(experiment, accuracies(experiment, seeds)), {}, []).curves("cifar10")
+    axes = figures.curves(lines, switches=[], epochs=6).axes[0]
+    assert len(axes.collections) == bands * len(lines)
+    assert sum(drawn.get_linewidth() < 1 for drawn in axes.lines) == thin * len(lines)
+    low, high = axes.get_ylim()
+    assert 25 < low < high < 85
+
+
+def test_a_diverged_one_of_two_seeds_goes_on_at_chance() -> None:
+    experiment = experiments.load("fig2", scale="cpu")
+    row = experiment.row("sgd")
+    (curve,) = Results(experiment, by_hash(run(row, "cifar10", 0, 60.0), run(row, "cifar10", 1, None)), {}, []).curves(
+        "cifar10"
+    )
+    assert [list(values) for values in curve.runs] == [list(curve.epochs)] * 2
+    assert set(curve.runs[1].values()) == {10.0}
+    for at, epoch in enumerate(curve.epochs):
+        assert curve.estimates[at].mean == pytest.approx((curve.runs[0][epoch] + 10) / 2)
 
 
 def test_the_page_names_no_address(page: Path) -> None:

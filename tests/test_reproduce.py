@@ -13,7 +13,8 @@ import pytest
 
 from signstep.lab.config import RunConfig
 from signstep.lab.experiments import OF_THE_PAPER, load, load_all
-from signstep.lab.reproduce import planned, reproduce, run_is_done
+from signstep.lab.reproduce import planned, reproduce
+from signstep.lab.runs import is_done
 from signstep.lab.sweep import learning_rate
 
 TABLE = load("table1", scale="smoke", datasets=["digits", "mnist"])
@@ -128,13 +129,13 @@ def test_the_number_of_seeds_must_be_positive() -> None:
 
 def test_only_a_record_with_an_end_is_done(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    assert not run_is_done(path)
+    assert not is_done(path)
     start = {"event": "start", "hash": "x", "config": RunConfig().to_dict()}
     path.write_text(json.dumps(start) + "\n")
-    assert not run_is_done(path)
+    assert not is_done(path)
     end = {"event": "end", "status": "diverged", "epoch": 1, "step": 3, "eval_accuracy": None, "reason": "loss nan"}
     path.write_text(json.dumps(start) + "\n" + json.dumps(end) + "\n")
-    assert run_is_done(path)
+    assert is_done(path)
 
 
 @pytest.mark.slow

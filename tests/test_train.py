@@ -63,15 +63,24 @@ def record(config: RunConfig, out: Path) -> runs.Run:
 )
 def test_lr_factor(changes: dict[str, Any], expected: dict[float, float]) -> None:
     for progress, factor in expected.items():
-        assert lr_factor(tiny(**changes), progress) == pytest.approx(factor, abs=1e-7)
+        assert lr_factor(tiny(**changes), round(3_000_000 * progress), 3_000_000) == pytest.approx(factor, abs=1e-6)
 
 
 def test_milestones_fall_on_their_epoch() -> None:
     config = tiny(schedule="step", milestones=(0.3, 0.6, 0.8), gamma=0.2, epochs=200)
     steps_per_epoch = 391
-    factors = [lr_factor(config, epoch * steps_per_epoch / (200 * steps_per_epoch)) for epoch in range(200)]
+    factors = [lr_factor(config, epoch * steps_per_epoch, 200 * steps_per_epoch) for epoch in range(200)]
     drops = [epoch for epoch in range(1, 200) if factors[epoch] < factors[epoch - 1]]
     assert drops == [60, 120, 160]
+
+
+@pytest.mark.parametrize("total", [7, 10, 18, 468, 469, 470, 78_000])
+def test_the_hybrid_switches_where_the_schedule_falls(total: int) -> None:
+    """Else SGD would take a step at the rate before the fall."""
+    config = tiny(optimizer="hybrid", switch=0.3, schedule="step", milestones=(0.3, 0.6, 0.8), gamma=0.2)
+    optimizer = build_optimizer(config, torch.nn.Linear(1, 1), total)
+    switch = optimizer.param_groups[0]["switch_step"]
+    assert (lr_factor(config, switch - 1, total), lr_factor(config, switch, total)) == (1.0, 0.2)
 
 
 # The optimizer
@@ -317,13 +326,15 @@ def test_a_line_per_epoch_where_there_is_no_terminal(tmp_path: Path, capfd: pyte
     train(tiny(), tmp_path)
     lines = capfd.readouterr().err.splitlines()
     assert [line.split("epoch ")[1].split()[0] for line in lines] == ["1/2", "2/2"]
-    for word in ("loss", "accuracy", "eval", "images/s", "min left"):
+    for word in ("loss", "accuracy", "eval", "images/s", " s left"):
         assert word in lines[0]
     train(tiny(seed=1), tmp_path, progress=False)
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_on_a_terminal_and_a_clock_that_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As time.monotonic does on Windows, for 16 ms."""
+    monkeypatch.setattr("time.monotonic", lambda: 1.0)
     screen = io.StringIO()
 
     def terminal(**_: Any) -> Console:
@@ -335,6 +346,27 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "images/s" in screen.getvalue()
     assert "eval " in screen.getvalue()
     assert "…" not in screen.getvalue()
+
+
+def test_going_on_says_from_where(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = tiny(epochs=3)
+    for step, epoch in [(0, 0), (1, 1), (2, 1), (3, 1), (4, 2)]:
+        train(config, tmp_path, max_minutes=0, progress=False)
+        going_on = f"{config.hash}: goes on after step {step} of 9, in epoch {epoch} of 3\n" if step else ""
+        assert capfd.readouterr() == ("", going_on)
+
+
+def test_no_lock_is_left_by_a_run_that_is_over(tmp_path: Path) -> None:
+    config, lock = tiny(), tmp_path / f"{tiny().hash}.lock"
+    assert train(config, tmp_path, max_minutes=0, progress=False) == "stopped"
+    assert lock.exists()
+    assert train(config, tmp_path, progress=False) == "done"
+    assert not lock.exists()
+    assert train(config, tmp_path, progress=False) == "done"
+    assert not lock.exists()
+    hot = tiny(lr=1e20)
+    assert train(hot, tmp_path, progress=False) == "diverged"
+    assert not (tmp_path / f"{hot.hash}.lock").exists()
 
 
 def test_tensorboard(tmp_path: Path) -> None:

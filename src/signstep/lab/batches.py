@@ -11,6 +11,7 @@ from torch import Tensor
 
 from signstep.lab.config import RunConfig
 from signstep.lab.data import augment, load, normalise, split
+from signstep.lab.errors import BadInput
 from signstep.lab.workers import Workers
 
 # Small enough for the activations of a small net to stay in a core's cache; a GPU wants more at a time.
@@ -26,19 +27,19 @@ class Batches:
         folder: where to look for the images first; None: the usual places.
 
     Raises:
-        ValueError: the batch is larger than the training set, or cannot be shared out evenly.
+        BadInput: the batch is larger than the training set, or cannot be shared out evenly.
     """
 
     def __init__(self, config: RunConfig, workers: Workers, folder: Path | None) -> None:
         if config.batch_size % workers.size:
-            raise ValueError(f"batch_size={config.batch_size}: expected a multiple of the {workers.size} workers")
+            raise BadInput(f"batch_size={config.batch_size}: expected a multiple of the {workers.size} workers")
         # Rank 0 loads before the others, so that one worker alone downloads what is missing.
         self.images = workers.in_turn(lambda: load(config.dataset, folder))
         parts = split(self.images, config.split, config.subset)
         self.train_x, self.train_y, self.eval_x, self.eval_y = (part.to(workers.device) for part in parts)
         self.steps_per_epoch = len(self.train_x) // config.batch_size
         if self.steps_per_epoch == 0:
-            raise ValueError(
+            raise BadInput(
                 f"batch_size={config.batch_size}: this run has only {len(self.train_x)} training images; "
                 "choose a smaller batch or a larger subset"
             )

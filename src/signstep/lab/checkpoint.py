@@ -14,13 +14,14 @@ import filelock
 import torch
 
 from signstep.lab.config import RunConfig
+from signstep.lab.errors import UserError
 
 
-class RunBusy(RuntimeError):
+class RunBusy(UserError, RuntimeError):
     """Another process is training the same run."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint file cannot be used; the message names it and says what to do."""
 
 
@@ -84,8 +85,12 @@ def load(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
+def lock(path: Path, over: Callable[[], bool]) -> Iterator[None]:
     """Hold `path` (a `.lock` file) for this process; released when the block ends or the process dies.
+
+    Args:
+        path: what to hold.
+        over: whether, at the block's end, nobody has anything left to do under this lock: then `path` is removed.
 
     Raises:
         RunBusy: another process holds it.
@@ -97,5 +102,9 @@ def lock(path: Path) -> Iterator[None]:
         raise RunBusy(f"{path.with_suffix('')} is being trained by another process, which holds {path}") from None
     try:
         yield
+        # Who opened the file before this, and now locks what has no name, finds that there is nothing left to do.
+        if over():
+            with contextlib.suppress(PermissionError):  # Windows removes it when it is released
+                path.unlink(missing_ok=True)
     finally:
         held.release()

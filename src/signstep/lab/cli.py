@@ -1,4 +1,4 @@
-"""The command `signstep`: data, train, sweep, reproduce, report, demo.
+"""The command `signstep`: data, train, sweep, reproduce, report, demo, bench.
 
     signstep data get cifar10
     signstep train --dataset cifar10 --optimizer signsgd --lr 1e-3
@@ -18,16 +18,18 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, cast, get_args
 
 import tyro
 from rich.console import Console
 
 from signstep.lab import experiments
-from signstep.lab.config import Dataset, RunConfig
+from signstep.lab.bench import WORKLOADS, DType, Workload
+from signstep.lab.config import Dataset, Optimizer, RunConfig
+from signstep.lab.errors import BadInput, UserError
 from signstep.lab.experiments import Experiment, Name, Recipe, Scale
 
 # Comments that group a dataclass's fields are not their help.
@@ -44,13 +46,29 @@ def _say(line: str) -> None:
 def _shard(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise ValueError(f"--shard {text}: expected i/n with i from 0 to n - 1, as in 0/2")
+        raise BadInput(f"--shard {text}: expected i/n with i from 0 to n - 1, as in 0/2")
     return int(index), int(count)
 
 
 def _check_minutes(value: float | None) -> None:
     if value is not None and not value > 0:
-        raise ValueError(f"--max-minutes {value}: expected a number above 0")
+        raise BadInput(f"--max-minutes {value}: expected a number above 0")
+
+
+def _check_folder(folder: Path | None) -> None:
+    if folder is not None and not folder.is_dir():
+        raise BadInput(f"--data {folder}: there is no such folder; make it, or leave the option out")
+
+
+def _say_where(names: Collection[str], folder: Path | None) -> None:
+    """Say which data sets are not in the folder of --data, and where they are instead."""
+    if folder is None:
+        return
+    from signstep.lab.data import listing
+
+    for each in listing(folder):
+        if each.name in names and each.found is not None and not Path(each.found).is_relative_to(folder):
+            _say(f"{each.name} is not in {folder}: found in {each.found}")
 
 
 @dataclass(frozen=True)
@@ -86,29 +104,32 @@ class Data:
     """Folder to look in first."""
 
     def run(self) -> int:
-        from rich.table import Table
-
         from signstep.lab.data import listing, load
 
+        _check_folder(self.data)
         if self.action == "get":
             if not self.names:
-                raise ValueError("data get: name the sets to get, as in: signstep data get cifar10")
+                raise BadInput("data get: name the sets to get, as in: signstep data get cifar10")
             for name in self.names:
                 images = load(name, self.data)
                 _say(
                     f"{name}: {len(images.train_x)} training and {len(images.test_x)} test images from {images.source}"
                 )
             return 0
-        table = Table("data set", "found", "how to get it")
-        for each in listing():
-            table.add_row(each.name, each.found or "no", each.how)
-        Console().print(table)
+        # A line each, for the terminal to fold: a path can be read and copied whole.
+        for each in listing(self.data):
+            _say(f"{each.name}: {each.found or f'not here; {each.how}'}")
         return 0
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train one run; the same command again goes on with it. Options of the run override those of --preset."""
+    """Train one run; the same command again goes on with it.
+
+    Options of the run override those of --preset. Without --lr each optimizer has the learning rate of its first method
+    in the presets: sgd 0.1, adam and adamw 0.001, signsgd and hybrid 0.00316. An option that is None has the
+    optimizer's own default.
+    """
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
     preset: str | None = None
@@ -135,6 +156,10 @@ class Train:
         from signstep.lab.train import train
 
         _check_minutes(self.max_minutes)
+        _check_folder(self.data)
+        first = os.environ.get("RANK", "0") == "0"
+        if first:
+            _say_where([self.config.dataset], self.data)
         started = time.monotonic()
         status = train(
             self.config,
@@ -145,7 +170,7 @@ class Train:
             checkpoint_minutes=self.checkpoint_minutes,
             tensorboard=self.tensorboard,
         )
-        if int(os.environ.get("RANK", "0")) != 0:
+        if not first:
             return 0
         path = self.out / f"{self.config.hash}.jsonl"
         if status == "stopped":
@@ -183,19 +208,23 @@ class _Experiments:
             self.experiment, scale=self.scale, recipe=self.recipe, datasets=self.dataset or None
         )
 
+    @property
+    def which(self) -> list[str]:
+        """The arguments that choose these experiments, for any command."""
+        words = [self.experiment, "--scale", self.scale, "--recipe", self.recipe]
+        return words + (["--dataset", *self.dataset] if self.dataset else [])
+
     def write_reports(self, chosen: Sequence[Experiment], seeds: int) -> None:
         """Write what the runs in `folder` show, and name the reports."""
         from signstep.lab.reproduce import write_reports
         from signstep.lab.sweep import read_tuned
 
         tuned = read_tuned(self.folder)
-        which = [self.experiment, "--scale", self.scale, "--recipe", self.recipe]
-        which += ["--dataset", *self.dataset] if self.dataset else []
         keys = {(dataset, row.key) for e in chosen for dataset in e.datasets for row in e.rows}
         choices = [choice for d, rows in tuned.items() for key, choice in rows.items() if (d, key) in keys]
         grids = sorted({len(choice["trials"]) - choice["extensions"] for choice in choices})
-        commands = [["sweep", *which, "--trials", str(trials)] for trials in grids]
-        commands.append(["reproduce", *which, "--seeds", str(seeds)])
+        commands = [["sweep", *self.which, "--trials", str(trials)] for trials in grids]
+        commands.append(["reproduce", *self.which, "--seeds", str(seeds)])
         lines = [shlex.join(["signstep", *command]) for command in commands]
         for page in write_reports(chosen, self.folder, seeds=seeds, tuned=tuned, commands=lines):
             _say(f"table: {page.with_suffix('.md')}")
@@ -214,13 +243,14 @@ class _Trained(_Experiments):
     """i/n: do the i-th of n shares of the work, i from 0."""
 
     def check(self) -> tuple[int, int]:
-        """The shard's i and n; ValueError for options that fit nothing."""
+        """The shard's i and n; BadInput for options that fit nothing."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
+            raise BadInput(
                 "torchrun's workers train one run together: use it with signstep train, "
                 "and --shard here to train several runs at the same time"
             )
         _check_minutes(self.max_minutes)
+        _check_folder(self.data)
         return _shard(self.shard)
 
 
@@ -236,8 +266,10 @@ class Sweep(_Trained):
         from signstep.lab.sweep import sweep
 
         shard = self.check()
+        chosen = self.load()
+        _say_where({dataset for e in chosen for dataset in e.datasets}, self.data)
         over = sweep(
-            self.load(),
+            chosen,
             self.folder,
             train=_Trainer(self.data, self.device),
             read=read_runs,
@@ -259,18 +291,20 @@ class Reproduce(_Trained):
     """Runs of every row, with seeds 0, 1, ..."""
 
     def run(self) -> int:
-        from signstep.lab.reproduce import reproduce, run_is_done
+        from signstep.lab.reproduce import reproduce
+        from signstep.lab.runs import is_done
         from signstep.lab.sweep import read_tuned
 
         shard = self.check()
         chosen = self.load()
+        _say_where({dataset for e in chosen for dataset in e.datasets}, self.data)
         reproduce(
             chosen,
             self.folder,
             seeds=self.seeds,
             tuned=read_tuned(self.folder),
             train=_Trainer(self.data, self.device),
-            done=run_is_done,
+            done=is_done,
             max_minutes=self.max_minutes,
             shard=shard,
             say=_say,
@@ -287,7 +321,16 @@ class Report(_Experiments):
     """Seeds 0 to this less one are counted."""
 
     def run(self) -> int:
-        self.write_reports(self.load(), self.seeds)
+        from signstep.lab.reproduce import planned
+        from signstep.lab.sweep import read_tuned
+
+        chosen = self.load()
+        wanted = planned(chosen, self.seeds, read_tuned(self.folder))
+        if not any((self.folder / "runs" / f"{key}.jsonl").exists() for key in wanted):
+            out = [] if self.out == Report().out else ["--out", str(self.out)]
+            first = shlex.join(["signstep", "reproduce", *self.which, *out])
+            raise BadInput(f"{self.folder / 'runs'} has none of the runs to report: train them first, with {first}")
+        self.write_reports(chosen, self.seeds)
         return 0
 
 
@@ -307,6 +350,7 @@ class Demo:
     def run(self) -> int:
         from signstep.lab.data import demo_dataset
 
+        _check_folder(self.data)
         name, reason = demo_dataset(self.data)
         _say(f"data set {name}: {reason}")
         return Reproduce(
@@ -320,6 +364,63 @@ class Demo:
         ).run()
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Time a step beside other optimizers and the speed of memory, in one process, and compare with the targets."""
+
+    what: Annotated[Literal["step"], tyro.conf.Positional] = "step"
+    """What to time."""
+    workload: tuple[Workload, ...] = WORKLOADS
+    """Whose parameters."""
+    dtype: DType = "float32"
+    """Of parameters and gradients."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    rounds: int = 9
+    """Times that every optimizer is timed, in turn."""
+    millions: float = 50.0
+    """Parameters of the workload 50m, in millions."""
+    out: Path | None = None
+    """Folder to write bench-step.json, .md, .png and .svg to."""
+
+    def run(self) -> int:
+        from signstep.lab import bench, bench_report
+        from signstep.lab.workers import Workers
+
+        if not self.workload:
+            raise BadInput("--workload: expected at least one of " + ", ".join(WORKLOADS))
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+        device = Workers.join(self.device).device
+        messages, console = Console(stderr=True), Console()
+        results = []
+        for workload in dict.fromkeys(self.workload):
+            with messages.status("") as status:
+                result = bench.run(
+                    workload,
+                    dtype=self.dtype,
+                    device=device,
+                    rounds=self.rounds,
+                    millions=self.millions,
+                    say=status.update if messages.is_terminal else messages.print,
+                )
+            bench_report.show(console, result, self.dtype)
+            results.append(result)
+        for note in bench_report.NOTES:
+            console.print(note, highlight=False)
+        if self.out is not None:
+            for path in bench_report.write(
+                results, self.out, dtype=self.dtype, device=device, command=self._command(device.type)
+            ):
+                _say(f"written: {path}")
+        return 0
+
+    def _command(self, device: str) -> str:
+        options = ["--workload", *dict.fromkeys(self.workload), "--dtype", self.dtype, "--device", device]
+        options += ["--rounds", str(self.rounds), "--millions", f"{self.millions:g}", "--out", str(self.out)]
+        return shlex.join(["signstep", "bench", self.what, *options])
+
+
 _Command = (
     Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Train, tyro.conf.subcommand("train")]
@@ -327,21 +428,27 @@ _Command = (
     | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
 
 def _preset(arguments: Sequence[str]) -> RunConfig:
-    """The defaults of `signstep train`: those of its --preset, if it has one."""
+    """The defaults of `signstep train`: those of its --preset, if it has one, and the learning rate of --optimizer."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("--preset", "--scale", "--recipe", "--dataset"):
+    for option in ("--preset", "--scale", "--recipe", "--dataset", "--optimizer"):
         parser.add_argument(option)
     known = parser.parse_known_args(list(arguments))[0]
-    if known.preset is None:
-        return RunConfig()
-    name, _, key = known.preset.partition("/")
-    dataset = known.dataset or "cifar10"
-    experiment = experiments.load(name, scale=known.scale or "cpu", recipe=known.recipe or "strong", datasets=[dataset])
-    return experiment.row(key).config(dataset)
+    config = RunConfig()
+    if known.preset is not None:
+        name, _, key = known.preset.partition("/")
+        dataset = known.dataset or "cifar10"
+        experiment = experiments.load(
+            name, scale=known.scale or "cpu", recipe=known.recipe or "strong", datasets=[dataset]
+        )
+        config = experiment.row(key).config(dataset)
+    if known.optimizer in get_args(Optimizer) and known.optimizer != config.optimizer:
+        config = replace(config, lr=experiments.default_lr(known.optimizer))
+    return config
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -352,7 +459,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if arguments[:1] == ["train"]:
             default = Train(config=_preset(arguments[1:]))
-            command: Data | Train | Sweep | Reproduce | Report | Demo = tyro.cli(
+            command: Data | Train | Sweep | Reproduce | Report | Demo | Bench = tyro.cli(
                 Train, args=arguments[1:], default=default, prog="signstep train", config=_TYRO
             )
         else:
@@ -361,10 +468,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         code = _INTERRUPTED
-    except (ValueError, OSError, RuntimeError) as error:
-        # A RuntimeError that is not of our own making is a bug, and keeps its traceback.
-        if isinstance(error, RuntimeError) and not type(error).__module__.startswith("signstep."):
-            raise
+    except (UserError, OSError) as error:
         print(f"signstep: {error}", file=sys.stderr)
         code = _BAD_INPUT
     sys.exit(code)

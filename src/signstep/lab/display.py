@@ -14,6 +14,18 @@ from torch import Tensor
 from signstep.lab.config import RunConfig
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> duration(45), duration(1800), duration(5400)
+    ('45 s', '30 min', '1 h 30 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
 class Display:
     """Shows one run; a context manager.
 
@@ -33,7 +45,8 @@ class Display:
         self._label = f"{config.dataset} {config.optimizer} lr {config.lr:g} seed {config.seed}"
         self._epochs, self._steps, self._batch_size = config.epochs, steps, config.batch_size
         self._epoch_length = steps // config.epochs
-        self._began, self._began_at = time.monotonic(), step
+        # Not time.monotonic(), which on Windows stands still for 16 ms.
+        self._began, self._began_at = time.perf_counter(), step
         self._lines = show and not self._console.is_terminal
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -69,7 +82,7 @@ class Display:
         """Show where the run is: `losses` and `accuracies` of the epoch's steps so far."""
         if self._progress.disable:
             return
-        rate = (step - self._began_at) * self._batch_size / (time.monotonic() - self._began)
+        rate = (step - self._began_at) * self._batch_size / (time.perf_counter() - self._began)
         numbers = f"{rate:,.0f} images/s  loss {losses.mean():.3f}  accuracy {accuracies.mean():.1%}{self._evaluated}"
         self._progress.update(self._task, completed=step, description=self._title(step), numbers=numbers)
 
@@ -78,11 +91,12 @@ class Display:
         if "eval_accuracy" in line:
             self._evaluated = f", eval {line['eval_accuracy']:.1%}"
         if self._lines:
-            seconds = (time.monotonic() - self._began) / (line["step"] - self._began_at) * (self._steps - line["step"])
+            each = (time.perf_counter() - self._began) / (line["step"] - self._began_at)
+            left = duration(each * (self._steps - line["step"]))
             self._console.print(
                 f"{self._label}  epoch {line['epoch']}/{self._epochs}"
                 f"  loss {line['train_loss']:.3f}  accuracy {line['train_accuracy']:.1%}{self._evaluated}"
-                f"  {line['timing']['images_per_second']:,.0f} images/s  {seconds / 60:.1f} min left",
+                f"  {line['timing']['images_per_second']:,.0f} images/s  {left} left",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -16,7 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from signstep.lab.config import Dataset, RunConfig
+from signstep.lab.config import Dataset, Optimizer, RunConfig
+from signstep.lab.errors import BadInput
 
 Name = Literal["table1", "fig1", "fig2", "fig3", "beyond"]
 Scale = Literal["smoke", "demo", "cpu", "full"]
@@ -40,6 +41,16 @@ def grid_point(index: int) -> float:
     [0.001, 0.00316, 0.01]
     """
     return float(f"{10 ** (index / 2):.3g}")
+
+
+def default_lr(optimizer: Optimizer) -> float:
+    """The learning rate of an optimizer's first method in the presets.
+
+    >>> [default_lr(name) for name in ("sgd", "adam", "signsgd", "hybrid")]
+    [0.1, 0.001, 0.00316, 0.00316]
+    """
+    known = "adam" if optimizer == "adamw" else optimizer
+    return next(float(m["lr"]) for m in _toml("methods").values() if m["options"]["optimizer"] == known)
 
 
 @dataclass(frozen=True)
@@ -99,11 +110,11 @@ class Experiment:
     tune_epochs: int
 
     def row(self, key: str) -> Row:
-        """The row called `key`; ValueError with the known keys otherwise."""
+        """The row called `key`; BadInput with the known keys otherwise."""
         for row in self.rows:
             if row.key == key:
                 return row
-        raise ValueError(f"{self.name} has no row {key!r}: it has {', '.join(row.key for row in self.rows)}")
+        raise BadInput(f"{self.name} has no row {key!r}: it has {', '.join(row.key for row in self.rows)}")
 
 
 def dataset_title(dataset: str) -> str:
@@ -158,12 +169,12 @@ def load(
         ("recipe", recipe, Recipe.__args__),  # type: ignore[attr-defined]
     ):
         if value not in known:
-            raise ValueError(f"{kind} {value!r}: expected one of {', '.join(known)}")
+            raise BadInput(f"{kind} {value!r}: expected one of {', '.join(known)}")
     values = _toml(experiment)
     chosen = tuple(dict.fromkeys(datasets or values["datasets"]))
     for dataset in chosen:
         if dataset not in _toml("datasets"):
-            raise ValueError(f"data set {dataset!r}: expected one of {', '.join(_toml('datasets'))}")
+            raise BadInput(f"data set {dataset!r}: expected one of {', '.join(_toml('datasets'))}")
     recipe_values, scale_values = _toml(f"recipe-{recipe}"), _toml(f"scale-{scale}")
     return Experiment(
         name=experiment,

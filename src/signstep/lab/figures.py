@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from signstep.lab.stats import Estimate, number, signed
+from signstep.lab.stats import MIN_SEEDS, Estimate, number, signed
 
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "{http://www.w3.org/1999/xlink}href"
@@ -85,6 +85,8 @@ class Curve:
     label: str
     epochs: tuple[int, ...]
     estimates: tuple[Estimate, ...]
+    runs: tuple[Mapping[int, float], ...] = ()
+    """Accuracy by epoch of each seed."""
     own: bool = False
     """A method that is not in the paper: drawn dashed."""
     diverged_at: tuple[int, ...] = ()
@@ -145,7 +147,8 @@ def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> lis
 def curves(
     lines: Sequence[Curve], *, switches: Iterable[float], epochs: int, heading: tuple[str, str] | None = None
 ) -> Figure:
-    """Test accuracy over epochs, the interval over seeds as a band, the switch to SGD as a red dashed line.
+    """Test accuracy over epochs, the interval over seeds as a band (of two seeds: each as a thin line), the switch to
+    SGD as a red dashed line.
 
     Args:
         lines: the methods; later ones are drawn on top.
@@ -161,7 +164,7 @@ def curves(
         name = colour(line.method)
         style: dict[str, Any] = {"color": _COLOURS[name][0], "gid": _METHOD + line.method, "zorder": 3 + order}
         mean = [e.mean for e in line.estimates]
-        banded = [(epoch, e) for epoch, e in zip(line.epochs, line.estimates, strict=True) if e.half_width is not None]
+        banded = [(epoch, e) for epoch, e in zip(line.epochs, line.estimates, strict=True) if e.n >= MIN_SEEDS]
         if banded:
             axes.fill_between(
                 [epoch for epoch, _ in banded],
@@ -171,6 +174,9 @@ def curves(
                 linewidth=0,
                 **style,
             )
+        if 1 < len(line.runs) < MIN_SEEDS:
+            for values in line.runs:
+                axes.plot(list(values), list(values.values()), linewidth=0.6, alpha=0.6, **style)
         dashes = (0, (4, 1.6)) if line.own else "-"
         axes.plot(
             line.epochs, mean, linestyle=dashes, linewidth=1.6, marker=marker, markersize=3.4, clip_on=False, **style

@@ -14,21 +14,28 @@ import torch
 from torch import nn
 
 from signstep.lab.config import RunConfig
+from signstep.lab.errors import BadInput
 from signstep.optim import HybridSignSGD, SignSGD
 
 
-def lr_factor(config: RunConfig, progress: float) -> float:
-    """What the learning rate is multiplied by when a share `progress` (0 to 1) of the run's steps has been taken.
+def step_at(share: float, total_steps: int) -> int:
+    """The step nearest to a share of the run: the schedule's milestones and the hybrid's switch fall together."""
+    return round(share * total_steps)
+
+
+def lr_factor(config: RunConfig, step: int, total_steps: int) -> float:
+    """What the learning rate is multiplied by when `step` of the run's `total_steps` have been taken.
 
     Example:
-        >>> lr_factor(RunConfig(schedule="step", milestones=(0.5,), gamma=0.1), 0.5)
+        >>> lr_factor(RunConfig(schedule="step", milestones=(0.5,), gamma=0.1), 5, 10)
         0.1
     """
+    progress = step / total_steps
     warmup = min(1.0, progress / config.warmup) if config.warmup > 0 else 1.0
     if config.schedule == "cosine":
         return warmup * 0.5 * (1.0 + math.cos(math.pi * progress))
     if config.schedule == "step":
-        return warmup * config.gamma ** sum(progress >= milestone for milestone in config.milestones)
+        return warmup * config.gamma ** sum(step >= step_at(m, total_steps) for m in config.milestones)
     return warmup
 
 
@@ -37,7 +44,17 @@ def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> to
 
     A field left at None keeps the optimizer's default, but for SGD's momentum, whose default here is 0.9.
     The hybrid switches after `switch` of `total_steps`, and after one step at the earliest.
+
+    Raises:
+        BadInput: an option out of its range.
     """
+    try:
+        return _optimizer(config, model, total_steps)
+    except ValueError as error:
+        raise BadInput(f"{error}, for optimizer {config.optimizer}") from error
+
+
+def _optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> torch.optim.Optimizer:
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
         momentum = 0.9 if config.momentum is None else config.momentum
@@ -52,7 +69,7 @@ def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> to
     if config.optimizer == "signsgd":
         return SignSGD(model.parameters(), seed=config.seed, **options)
     assert config.switch is not None
-    switch_step = max(1, round(config.switch * total_steps))
+    switch_step = max(1, step_at(config.switch, total_steps))
     return HybridSignSGD(model.parameters(), seed=config.seed, switch_step=switch_step, **options)
 
 
@@ -83,14 +100,14 @@ def require_bf16_on_cpu(
     """Try one bfloat16 step of this network on a batch of this shape [B, C, H, W] in a process of its own.
 
     Raises:
-        ValueError: the trial died, as oneDNN's bfloat16 kernels do on some CPUs (illegal instruction).
+        BadInput: the trial died, as oneDNN's bfloat16 kernels do on some CPUs (illegal instruction).
     """
     network = {"model": model, "num_classes": num_classes, "in_channels": shape[1], "width": width, "stem": stem}
     command = [sys.executable, "-c", _BF16_TRIAL, json.dumps([shape, channels_last]), json.dumps(network)]
     code = subprocess.run(command, capture_output=True, check=False).returncode
     if code:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        raise ValueError(
+        raise BadInput(
             f"precision='bf16': this CPU cannot train this network in it (a trial step ended with {how}); use fp32, "
             "or set the environment variable ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
         )
@@ -104,13 +121,13 @@ def require_compiler(device: str) -> None:
         device: type of the device, as "cpu".
 
     Raises:
-        ValueError: it fails, most often for want of a C++ compiler or of Python's headers.
+        BadInput: it fails, most often for want of a C++ compiler or of Python's headers.
     """
     try:
         torch.compile(torch.neg, dynamic=False)(torch.ones(1, device=device))
     except Exception as error:  # what a missing tool raises differs from one version of torch to the next
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
+        raise BadInput(
             f"compile=True: torch.compile does not work on this machine ({reason}); install a C++ compiler and "
             "Python's headers, or set compile to False"
         ) from error

@@ -138,7 +138,8 @@ def write(
     name = experiment.name
     drawn: dict[tuple[str, str], dict[str, Any]] = {}
     hollow = "mean, 95 % interval, seeds; hollow: the paper"
-    marks = {"curves": "mean and 95 % interval", "dots": hollow, "differences": hollow}
+    spread = "95 % interval" if len(results.seeds) >= stats.MIN_SEEDS else "each seed"
+    marks = {"curves": f"mean and {spread}", "dots": hollow, "differences": hollow}
     for drawing in _drawings(results):
         stem = f"{name}-{drawing.dataset}-{drawing.kind}"
         alone = drawing.draw((drawing.title, f"{results.setting}; {marks[drawing.kind]}"))

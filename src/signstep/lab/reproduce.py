@@ -10,6 +10,7 @@ from typing import Any
 import filelock
 
 from signstep.lab.config import RunConfig
+from signstep.lab.errors import BadInput
 from signstep.lab.experiments import Experiment
 from signstep.lab.sweep import Train, learning_rate
 
@@ -19,7 +20,7 @@ def planned(
 ) -> dict[str, tuple[str, RunConfig]]:
     """The runs that the experiments need, by hash, with a label; seed 0 of every row comes before seed 1 of any."""
     if seeds < 1:
-        raise ValueError(f"seeds={seeds}: expected at least 1")
+        raise BadInput(f"seeds={seeds}: expected at least 1")
     runs: dict[str, tuple[str, RunConfig]] = {}
     for seed in range(seeds):
         for experiment in experiments:
@@ -28,13 +29,6 @@ def planned(
                     config = row.config(dataset, seed, learning_rate(experiment, row.key, dataset, tuned))
                     runs.setdefault(config.hash, (f"{dataset}, {row.label}, seed {seed}, lr {config.lr:g}", config))
     return runs
-
-
-def run_is_done(path: Path) -> bool:
-    """Whether `path` is the record of a finished run."""
-    from signstep.lab.runs import read_run
-
-    return path.exists() and read_run(path).done
 
 
 def reproduce(

@@ -16,6 +16,7 @@ from typing import Any
 
 from signstep.lab import figures, stats
 from signstep.lab.config import RunConfig
+from signstep.lab.display import duration
 from signstep.lab.experiments import Experiment, Row, dataset_title
 from signstep.lab.runs import Run
 from signstep.lab.sweep import learning_rate
@@ -202,20 +203,30 @@ class Results:
         reached = f"{self.cells[best.key, dataset].text} %"
         if len(ranked) == 1:
             return f"{best.label}, the only method with a result, reaches {reached}"
+        if doubts := self._doubts(dataset, ranked):
+            low, high = (stats.number(end(mean for mean, _ in means)) for end in (min, max))
+            return f"{len(ranked)} methods reach {low} to {high} %, which ranks none of them: {listed(doubts)}"
         rival = next((row for row in ranked[1:] if row.key == "sgd"), ranked[1])
         gap = stats.paired_difference(
             self.cells[best.key, dataset].accuracies, self.cells[rival.key, dataset].accuracies
         )
-        if gap is None:
-            return f"{best.label} is highest with {reached}, without a seed in common with {rival.label}"
-        if gap.half_width is None:
-            return f"{best.label} and {rival.label} differ by {stats.signed(gap.mean)} points in one seed"
+        assert gap is not None
         if gap.contains(0):
             points = stats.with_interval(gap, sign=True)
             return f"{best.label} is highest, but {gap.n} seeds do not tell it from {rival.label} ({points} points)"
         verb = "beats" if gap.mean > 0 else "is highest, but is beaten seed by seed by"
         name = rival.label if rival.key == "sgd" else f"the next best, {rival.label},"
         return f"{best.label} {verb} {name} by {stats.with_interval(gap)} points"
+
+    def _doubts(self, dataset: str, rows: Sequence[Row]) -> list[str]:
+        """Why no row may be called the best."""
+        doubts = []
+        tuned = [row.key in self.tuned.get(dataset, {}) for row in rows]
+        if not all(tuned):
+            doubts.append("not every learning rate was tuned" if any(tuned) else "no learning rate was tuned")
+        if len(set.intersection(*(set(self.cells[row.key, dataset].accuracies) for row in rows))) < stats.MIN_SEEDS:
+            doubts.append(f"fewer than {stats.MIN_SEEDS} seeds are common to all")
+        return doubts
 
     @property
     def setting(self) -> str:
@@ -343,6 +354,17 @@ class Results:
 
     # ------------------------------------------------------------------------------------------------ recipe, machine
 
+    @property
+    def guesses(self) -> tuple[str, ...]:
+        """What the paper does not say and is assumed here, the choice of the learning rates among it."""
+        tuning = (
+            f"Learning rates are chosen on a held-out tenth of the training set, by runs of "
+            f"{self.experiment.tune_epochs} {_plural(self.experiment.tune_epochs, 'epoch')}, "
+            "with the same number of trials for every method."
+        )
+        tuned = any(self.tuned.values())
+        return tuple(filter(None, (*self.experiment.guesses, tuning if tuned else "", self.untuned)))
+
     @cached_property
     def shared_settings(self) -> dict[str, str]:
         """Fields of `RunConfig` that all runs have in common."""
@@ -381,7 +403,7 @@ class Results:
         }
         seconds = math.fsum(epoch.get("timing", {}).get("seconds", 0.0) for run in runs for epoch in run.epochs)
         table["runs"] = str(len(runs))
-        table["training time in total"] = _duration(seconds)
+        table["training time in total"] = duration(seconds)
         return table
 
     # ------------------------------------------------------------------------------------------------ figures
@@ -394,17 +416,12 @@ class Results:
             series = [_series(run, to_the_end=not cell.all_diverged) for run in cell.runs]
             epochs = sorted({epoch for values in series for epoch in values})
             ended = tuple(int(run.end["epoch"]) for run in cell.runs if run.diverged and run.end)
-            points = []
-            for epoch in epochs:
-                values = [s[epoch] for s in series if epoch in s]
-                if not cell.all_diverged:
-                    # A diverged run goes on at chance wherever another was evaluated after its end.
-                    values += [
-                        run.final_accuracy
-                        for run, s in zip(cell.runs, series, strict=True)
-                        if run.diverged and run.end and epoch not in s and epoch >= int(run.end["epoch"])
-                    ]
-                points.append(stats.estimate(values))
+            for run, values in zip(cell.runs, series, strict=True):
+                if run.diverged and run.end and not cell.all_diverged:
+                    # It goes on at chance wherever another was evaluated after its end.
+                    rest = [epoch for epoch in epochs if epoch not in values and epoch >= int(run.end["epoch"])]
+                    values |= dict.fromkeys(rest, run.final_accuracy)
+            points = [stats.estimate([values[epoch] for values in series if epoch in values]) for epoch in epochs]
             if epochs:
                 lines.append(
                     figures.Curve(
@@ -412,6 +429,7 @@ class Results:
                         label=row.label,
                         epochs=tuple(epochs),
                         estimates=tuple(points),
+                        runs=tuple(dict(sorted(values.items())) for values in series),
                         own=not row.in_paper,
                         diverged_at=ended,
                         diverged=cell.all_diverged,
@@ -517,7 +535,7 @@ class Results:
             ],
             "gaps": list(self.gaps),
             "tuned": self.tuned,
-            "guesses": list(e.guesses),
+            "guesses": list(self.guesses),
             "settings": {"shared": self.shared_settings, **{row.key: self.own_settings(row) for row in e.rows}},
             "environment": self.environment,
             "commands": list(self.commands),
@@ -557,13 +575,6 @@ def plain(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(plain(v) for v in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _series(run: Run, *, to_the_end: bool) -> dict[int, float]:

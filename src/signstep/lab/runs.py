@@ -19,6 +19,7 @@ import torch
 
 from signstep.lab.checkpoint import write_atomically
 from signstep.lab.config import RunConfig
+from signstep.lab.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def read_run(path: Path) -> Run:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line is not what `train` writes; the message names file and line.
+        BadInput: a line is not what `train` writes; the message names file and line.
     """
     lines = path.read_bytes().split(b"\n")
     unfinished = lines.pop()
@@ -76,22 +77,27 @@ def read_run(path: Path) -> Run:
             if number == 1:
                 config = RunConfig.from_dict(event["config"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise BadInput(
                 f"{path}, line {number}: not a line of a run's record ({error}); delete the file to train the run again"
             ) from error
         events.append(event)
     if not events:
         what = "its first line is cut short" if unfinished else "it is empty"
-        raise ValueError(f"{path}, line 1: not a run's record, {what}; delete the file to train the run again")
+        raise BadInput(f"{path}, line 1: not a run's record, {what}; delete the file to train the run again")
     end = events.pop() if events[-1]["event"] == "end" else None
     return Run(config, events[0], events[1:], end)
+
+
+def is_done(path: Path) -> bool:
+    """Whether `path` is the record of a finished run."""
+    return path.exists() and read_run(path).done
 
 
 def read_runs(folder: Path) -> dict[str, Run]:
     """Every run recorded in `folder` (not below it), by its configuration's hash; none where there is no folder.
 
     Raises:
-        ValueError: as `read_run`.
+        BadInput: as `read_run`.
     """
     runs = (read_run(path) for path in sorted(folder.glob("*.jsonl")))
     return {run.config.hash: run for run in runs}

@@ -15,6 +15,8 @@ import numpy as np
 import scipy.stats
 
 CONFIDENCE = 0.95
+MIN_SEEDS = 3
+"""Fewer decide nothing: the interval of two values is 13 times as wide as they are apart."""
 
 Verdict = Literal["same sign", "opposite sign", "undecided"]
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import filelock
 
 from signstep.lab.config import RunConfig
+from signstep.lab.errors import BadInput
 from signstep.lab.experiments import Experiment, Row, grid_point
 
 MAX_EXTENSIONS = 2
@@ -78,7 +79,7 @@ def search(dataset: str, row: Row, trials: int, records: Mapping[str, Record]) -
         records: finished or unfinished runs; others than this search's are ignored.
     """
     if trials < 1:
-        raise ValueError(f"trials={trials}: expected at least 1")
+        raise BadInput(f"trials={trials}: expected at least 1")
     indices = list(row.grid(trials))
     extensions = 0
     while True:
@@ -113,7 +114,7 @@ def read_tuned(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """The choices in `<folder>/tuned.json`: by data set, then row; none where there is no such file.
 
     Raises:
-        ValueError: the file is not what `sweep` writes.
+        BadInput: the file is not what `sweep` writes.
     """
     path = folder / "tuned.json"
     if not path.exists():
@@ -124,7 +125,7 @@ def read_tuned(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
             for choice in rows.values():
                 float(choice["lr"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise BadInput(
             f"{path}: not a file that sweep writes ({error!r}); delete it and run the sweep again"
         ) from error
     return choices

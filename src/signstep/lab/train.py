@@ -64,13 +64,13 @@ def train(
     Raises:
         RunBusy: another process is training this run.
         CheckpointError: the checkpoint is damaged.
-        ValueError: the configuration does not fit the images, the workers or, in bf16 or compiled, this machine.
+        BadInput: the configuration does not fit the images, the workers or, in bf16 or compiled, this machine.
     """
     started = last_save = time.monotonic()
     workers = Workers.join(device)
     out.mkdir(parents=True, exist_ok=True)
     record, saved = out / f"{config.hash}.jsonl", out / f"{config.hash}.pt"
-    with workers.lock(out / f"{config.hash}.lock"):
+    with workers.lock(out / f"{config.hash}.lock", over=lambda: runs.is_done(record)):
         earlier = workers.from_first(lambda: runs.read_run(record) if record.exists() else None)
         if earlier is not None and earlier.end is not None:
             return "diverged" if earlier.diverged else "done"
@@ -83,6 +83,10 @@ def train(
         board = out / "tensorboard" / config.hash if tensorboard and first else None
         shown = Display(config, run.step, run.total_steps, show=progress, quiet=not first, board=board)
         with StopRequest() as stop, shown as display:
+            if state is not None:
+                epoch = math.ceil(run.step / run.steps_per_epoch)
+                where = f"step {run.step} of {run.total_steps}, in epoch {epoch} of {config.epochs}"
+                display.say(f"{config.hash}: goes on after {where}")
             try:
                 while run.step < run.total_steps:
                     run.train_step()
@@ -105,8 +109,6 @@ def train(
                         last_save = now
                     if stopping and not ended:
                         stop.answered = True
-                        where = f"after step {run.step} of {run.total_steps}"
-                        display.say(f"{config.hash}: stopped {where}; run it again to go on")
                         return "stopped"
             except _NotFinite as problem:
                 reason = f"{problem}; {likely_cause(config, getattr(run.optimizer, 'phase', None))}"
@@ -153,7 +155,7 @@ class _Run:
         self.model = model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(config, model, self.total_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: lr_factor(config, min(1.0, step / self.total_steps))
+            self.optimizer, lambda step: lr_factor(config, min(step, self.total_steps), self.total_steps)
         )
         if config.compile:
             require_compiler(device.type)
@@ -161,7 +163,7 @@ class _Run:
         self.network = workers.wrap(torch.compile(self.model) if config.compile else self.model)  # type: ignore[arg-type]
 
         self.step = 0
-        self.began, self.began_at = time.monotonic(), 0  # this epoch's time and first step in this process
+        self.began, self.began_at = time.perf_counter(), 0  # this epoch's time and first step in this process
         # This worker's part of each step's mean loss (row 0) and accuracy (row 1) within the epoch.
         self.history = torch.zeros(2, self.steps_per_epoch, device=device)
         # Reading a loss makes the host wait for the device: nothing on a CPU, dear on a GPU.
@@ -218,13 +220,13 @@ class _Run:
 
     def end_epoch(self, losses: Tensor, accuracies: Tensor) -> dict[str, Any]:
         """Evaluate where that is due, add the epoch's line to the record, and return it; _NotFinite."""
-        trained = time.monotonic() - self.began
+        trained = time.perf_counter() - self.began
         epoch = self.step // self.steps_per_epoch
         line: dict[str, Any] = {
             "event": "epoch",
             "epoch": epoch,
             "step": self.step,
-            "lr": self.config.lr * lr_factor(self.config, (self.step - 1) / self.total_steps),
+            "lr": self.config.lr * lr_factor(self.config, self.step - 1, self.total_steps),
             "train_loss": losses.mean().item(),
             "train_accuracy": accuracies.mean().item(),
         }
@@ -234,7 +236,7 @@ class _Run:
             line["phase"] = self.optimizer.phase  # type: ignore[attr-defined]
             rate = self.optimizer.calibrated_lr  # type: ignore[attr-defined]
             line["calibrated_lr"] = rate if math.isfinite(rate) else None
-        images, now = (self.step - self.began_at) * self.config.batch_size, time.monotonic()
+        images, now = (self.step - self.began_at) * self.config.batch_size, time.perf_counter()
         line["timing"] = {"seconds": round(now - self.began, 3), "images_per_second": round(images / trained, 1)}
         self.began, self.began_at = now, self.step
         self.events.append(line)

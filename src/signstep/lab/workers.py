@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from signstep.lab import checkpoint
+from signstep.lab.errors import BadInput
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ class Workers:
             device: "auto", or what torch.device takes; a bare "cuda" means this worker's own GPU.
 
         Raises:
-            ValueError: no such device on this machine.
+            BadInput: no such device on this machine.
         """
         cuda = torch.cuda.is_available()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -46,14 +47,14 @@ class Workers:
         try:
             chosen = torch.device(device)
         except RuntimeError as error:
-            raise ValueError(f"device={device!r}: expected auto, cpu, cuda, cuda:N or mps") from error
+            raise BadInput(f"device={device!r}: expected auto, cpu, cuda, cuda:N or mps") from error
         if chosen.type == "cuda":
             chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
             if not cuda or chosen.index >= torch.cuda.device_count():
-                raise ValueError(f"device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+                raise BadInput(f"device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
             torch.cuda.set_device(chosen)
         if chosen.type == "mps" and not torch.backends.mps.is_available():
-            raise ValueError("device='mps': this machine has no such device")
+            raise BadInput("device='mps': this machine has no such device")
         if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
             # Both backends: what the host must know (shall we stop?) goes over gloo, without waiting for the GPU.
             # The group lives as long as the process: joining a second time would meet the first one's keys.
@@ -111,10 +112,10 @@ class Workers:
                 dist.broadcast(buffer, src=0)
 
     @contextlib.contextmanager
-    def lock(self, path: Path) -> Iterator[None]:
+    def lock(self, path: Path, over: Callable[[], bool]) -> Iterator[None]:
         """`checkpoint.lock`, held by rank 0 for all workers; every one of them raises RunBusy."""
         with contextlib.ExitStack() as stack:
-            self.from_first(lambda: stack.enter_context(checkpoint.lock(path)))
+            self.from_first(lambda: stack.enter_context(checkpoint.lock(path, over)))
             yield
 
 

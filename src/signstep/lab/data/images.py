@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from signstep.lab.errors import BadInput
+
 _SPLIT_SEED = 20260721
 
 
-class DataError(ValueError):
+class DataError(BadInput):
     """A data set that is missing, incomplete or not what its format says; the message is one sentence for the user."""
 
 

@@ -28,8 +28,8 @@ lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(STAMP) ## what a step costs beside torch's own optimizers
-	$(BIN)/python benchmarks/step.py
+bench: $(STAMP) ## what a step costs beside other optimizers and the speed of memory (minutes)
+	$(BIN)/signstep bench step --out results/bench
 
 # The report's tests drive a Chromium; where there is none and apt can install one, it does, else they say that they skip.
 browser:

@@ -71,6 +71,7 @@ class SignSGDReference:
         return signed
 
     def sigma(self, m: Array) -> float:
+        """Of the noise that is added to m_{k+1}, with the rms of m_k."""
         sigma = float(np.sqrt(self.alpha * (1 + self.k) ** -self.gamma))  # eq. (9)
         return sigma * float(np.sqrt(np.mean(m**2))) if self.scale == "relative" else sigma
 
@@ -79,13 +80,14 @@ class SignSGDReference:
         if self.alpha == 0:
             return np.sign(m)
         # xi = -sigma Phi^-1(u), so that sign(m + xi) = +1 exactly when u < Phi(m / sigma).
-        xi = -self.sigma(m) * ndtri(noise(self.seed, self.k, i, m.shape))  # line 6
+        xi = -self.sigmas[i] * ndtri(noise(self.seed, self.k, i, m.shape))  # line 6
         # "pre" is line 7; "post" is eq. (10), with the noise's other sign, which has the same law.
         step = np.sign(m + xi) if self.position == "pre" else np.sign(m) - xi
         return np.where(m == 0, 0.0, step)
 
     def step(self, gradients: list[Array]) -> None:
         gradients = self.gradients(gradients)
+        self.sigmas = [self.sigma(m) for m in self.m]
         for i, g in enumerate(gradients):
             if self.decay and self.decoupled:
                 self.x[i] *= 1 - self.lr * self.decay
@@ -122,12 +124,9 @@ class HybridSignSGDReference(SignSGDReference):
             return
         raw = self.gradients(gradients)
         super().step(gradients)  # lines 6 and 9
-        k = self.k - 1
         signs = [np.sign(m) for m in self.m]
         if self.rule == "applied" and self.alpha > 0 and self.position == "pre":
-            self.k = k
-            signs = [2 * ndtr(m / self.sigma(m)) - 1 for m in self.m]
-            self.k = k + 1
+            signs = [2 * ndtr(m / s) - 1 if s > 0 else np.sign(m) for m, s in zip(self.m, self.sigmas, strict=True)]
         inner = sum(float(np.sum(s * g)) for s, g in zip(signs, raw, strict=True))
         square = sum(float(np.sum(g**2)) for g in raw)
         if self.rule == "paper":

@@ -8,7 +8,7 @@ and the counter (block, k, p, stream),
 
 so U depends on nothing else: not on the device, the order of the tensors, how a tensor is sharded or which steps ran
 before. The low 24 bits matter only where the top 8 tie with the threshold's, 1 decision in 256; a fast engine draws
-them only there.
+them only there. Stream 2 has the bytes that round the momentum, laid out as stream 0. Indices are modulo 2^32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from signstep.kernels.philox import Words, philox4x32
 
-TOP_BITS, LOW_BITS = 0, 1
+TOP_BITS, LOW_BITS, ROUNDING = 0, 1, 2
 """Stream numbers, the last word of the counter."""
 
 _MASK = 0xFFFFFFFF
@@ -55,15 +55,17 @@ def _blocks(
         [torch.full((b - a,), s.parameter, device=device) for s, (a, b) in zip(segments, ranges, strict=True)]
     )
     last = torch.full_like(index, stream)
-    words = philox4x32((index, step & _MASK, parameter, last), (seed & _MASK, seed >> 32))
+    words = philox4x32((index & _MASK, step & _MASK, parameter & _MASK, last), (seed & _MASK, seed >> 32))
     split = [torch.split(w, [b - a for a, b in ranges]) for w in words]
     return [(split[0][i], split[1][i], split[2][i], split[3][i]) for i in range(len(segments))]
 
 
-def top_bits(segments: Sequence[Segment], *, seed: int, step: Tensor, device: torch.device) -> list[Tensor]:
-    """The top 8 bits of U for every element, int64 in [0, 256), one 1-D tensor per segment."""
+def noise_bytes(
+    segments: Sequence[Segment], stream: int, *, seed: int, step: Tensor, device: torch.device
+) -> list[Tensor]:
+    """A byte for every element, int64 in [0, 256), one 1-D tensor per segment: in `TOP_BITS` the top 8 bits of U."""
     out = []
-    for segment, words in zip(segments, _blocks(segments, 16, TOP_BITS, seed, step, device), strict=True):
+    for segment, words in zip(segments, _blocks(segments, 16, stream, seed, step, device), strict=True):
         bytes_ = torch.stack([(w >> (8 * j)) & 0xFF for w in words for j in range(4)], dim=1).flatten()
         out.append(bytes_.narrow(0, segment.start % 16, segment.size))
     return out
@@ -162,7 +164,7 @@ def _draw(
     sizes = [m.numel() for m in ms]
     device = ms[0].device
     m = torch.cat(ms)
-    top = torch.cat(top_bits(segments, seed=seed, step=step, device=device))
+    top = torch.cat(noise_bytes(segments, TOP_BITS, seed=seed, step=step, device=device))
     low = torch.cat(low_bits(segments, seed=seed, step=step, device=device))
     # Each sigma stays where it is: a 0-dim CPU tensor reaches a GPU kernel without a copy that the host waits for.
     if position == "pre":

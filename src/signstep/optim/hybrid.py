@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from signstep.kernels.engine import Options, Tensors
 from signstep.optim import calibration as rules
-from signstep.optim.signsgd import Batch, SignSGD, picks_foreach, real, scalar
+from signstep.optim.signsgd import SignSGD, move, scalar
 
 __all__ = ["HybridSignSGD"]
 
@@ -74,6 +75,7 @@ class HybridSignSGD(SignSGD):
         dither_decay: float = 0.55,
         dither_position: str = "pre",
         dither_scale: str = "absolute",
+        state_dtype: torch.dtype | None = None,
         seed: int = 0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
@@ -96,6 +98,7 @@ class HybridSignSGD(SignSGD):
                 "dither_decay": dither_decay,
                 "dither_position": dither_position,
                 "dither_scale": dither_scale,
+                "state_dtype": state_dtype,
                 "seed": seed,
                 "weight_decay": weight_decay,
                 "decoupled_weight_decay": decoupled_weight_decay,
@@ -160,100 +163,53 @@ class HybridSignSGD(SignSGD):
     def _keeps_exp_avg(self, group: dict[str, Any]) -> bool:
         return bool(group["momentum" if group["phase"] == "sign" else "sgd_momentum"] > 0)
 
-    def _step_group(self, group: dict[str, Any], batch: Batch, sums: Tensor | None = None) -> None:
-        if group["phase"] == "sgd":
-            sgd(
-                batch.params,
-                batch.grads,
-                batch.exp_avgs,
-                rate=group["lr_ratio"] * scalar(group["lr"]),
-                **{name: group[name] for name in ("lr", "weight_decay", "decoupled_weight_decay", "maximize")},
-                momentum=group["sgd_momentum"],
-                foreach=group["foreach"],
-                differentiable=group["differentiable"],
-            )
-            return
-        running = {name: group[name] for name in rules.STATE}
-        sums = torch.zeros(2, dtype=running["lr_ratio"].dtype, device=running["lr_ratio"].device)
-        super()._step_group(group, batch, sums)
-        rules.update(
-            group["calibration"],
-            running,
-            sums,
-            steps=group["step"],
-            lr=scalar(group["lr"]),
-            ema_decay=group["ema_decay"],
-        )
-        if group["switch_step"] is not None and group["step"] >= group["switch_step"]:
+    def _step_group(self, group: dict[str, Any], batch: Tensors) -> None:
+        sums = self._new_sums(group)
+        self._step_params(group, batch, sums)
+        self._finish_step(group, sums)
+        # Here, not in a function of its own: it ends a graph of torch.compile, and the callers' with it.
+        if sums is not None and group["switch_step"] is not None and group["step"] >= group["switch_step"]:
             self._switch_group(group)
 
+    def _new_sums(self, group: dict[str, Any]) -> Tensor | None:
+        """Where a step's inner product and squared norm are added up; None in the SGD phase, which needs none."""
+        if group["phase"] == "sgd":
+            return None
+        return torch.zeros(2, dtype=group["lr_ratio"].dtype, device=group["lr_ratio"].device)
 
-def sgd(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    *,
-    rate: Tensor,
-    lr: float | Tensor,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    decoupled_weight_decay: bool = True,
-    maximize: bool = False,
-    foreach: bool | None = None,
-    differentiable: bool = False,
-) -> None:
-    """One step of Algorithm 2's SGD phase on lists of tensors, in place on params and exp_avgs.
+    def _step_params(self, group: dict[str, Any], batch: Tensors, sums: Tensor | None) -> None:
+        if group["phase"] == "sign":
+            super()._step_params(group, batch, sums)
+            return
+        lr, decay = scalar(group["lr"]), group["weight_decay"]
+        decoupled = group["decoupled_weight_decay"]
+        options = Options(
+            step=group["step"],
+            rate=group["lr_ratio"] * lr,
+            decay=1 - lr * decay if decoupled and decay != 0 else 1.0,
+            coupled_weight_decay=0.0 if decoupled else decay,
+            momentum=group["sgd_momentum"],
+            state_dtype=group["state_dtype"],
+            dither=None,
+            seed=group["seed"],
+            maximize=group["maximize"],
+            sums=None,
+            sums_applied=False,
+            gradient_step=True,
+        )
+        move(batch, options, **{name: group[name] for name in ("foreach", "fused", "differentiable")})
 
-    Args:
-        params, grads: dense tensors of any float or complex dtype.
-        exp_avgs: momentum buffers b <- momentum * b + (1 - momentum) * g, updated; empty if momentum is 0.
-        rate: the calibrated learning rate of this step, a 0-dim tensor.
-        lr: the scheduled learning rate, which scales decoupled weight decay.
-        momentum, weight_decay, decoupled_weight_decay, maximize, foreach, differentiable: as in `HybridSignSGD`.
-    """
-    lists = [params, grads] + ([exp_avgs] if momentum > 0 else [])
-    lists = [[real(x) for x in column] for column in lists]
-    lr = scalar(lr)
-    options = (rate, lr, momentum, weight_decay, decoupled_weight_decay, maximize)
-    if picks_foreach(foreach, differentiable, params):
-        grouped = torch.optim.Optimizer._group_tensors_by_device_and_dtype(lists)  # type: ignore[arg-type]
-        for columns, _ in grouped.values():
-            _multi_tensor_sgd(*([x for x in column if x is not None] for column in columns), options=options)
-    else:
-        for row in zip(*lists, strict=True):
-            _single_tensor_sgd(*row, options=options)
+    def _finish_step(self, group: dict[str, Any], sums: Tensor | None) -> None:
+        super()._finish_step(group, sums)
+        if sums is not None:
+            rules.update(
+                group["calibration"],
+                {name: group[name] for name in rules.STATE},
+                sums,
+                steps=group["step"],
+                lr=scalar(group["lr"]),
+                ema_decay=group["ema_decay"],
+            )
 
-
-_Options = tuple[Tensor, float | Tensor, float, float, bool, bool]
-
-
-def _single_tensor_sgd(param: Tensor, grad: Tensor, exp_avg: Tensor | None = None, *, options: _Options) -> None:
-    rate, lr, momentum, weight_decay, decoupled, maximize = options
-    if maximize:
-        grad = -grad
-    if weight_decay != 0 and not decoupled:
-        grad = grad.add(param, alpha=weight_decay)
-    if weight_decay != 0 and decoupled:
-        param.mul_(1 - lr * weight_decay)
-    if exp_avg is not None:
-        exp_avg.lerp_(grad, 1 - momentum)
-        # Under differentiable=True autograd holds this step's average, which the next step overwrites.
-        grad = exp_avg.clone() if torch.is_grad_enabled() else exp_avg
-    param.add_(grad.to(torch.promote_types(grad.dtype, torch.float32)) * -rate.to(param.device))
-
-
-def _multi_tensor_sgd(
-    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor] | None = None, *, options: _Options
-) -> None:
-    rate, lr, momentum, weight_decay, decoupled, maximize = options
-    if maximize:
-        grads = list(torch._foreach_neg(grads))
-    if weight_decay != 0 and not decoupled:
-        grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
-    if weight_decay != 0 and decoupled:
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-    if exp_avgs is not None:
-        torch._foreach_lerp_(exp_avgs, grads, 1 - momentum)
-        grads = exp_avgs
-    wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
-    torch._foreach_add_(params, torch._foreach_mul(wide, -rate.to(params[0].device)))
+    def _needs_mean_square(self, group: dict[str, Any]) -> bool:
+        return group["phase"] == "sign" and super()._needs_mean_square(group)

@@ -2,98 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
+from signstep.kernels import fused as engines
+from signstep.kernels import momentum as buffers
 from signstep.kernels import reference
+from signstep.kernels.engine import Dither, Options, Tensors, real_tensors
 from signstep.kernels.reference import Segment
-from signstep.optim import calibration
 from signstep.optim.dither import dither_std, expected_sign
+from signstep.optim.options import check_options
 
 __all__ = ["SignSGD", "signsgd"]
 
 
-class _Rule(NamedTuple):
-    holds: Callable[[Any], bool]
-    allowed: str
-
-
-def _number(low: float, high: float = math.inf, *, open_end: bool = False) -> _Rule:
-    end = f"{high})" if open_end or high == math.inf else f"{high}]"
-
-    def holds(x: float) -> bool:
-        return low <= x <= high and math.isfinite(x) and not (open_end and x == high)
-
-    return _Rule(holds, f"a number in [{low}, {end}")
-
-
-def _integer(low: int, high: int) -> _Rule:
-    return _Rule(lambda x: low <= x < high, f"an integer in [{low}, {high})")
-
-
-def _choice(*names: str) -> _Rule:
-    return _Rule(lambda x: x in names, "one of " + ", ".join(repr(n) for n in names))
-
-
-_FLAG = (bool,)
-_RULES: dict[str, tuple[tuple[type, ...], _Rule]] = {
-    "lr": ((Real, Tensor), _number(0)),
-    "momentum": ((Real,), _number(0, 1, open_end=True)),
-    "dither": ((Real,), _number(0)),
-    "dither_decay": ((Real,), _number(0)),
-    "dither_position": ((str,), _choice("pre", "post")),
-    "dither_scale": ((str,), _choice("absolute", "relative")),
-    "seed": ((Integral,), _integer(0, 1 << 64)),
-    "weight_decay": ((Real,), _number(0)),
-    "switch_step": ((Integral, type(None)), _Rule(lambda x: x is None or x >= 1, "None or an integer >= 1")),
-    "ema_decay": ((Real,), _number(0, 1, open_end=True)),
-    "calibration": ((str,), _choice(*calibration.RULES)),
-    "sgd_momentum": ((Real,), _number(0, 1, open_end=True)),
-    "decoupled_weight_decay": (_FLAG, _Rule(lambda x: True, "True or False")),
-    "maximize": (_FLAG, _Rule(lambda x: True, "True or False")),
-    "capturable": (_FLAG, _Rule(lambda x: True, "True or False")),
-    "differentiable": (_FLAG, _Rule(lambda x: True, "True or False")),
-    "foreach": ((bool, type(None)), _Rule(lambda x: True, "True, False or None")),
-    "fused": ((bool, type(None)), _Rule(lambda x: True, "True, False or None")),
-}
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Raise a TypeError or ValueError that names the first bad option, its value and what is allowed."""
-    for name, value in options.items():
-        if name not in _RULES:
-            continue
-        types, rule = _RULES[name]
-        if isinstance(value, Tensor) and name == "lr" and value.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(value.shape)}")
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise TypeError(f"Invalid {name}: {value!r} of type {type(value).__name__}, expected {rule.allowed}")
-        if not rule.holds(float(value.detach()) if isinstance(value, Tensor) else value):
-            raise ValueError(f"Invalid {name}: {value!r}, expected {rule.allowed}")
-    if options["fused"]:
-        raise RuntimeError("Invalid fused: True, this version has no fused kernels; pass fused=None or foreach=True")
-    if options["capturable"] and options.get("switch_step") is not None:
-        raise ValueError(
-            f"Invalid switch_step: {options['switch_step']!r} with capturable=True, whose step count is on the device; "
-            "pass switch_step=None and call switch()"
-        )
-    if options["foreach"] and options["differentiable"]:
-        raise RuntimeError("Invalid foreach: True, _foreach ops do not support differentiable=True; pass foreach=None")
-
-
-class Batch(NamedTuple):
-    """What one step of one param_group works on: parameters that have a gradient, and their state."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    exp_avgs: list[Tensor]
-    ordinals: list[int]
+_OWN_DTYPE = ("exp_avg_scale", "mean_square")
+"""State that is float32 whatever the parameter is."""
 
 
 class SignSGD(Optimizer):
@@ -118,8 +46,12 @@ class SignSGD(Optimizer):
             fixed alpha must match the momentum's scale, which changes over training: see ``dither_scale``. (default: 0)
         dither_decay: gamma of eq. (9). (default: 0.55)
         dither_position: "pre" adds the noise before the sign (Algorithm 1), "post" after it (eq. 10). (default: "pre")
-        dither_scale: "absolute" is eq. (9); "relative" multiplies sigma_k by rms(m) of each tensor. (default:
-        "absolute")
+        dither_scale: "absolute" is eq. (9); "relative" multiplies sigma_k by the rms of each tensor's m_k, which the
+            last step left, so that no second pass over memory is needed; the first step, with m_0 = 0, is not dithered.
+            (default: "absolute")
+        state_dtype (torch.dtype): how the momentum is kept. None is the parameter's dtype, to the nearest;
+            torch.float32; torch.bfloat16 (2 bytes per element) and torch.int8 (1 byte, and a scale per 256) round
+            stochastically, see `signstep.kernels.momentum`. (default: None)
         seed: key of the noise, in [0, 2^64). (default: 0)
         weight_decay: (default: 0)
         decoupled_weight_decay: True is p <- p - lr * weight_decay * p (as AdamW), False adds weight_decay * p to the
@@ -127,14 +59,17 @@ class SignSGD(Optimizer):
         maximize: ascend instead of descend. (default: False)
         foreach: True or False picks the multi-tensor or the one-by-one implementation; None takes the multi-tensor one
             where it applies. (default: None)
-        fused: None uses fused kernels where there are any; True demands them. (default: None)
+        fused: True demands the fused kernels, which do the step in one pass over memory (CPU: the native library; GPU:
+            Triton); None takes them where there are any and nothing else was asked for, not inside torch.compile.
+            (default: None)
         capturable: keep the step count on the parameters' device, so that a CUDA graph of the step advances it.
         (default: False)
         differentiable: let autograd see the step; the sign's own derivative is 0. (default: False)
 
     State:
-        ``exp_avg`` per parameter, of its dtype, if momentum > 0; ``step`` per param_group, a 0-dim int64 tensor that
-        counts the group's steps and is never cast on load.
+        per parameter ``exp_avg`` if momentum > 0, with ``exp_avg_scale`` in 8 bits, and ``mean_square`` (0-dim float32)
+        of the momentum if dither is relative; ``step`` per param_group, a 0-dim int64 tensor that counts its steps.
+        What has a dtype of its own keeps it when it is loaded.
 
     Raises:
         TypeError: an option of the wrong type or an unknown one.
@@ -158,6 +93,7 @@ class SignSGD(Optimizer):
         dither_decay: float = 0.55,
         dither_position: str = "pre",
         dither_scale: str = "absolute",
+        state_dtype: torch.dtype | None = None,
         seed: int = 0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
@@ -174,6 +110,7 @@ class SignSGD(Optimizer):
             "dither_decay": dither_decay,
             "dither_position": dither_position,
             "dither_scale": dither_scale,
+            "state_dtype": state_dtype,
             "seed": seed,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
@@ -195,6 +132,8 @@ class SignSGD(Optimizer):
         group = self.param_groups[-1]
         try:
             check_options(group)
+            if group["fused"]:
+                engines.require(group["params"])
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
@@ -219,6 +158,7 @@ class SignSGD(Optimizer):
         "dither_decay": 0.55,
         "dither_position": "pre",
         "dither_scale": "absolute",
+        "state_dtype": None,
         "seed": 0,
         "weight_decay": 0.0,
         "decoupled_weight_decay": True,
@@ -236,35 +176,78 @@ class SignSGD(Optimizer):
                 group.setdefault(name, value)
             self._place_group_state(group)
 
-    def _batches(self) -> list[tuple[dict[str, Any], Batch]]:
-        """Each group that has gradients, with its tensors; momentum buffers are made on first use."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; what has a dtype of its own keeps it, see `torch.optim.Optimizer.load_state_dict`."""
+        loaded: dict[str, Any] = {}
+
+        def restore(_: Optimizer) -> None:
+            # torch has cast all state to the parameters' dtype.
+            for saved, group in zip(loaded["param_groups"], self.param_groups, strict=True):
+                for index, p in zip(saved["params"], group["params"], strict=True):
+                    for name, value in loaded["state"].get(index, {}).items():
+                        own = group["state_dtype"] is not None if name == "exp_avg" else name in _OWN_DTYPE
+                        if own:
+                            self.state[p][name] = value.to(p.device)
+
+        # The last of the hooks before loading sees what is loaded, and the first one after comes before the user's.
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, state: loaded.update(state)),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _batches(self) -> list[tuple[dict[str, Any], Tensors]]:
+        """Each group that has gradients, with its tensors; state is made on first use."""
         batches = []
         ordinal = 0
         for group in self.param_groups:
-            batch = Batch([], [], [], [])
+            batch = Tensors([], [], [], [], [], [], [])
             for p in group["params"]:
+                if p.grad is not None:
+                    self._add(batch, group, p, ordinal)
                 ordinal += 1
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not support sparse gradients; parameter {ordinal - 1} of shape "
-                        f"{tuple(p.shape)} has one: use sparse=False in its layer, or torch.optim.SparseAdam for it"
-                    )
-                batch.params.append(p)
-                batch.grads.append(p.grad)
-                batch.ordinals.append(ordinal - 1)
-                if self._keeps_exp_avg(group):
-                    state = self.state[p]
-                    if "exp_avg" not in state:
-                        state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                    batch.exp_avgs.append(state["exp_avg"])
             if batch.params:
                 # The model may have moved since the group was made.
                 if any(group[name].device != device for name, (_, device) in self._group_tensors(group).items()):
                     self._place_group_state(group)
                 batches.append((group, batch))
         return batches
+
+    def _add(self, batch: Tensors, group: dict[str, Any], p: Tensor, ordinal: int) -> None:
+        """Append a parameter with a gradient, and its state, to its group's tensors."""
+        assert p.grad is not None
+        if p.grad.is_sparse:
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients; parameter {ordinal} of shape "
+                f"{tuple(p.shape)} has one: use sparse=False in its layer, or torch.optim.SparseAdam for it"
+            )
+        batch.params.append(p)
+        batch.grads.append(p.grad)
+        batch.ordinals.append(ordinal)
+        batch.offsets.append(0)
+        if self._keeps_exp_avg(group):
+            state = self.state[p]
+            if "exp_avg" not in state:
+                state.update(buffers.new_momentum(p, group["state_dtype"]))
+            batch.exp_avgs.append(state["exp_avg"])
+            if group["state_dtype"] == torch.int8:
+                batch.scales.append(state["exp_avg_scale"])
+        if self._needs_mean_square(group):
+            state = self.state[p]
+            if "mean_square" not in state:
+                # Of the momentum that is there, if relative dither comes late.
+                m = buffers.read(state["exp_avg"], state.get("exp_avg_scale")) if "exp_avg" in state else None
+                state["mean_square"] = (
+                    mean_square(m) if m is not None else torch.zeros((), dtype=torch.float32, device=p.device)
+                )
+            batch.mean_squares.append(state["mean_square"])
+
+    def _needs_mean_square(self, group: dict[str, Any]) -> bool:
+        return bool(group["dither"] > 0 and group["dither_scale"] == "relative")
 
     def _keeps_exp_avg(self, group: dict[str, Any]) -> bool:
         return bool(group["momentum"] > 0)
@@ -295,7 +278,7 @@ class SignSGD(Optimizer):
                 self._step_group(group, batch)
         return loss
 
-    def _changes_nothing(self, group: dict[str, Any], batch: Batch) -> bool:
+    def _changes_nothing(self, group: dict[str, Any], batch: Tensors) -> bool:
         """True for a step with lr 0 and zero gradients, which is not counted while the optimizer has no state.
 
         torch.distributed.checkpoint takes such a step, to make state, whenever it finds an optimizer without any.
@@ -306,19 +289,29 @@ class SignSGD(Optimizer):
             return False
         return not any(g.any() for g in batch.grads)
 
-    def _step_group(self, group: dict[str, Any], batch: Batch, sums: Tensor | None = None) -> None:
+    def _step_group(self, group: dict[str, Any], batch: Tensors) -> None:
+        self._step_params(group, batch, None)
+        self._finish_step(group, None)
+
+    def _step_params(self, group: dict[str, Any], batch: Tensors, sums: Tensor | None) -> None:
+        """Move the parameters of a batch, which may be a part of the group's, with the group's present step count."""
         signsgd(
             batch.params,
             batch.grads,
             batch.exp_avgs,
+            batch.scales,
+            batch.mean_squares,
             ordinals=batch.ordinals,
             step=group["step"],
             sums=sums,
             sums_applied=group.get("calibration") == "applied",
-            **{name: group[name] for name in SignSGD._ORIGINAL if name not in ("fused", "capturable")},
+            **{name: group[name] for name in SignSGD._ORIGINAL if name != "capturable"},
             lr=group["lr"],
             momentum=group["momentum"],
         )
+
+    def _finish_step(self, group: dict[str, Any], sums: Tensor | None) -> None:
+        """What comes once per step, after all of the group's parameters have moved."""
         group["step"] += 1
 
 
@@ -326,6 +319,8 @@ def signsgd(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
+    scales: Sequence[Tensor] = (),
+    mean_squares: Sequence[Tensor] = (),
     *,
     step: Tensor,
     lr: float | Tensor,
@@ -334,91 +329,70 @@ def signsgd(
     dither_decay: float = 0.55,
     dither_position: str = "pre",
     dither_scale: str = "absolute",
+    state_dtype: torch.dtype | None = None,
     seed: int = 0,
     weight_decay: float = 0.0,
     decoupled_weight_decay: bool = True,
     maximize: bool = False,
     foreach: bool | None = None,
+    fused: bool | None = None,
     differentiable: bool = False,
     ordinals: Sequence[int] | None = None,
     offsets: Sequence[int] | None = None,
     sums: Tensor | None = None,
     sums_applied: bool = False,
 ) -> None:
-    """One step of Algorithm 1 on lists of tensors, in place on params and exp_avgs; gradients are not touched.
+    """One step of Algorithm 1 on lists of tensors, in place on params and state; gradients are not touched.
 
     Args:
         params: dense tensors of any float or complex dtype (a complex one is two real coordinates).
         grads: their gradients.
         exp_avgs: their momentum buffers, updated; empty if momentum is 0.
+        scales: of 8-bit momentum, see `signstep.kernels.momentum.new_momentum`; else empty.
+        mean_squares: for "relative" dither, the mean square of each tensor's m_k, 0-dim float32, replaced by that of
+            m_{k+1}; else empty.
         step: k, a 0-dim int64 tensor on the CPU or the parameters' device; read, not advanced.
-        lr, momentum, dither, dither_decay, dither_position, dither_scale, seed, weight_decay, decoupled_weight_decay,
-        maximize,
-        foreach, differentiable: as in `SignSGD`.
+        lr, momentum, dither, dither_decay, dither_position, dither_scale, state_dtype, seed, weight_decay,
+        decoupled_weight_decay, maximize, foreach, fused, differentiable: as in `SignSGD`.
         ordinals: for each parameter, its number in the noise's key; None: 0, 1, 2, ...
         offsets: for each parameter, the row-major index of its first element in the whole tensor of which it is a
-            shard; None: 0. "relative" dither takes the rms of what it is given.
+            shard; None: 0. "relative" dither takes the rms of what it is given, 8-bit momentum its blocks.
         sums: shape (2,), to which [<s, g>, ||g||^2] over all tensors is added, with s = sign(m) and g the gradient that
             entered the momentum.
         sums_applied: s is the expected dithered sign instead.
     """
-    if ordinals is None:
-        ordinals = range(len(params))
-    if offsets is None:
-        offsets = [0] * len(params)
-    implementation = _multi_tensor_signsgd if picks_foreach(foreach, differentiable, params) else _single_tensor_signsgd
-    options = _Options(
+    noise = Dither(dither_position, dither_std(step, dither, dither_decay)) if dither > 0 else None
+    lr = scalar(lr)
+    options = Options(
         step=step,
-        lr=scalar(lr),
-        momentum=momentum,
-        dither=_Dither(dither, dither_decay, dither_position, dither_scale, seed) if dither > 0 else None,
-        weight_decay=weight_decay if decoupled_weight_decay else 0.0,
+        rate=lr,
+        decay=1 - lr * weight_decay if decoupled_weight_decay and weight_decay != 0 else 1.0,
         coupled_weight_decay=0.0 if decoupled_weight_decay else weight_decay,
+        momentum=momentum,
+        state_dtype=state_dtype,
+        dither=noise,
+        seed=seed,
         maximize=maximize,
-        ordinals=ordinals,
-        offsets=offsets,
         sums=sums,
         sums_applied=sums_applied,
     )
-    implementation(params, grads, exp_avgs, options)
+    ordinals = list(range(len(params)) if ordinals is None else ordinals)
+    offsets = [0] * len(params) if offsets is None else list(offsets)
+    lists = (list(params), list(grads), list(exp_avgs), list(scales), list(mean_squares))
+    move(Tensors(*lists, ordinals, offsets), options, foreach=foreach, fused=fused, differentiable=differentiable)
 
 
-def picks_foreach(foreach: bool | None, differentiable: bool, params: Sequence[Tensor]) -> bool:
-    """The user's choice, or else multi-tensor for plain tensors on any device: one draw of noise serves them all."""
+def move(tensors: Tensors, options: Options, *, foreach: bool | None, fused: bool | None, differentiable: bool) -> None:
+    """Take a step with the implementation that was asked for, or else the fastest that there is."""
+    plain = all(type(p) in (Tensor, torch.nn.Parameter) for p in tensors.params)
+    if fused is None and not foreach:
+        fused = foreach is None and not differentiable and plain and not torch.compiler.is_compiling()
+        fused = fused and engines.missing(tensors.params) is None
+    # One draw of noise serves all tensors, on any device.
     if foreach is None:
-        return not differentiable and all(type(p) in (Tensor, torch.nn.Parameter) for p in params)
-    return foreach
-
-
-class _Dither(NamedTuple):
-    alpha: float
-    decay: float
-    position: str
-    scale: str
-    seed: int
-
-    def sigmas(self, ms: Sequence[Tensor], step: Tensor) -> list[Tensor]:
-        """Eq. (9) for each tensor, 0-dim float32."""
-        sigma = dither_std(step, self.alpha, self.decay)
-        if self.scale == "absolute":
-            return [sigma] * len(ms)
-        return [sigma * m.float().square().mean().sqrt() for m in ms]
-
-
-class _Options(NamedTuple):
-    """What `signsgd` was asked for."""
-
-    step: Tensor
-    lr: float | Tensor
-    momentum: float
-    dither: _Dither | None
-    weight_decay: float
-    coupled_weight_decay: float
-    maximize: bool
-    ordinals: Sequence[int]
-    offsets: Sequence[int]
-    sums: Tensor | None
-    sums_applied: bool
+        foreach = not differentiable and plain
+    implementation = _multi_tensor_signsgd if foreach else _single_tensor_signsgd
+    (_fused_signsgd if fused else implementation)(real_tensors(tensors), options)
 
 
 def scalar(lr: float | Tensor) -> float | Tensor:
@@ -426,22 +400,34 @@ def scalar(lr: float | Tensor) -> float | Tensor:
     return lr.squeeze() if isinstance(lr, Tensor) else lr
 
 
-def real(x: Tensor) -> Tensor:
-    """A complex tensor as its real and imaginary coordinates, another as it is."""
-    return torch.view_as_real(x) if torch.is_complex(x) else x
+def mean_square(m: Tensor) -> Tensor:
+    """Mean of the squares over all elements, 0-dim float32; 0 if there are none."""
+    return m.to(torch.float32).square().sum() / max(1, m.numel())
 
 
-def _apply_steps(params: list[Tensor], directions: Sequence[Tensor], lr: float | Tensor) -> None:
-    """Param <- param - lr * direction, in at least float32 and rounded to the parameter's dtype once.
+def _wide(x: Tensor, param: Tensor | None = None) -> Tensor:
+    """X in the dtype to compute in: at least float32, and the parameter's if that is wider."""
+    return x.to(torch.promote_types((x if param is None else param).dtype, torch.float32))
+
+
+def _apply_steps(params: list[Tensor], directions: Sequence[Tensor], options: Options) -> None:
+    """Param <- decay * param - rate * direction, in at least float32 and rounded to the parameter's dtype once.
 
     May overwrite directions.
     """
-    if isinstance(lr, Tensor):
-        wide = [d.to(torch.promote_types(p.dtype, torch.float32)) for p, d in zip(params, directions, strict=True)]
-        torch._foreach_mul_(wide, -lr)
-        torch._foreach_add_(params, wide)
+    rate, decay = options.rate, options.decay
+    decays = isinstance(decay, Tensor) or decay != 1
+    targets = [_wide(p) for p in params] if decays else params
+    if decays:
+        torch._foreach_mul_(targets, decay)
+    steps = [_wide(d, p) for d, p in zip(directions, params, strict=True)]
+    if isinstance(rate, Tensor):
+        torch._foreach_mul_(steps, -rate.to(params[0].device))
+        torch._foreach_add_(targets, steps)
     else:
-        torch._foreach_add_(params, list(directions), alpha=-lr)
+        torch._foreach_add_(targets, steps, alpha=-rate)
+    if targets[0] is not params[0]:
+        torch._foreach_copy_(params, targets)
 
 
 def _add_sums(sums: Tensor, directions: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -451,88 +437,117 @@ def _add_sums(sums: Tensor, directions: Sequence[Tensor], grads: Sequence[Tensor
         sums += torch.stack([(direction.to(sums.dtype) * g).sum(), g.square().sum()]).to(sums.device)
 
 
-def _segment(param: Tensor, m: Tensor, ordinal: int, offset: int) -> Segment:
-    return Segment(ordinal, offset * (2 if torch.is_complex(param) else 1), m.numel())
+def _sigmas(dither: Dither, mean_squares: Sequence[Tensor], count: int) -> list[Tensor]:
+    """The standard deviation of each tensor's noise, 0-dim float32."""
+    return [dither.sigma * ms.sqrt() for ms in mean_squares] if mean_squares else [dither.sigma] * count
 
 
-def _single_tensor_signsgd(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    options: _Options,
-) -> None:
-    for i, whole in enumerate(params):
-        param, grad = real(whole), real(grads[i])
+def _update_momentum(tensors: Tensors, i: int, grad: Tensor, options: Options) -> Tensor:
+    """M of tensor i, with the new gradient in it."""
+    if not tensors.exp_avgs:
+        return grad
+    return buffers.update(
+        tensors.exp_avgs[i],
+        tensors.scales[i] if tensors.scales else None,
+        grad,
+        options.momentum,
+        options.state_dtype,
+        segment=Segment(tensors.ordinals[i], tensors.offsets[i], grad.numel()),
+        seed=options.seed,
+        step=options.step,
+    )
+
+
+def _single_tensor_signsgd(tensors: Tensors, options: Options) -> None:
+    for i, (param, grad) in enumerate(zip(tensors.params, tensors.grads, strict=True)):
         if options.maximize:
             grad = -grad
         if options.coupled_weight_decay != 0:
-            grad = grad.add(param, alpha=options.coupled_weight_decay)
-        if options.weight_decay != 0:
-            param.mul_(1 - options.lr * options.weight_decay)
-        m = grad
-        if options.momentum > 0:
-            m = real(exp_avgs[i])
-            m.lerp_(grad, 1 - options.momentum)
+            grad = _wide(grad).add(_wide(param), alpha=options.coupled_weight_decay)
+        m = _update_momentum(tensors, i, grad, options)
         expected = torch.sign(m)
-        if options.dither is None:
+        if options.gradient_step:
+            # Under differentiable=True autograd holds this step's average, which the next step overwrites.
+            direction = m.clone() if torch.is_grad_enabled() else m
+        elif options.dither is None:
             direction = reference.sign(m)
         else:
-            (sigma,) = options.dither.sigmas([m], options.step)
+            (sigma,) = _sigmas(options.dither, tensors.mean_squares[i : i + 1], 1)
             (direction,) = reference.directions(
                 [m.detach()],
                 [sigma],
-                [_segment(whole, m, options.ordinals[i], options.offsets[i])],
-                seed=options.dither.seed,
+                [Segment(tensors.ordinals[i], tensors.offsets[i], m.numel())],
+                seed=options.seed,
                 step=options.step,
                 position=options.dither.position,
             )
             if options.sums_applied and options.dither.position == "pre":
                 expected = expected_sign(m, sigma)
+        if tensors.mean_squares:
+            tensors.mean_squares[i].copy_(mean_square(m))
         if options.sums is not None:
             _add_sums(options.sums, [expected], [grad])
-        if isinstance(options.lr, Tensor):
-            param.add_(direction.to(torch.promote_types(param.dtype, torch.float32)) * -options.lr)
+        target = param
+        if isinstance(options.decay, Tensor) or options.decay != 1:
+            # Of a copy: autograd holds the factor of an lr that it differentiates, and param is overwritten.
+            target = param.to(torch.promote_types(param.dtype, torch.float32), copy=True) * options.decay
+        if isinstance(options.rate, Tensor):
+            target = target + _wide(direction, param) * -options.rate.to(param.device)
         else:
-            param.add_(direction, alpha=-options.lr)
+            target = torch.add(target, _wide(direction, param), alpha=-options.rate)
+        param.copy_(target)
 
 
-def _multi_tensor_signsgd(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    options: _Options,
-) -> None:
-    lists = [list(params), list(grads)] + ([list(exp_avgs)] if options.momentum > 0 else [])
-    grouped = Optimizer._group_tensors_by_device_and_dtype(lists, with_indices=True)  # type: ignore[arg-type]
+def _multi_tensor_signsgd(tensors: Tensors, options: Options) -> None:
+    grouped = Optimizer._group_tensors_by_device_and_dtype([tensors.params, tensors.grads], with_indices=True)  # type: ignore[list-item]
     for columns, indices in grouped.values():
-        ps, gs, *state = [[real(x) for x in column if x is not None] for column in columns]
+        ps, gs = ([x for x in column if x is not None] for column in columns)
         if options.maximize:
             gs = list(torch._foreach_neg(gs))
         if options.coupled_weight_decay != 0:
-            gs = list(torch._foreach_add(gs, ps, alpha=options.coupled_weight_decay))
-        if options.weight_decay != 0:
-            torch._foreach_mul_(ps, 1 - options.lr * options.weight_decay)
+            wide = [_wide(p) for p in ps]
+            gs = list(torch._foreach_add([_wide(g) for g in gs], wide, alpha=options.coupled_weight_decay))
         ms = gs
-        if options.momentum > 0:
-            ms = state[0]
+        if tensors.exp_avgs and options.state_dtype is None and gs[0].dtype == ps[0].dtype:
+            ms = [tensors.exp_avgs[i] for i in indices]
             torch._foreach_lerp_(ms, gs, 1 - options.momentum)
-        if options.dither is None:
-            if options.sums is not None:
-                _add_sums(options.sums, torch._foreach_sign(ms), gs)
-            # sign, with NaN where m is not finite: see reference.sign.
-            directions = list(torch._foreach_sign(ms))
-            torch._foreach_add_(directions, ms, alpha=0)
-            _apply_steps(ps, directions, options.lr)
-            continue
-        sigmas = options.dither.sigmas(ms, options.step)
+        elif tensors.exp_avgs:
+            ms = [_update_momentum(tensors, i, g, options) for i, g in zip(indices, gs, strict=True)]
+        mean_squares = [tensors.mean_squares[i] for i in indices] if tensors.mean_squares else []
+        directions = _directions(tensors, options, indices, ms, gs, mean_squares)
+        for kept, m in zip(mean_squares, ms, strict=bool(mean_squares)):
+            kept.copy_(mean_square(m))
+        _apply_steps(ps, directions, options)
+
+
+def _directions(
+    tensors: Tensors,
+    options: Options,
+    indices: Sequence[int],
+    ms: list[Tensor],
+    gs: list[Tensor],
+    mean_squares: list[Tensor],
+) -> list[Tensor]:
+    """What the parameters move along, for tensors of one device and dtype; adds to the sums."""
+    if options.gradient_step:
+        return [m.to(torch.promote_types(m.dtype, torch.float32), copy=True) for m in ms]
+    if options.dither is None:
+        directions = list(torch._foreach_sign(ms))
         if options.sums is not None:
-            expected = options.sums_applied and options.dither.position == "pre"
-            signs = [expected_sign(m, s) if expected else torch.sign(m) for m, s in zip(ms, sigmas, strict=True)]
-            _add_sums(options.sums, signs, gs)
-        segments = [
-            _segment(params[i], m, options.ordinals[i], options.offsets[i]) for i, m in zip(indices, ms, strict=True)
-        ]
-        directions = reference.directions(
-            ms, sigmas, segments, seed=options.dither.seed, step=options.step, position=options.dither.position
-        )
-        _apply_steps(ps, directions, options.lr)
+            _add_sums(options.sums, directions, gs)
+        # sign, with NaN where m is not finite: see reference.sign.
+        torch._foreach_add_(directions, ms, alpha=0)
+        return directions
+    sigmas = _sigmas(options.dither, mean_squares, len(ms))
+    if options.sums is not None:
+        expected = options.sums_applied and options.dither.position == "pre"
+        signs = [expected_sign(m, s) if expected else torch.sign(m) for m, s in zip(ms, sigmas, strict=True)]
+        _add_sums(options.sums, signs, gs)
+    segments = [Segment(tensors.ordinals[i], tensors.offsets[i], m.numel()) for i, m in zip(indices, ms, strict=True)]
+    return reference.directions(
+        ms, sigmas, segments, seed=options.seed, step=options.step, position=options.dither.position
+    )
+
+
+def _fused_signsgd(tensors: Tensors, options: Options) -> None:
+    engines.step(tensors, options)

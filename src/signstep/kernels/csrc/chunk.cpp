@@ -1,0 +1,354 @@
+// One chunk of one tensor, tile by tile, so that what a tile computes stays in the first-level cache and the only
+// traffic with memory is each tensor once. Compiled once per instruction set, under the name SIGNSTEP_ISA; the loops are
+// plain, for the compiler to vectorise.
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "chunk.h"
+
+namespace signstep {
+namespace SIGNSTEP_ISA {
+
+#include "numbers.h"
+#include "noise.h"
+#include "decide.h"
+
+namespace {
+
+using Options = signstep_options;
+
+// More than the error of Phi by reciprocal_erfc in float32: a comparison that is not clear by that much is made exactly.
+constexpr float CLOSE = 2e-6f;
+
+constexpr float SQRT_HALF = 0.70710678f;
+constexpr int LANES = 16;
+
+template <class W>
+struct Tile {
+  alignas(64) W g[TILE];
+  alignas(64) W m[TILE];
+  alignas(64) W direction[TILE];
+  Bytes top;
+  Bytes rounding;
+  alignas(64) uint64_t low[2 * (TILE / 4 + PAIR)];
+};
+
+template <class T, class W>
+void load_gradient(const T* grad, const T* param, int n, const Options& o, W* g) {
+  const W sign = o.maximize ? W(-1) : W(1);
+  for (int i = 0; i < n; ++i) g[i] = sign * W(widen(grad[i]));
+  if (o.coupled_decay == 0) return;
+  const W decay = W(o.coupled_decay);
+  for (int i = 0; i < n; ++i) g[i] = fused(decay, W(widen(param[i])), g[i]);
+}
+
+// m <- m + (1 - beta) (g - m), in the form that torch.lerp rounds.
+template <class W>
+inline W average(W m, W g, W weight) {
+  const bool small = weight < W(0.5);
+  return fused(small ? weight : weight - W(1), g - m, small ? m : g);
+}
+
+// Momentum that is kept to the nearest: what decides is what is kept.
+template <class S, class W>
+void update_momentum(S* exp_avg, const W* g, int n, W weight, W* m) {
+  for (int i = 0; i < n; ++i) {
+    const S kept = narrow<S, W>(average(W(widen(exp_avg[i])), g[i], weight));
+    exp_avg[i] = kept;
+    m[i] = W(widen(kept));
+  }
+}
+
+template <class W>
+void update_bfloat16_stochastic(Bfloat16* exp_avg, const W* g, int n, W weight, const uint8_t* random, W* m) {
+  for (int i = 0; i < n; ++i) {
+    m[i] = average(W(widen(exp_avg[i])), g[i], weight);
+    const float x = float(m[i]);
+    const uint32_t rounded = (bits_of(x) + (uint32_t(random[i]) << 8 | 0x80u)) >> 16;
+    exp_avg[i] = Bfloat16(x != x ? 0x7FC0u : rounded);
+  }
+}
+
+// A tile is one block, with one scale.
+template <class W>
+void update_int8(int8_t* exp_avg, float* scale, const W* g, int n, W weight, const uint8_t* random, W* m) {
+  const float old = *scale;
+  uint32_t largest = 0;  // of the bits: a NaN is larger than infinity, and that than all numbers
+  for (int i = 0; i < n; ++i) {
+    m[i] = average(W(float(exp_avg[i]) * old), g[i], weight);
+    const uint32_t magnitude = bits_of(float(m[i])) & 0x7FFFFFFFu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  *scale = float_of(largest) / 127.0f;
+  const float inverse = *scale < 0x1p-120f ? 0.0f : 1.0f / *scale;
+  for (int i = 0; i < n; ++i) {
+    float x = float(m[i]) * inverse;
+    x = x == x ? x : 0.0f;
+    // floor, for what lies above -128: truncation of a positive number.
+    const int32_t q = int32_t(x + (float(random[i]) + 0.5f) * 0x1p-8f + 128.0f) - 128;
+    exp_avg[i] = int8_t(q > 127 ? 127 : q);
+  }
+}
+
+// sign(m); 0 where m is 0, NaN where it is not finite.
+template <class W>
+void clean_direction(const W* m, int n, W* direction) {
+  for (int i = 0; i < n; ++i) {
+    const W sign = (m[i] > 0 ? W(1) : W(0)) - (m[i] < 0 ? W(1) : W(0));
+    direction[i] = sign + (m[i] - m[i]);
+  }
+}
+
+// The exact decision U < floor(2^32 Phi(m / sigma)), as the reference computes it.
+inline bool exactly_up(uint32_t u, float m, float sigma) {
+  const double z = m / sigma;
+  const double t = __builtin_floor(__builtin_erfc(z * -0.70710678118654752440) * 0.5 * 4294967296.0);
+  return double(u) < t;
+}
+
+template <class W>
+inline W moved(W param, W direction, const Options& o) {
+  return fused(W(-o.rate), direction, param * W(o.decay));
+}
+
+// Elements whose top 8 bits tie with the threshold's wait here until there are enough for a vector: 24 more bits decide,
+// and the parameter is set once more, from its old value.
+template <class T, class W>
+struct Ties {
+  const Options& o;
+  const Key& key;
+  float sigma;
+  int count = 0;
+  T* where[LANES + TILE];
+  T param[LANES + TILE];
+  float m[LANES + TILE];
+  uint32_t top[LANES + TILE];
+  uint64_t element[LANES + TILE];
+
+  void add(T* address, float momentum, uint8_t byte, uint64_t index) {
+    where[count] = address;
+    param[count] = *address;
+    m[count] = momentum;
+    top[count] = uint32_t(byte) << 24;
+    element[count++] = index;
+  }
+
+  // All full vectors of those that wait; at the end of a chunk all.
+  void resolve(bool end) {
+    int first = 0;
+    for (; first + LANES <= count || (end && first < count); first += LANES) vector(first);
+    if (first == 0) return;
+    for (int i = first; i < count; ++i) {
+      where[i - first] = where[i], param[i - first] = param[i], m[i - first] = m[i];
+      top[i - first] = top[i], element[i - first] = element[i];
+    }
+    count = count > first ? count - first : 0;
+  }
+
+  void vector(int first) {
+    const int size = count - first < LANES ? count - first : LANES;
+    alignas(64) uint64_t words[2 * LANES];
+    for (int lane = 0; lane < size; lane += WIDTH) {
+      Lanes block;
+      for (int i = 0; i < WIDTH; ++i) block[i] = lane + i < size ? element[first + lane + i] / 4 : 0;
+      philox<1>(&block, key, LOW_BITS, words + 2 * lane);
+    }
+    const float inverse = SQRT_HALF / sigma;
+    for (int lane = 0; lane < size; ++lane) {
+      const int i = first + lane, word = int(element[i] % 4);
+      const uint32_t u = top[i] | (uint32_t(words[2 * lane + word / 2] >> 32 * (word % 2)) & 0xFFFFFFu);
+      const float x = m[i] * inverse;
+      const float tail = 0.5f / reciprocal_erfc(x);
+      const float difference = (x > 0 ? 1.0f - tail : tail) - float(u) * 0x1p-32f;
+      const bool clear = difference > CLOSE || difference < -CLOSE;
+      const bool up = clear ? difference > 0 : exactly_up(u, m[i], sigma);
+      const W direction = W(up ? 1 : -1) + W(m[i] - m[i]);
+      *where[i] = narrow<T, W>(moved(W(widen(param[i])), direction, o));
+    }
+  }
+};
+
+inline const float* as_float(const float* m, int, float*) { return m; }
+inline const float* as_float(const double* m, int n, float* buffer) {
+  for (int i = 0; i < n; ++i) buffer[i] = float(m[i]);
+  return buffer;
+}
+
+// sign(m + xi): +1 exactly when U < T = floor(2^32 Phi(m / sigma)). What ties has no direction worth the name yet.
+template <class T, class W>
+void pre_direction(Tile<W>& tile, int n, uint64_t element, T* param, Ties<T, W>& ties, Ahead* ahead) {
+  const uint8_t* top = tile.top.fill(element, n, ties.key, TOP_BITS, ahead[0]);
+  float buffer[sizeof(W) == sizeof(float) ? 1 : TILE];
+  const float* m = as_float(tile.m, n, buffer);
+  alignas(64) int16_t up[TILE];
+  for (int first = 0; first < n; first += GROUP) {
+    ahead[1].fetch(GROUP);
+    ahead[2].fetch(GROUP);
+    // To the end of the group, also beyond n: what is there is not used.
+    uint64_t bits = decide(m + first, top + first, ties.sigma, up + first);
+    if (n - first < GROUP) bits &= (uint64_t(1) << (n - first)) - 1;
+    for (; bits != 0; bits &= bits - 1) {
+      const int i = first + __builtin_ctzll(bits);
+      if (m[i] != 0) ties.add(param + i, m[i], top[i], element + i);
+    }
+  }
+  for (int i = 0; i < n; ++i) {
+    const float sign = float_of((uint32_t(int32_t(up[i])) & 0x80000000u) | 0x3F800000u);
+    tile.direction[i] = W(fused(m[i], 0.0f, m[i] == 0 ? 0.0f : sign));  // m * 0 is NaN where m is not finite
+  }
+  if (ties.sigma != ties.sigma) {  // the rms of a tensor with elements that are not finite
+    for (int i = 0; i < n; ++i) tile.direction[i] = m[i] == 0 ? W(0) : W(ties.sigma);
+  }
+}
+
+// sign(m) + xi, xi = sigma Phi^-1((U + 1/2) / 2^32).
+template <class W>
+void post_direction(Tile<W>& tile, int n, uint64_t element, const Key& key, float sigma) {
+  const uint8_t* top = tile.top.fill(element, n, key, TOP_BITS, {0, 0});
+  const int skip = int(element % 4);
+  philox_blocks(element / 4, (skip + n + 3) / 4, key, LOW_BITS, tile.low, {0, 0});
+  const uint32_t* low = reinterpret_cast<const uint32_t*>(tile.low) + skip;
+  for (int i = 0; i < n; ++i) {
+    const uint32_t u = uint32_t(top[i]) << 24 | (low[i] & 0xFFFFFFu);
+    const float xi = sigma * float(inverse_normal((double(u) + 0.5) * 0x1p-32));
+    const float m = float(tile.m[i]);
+    const float sign = m > 0 ? 1.0f : -1.0f;
+    tile.direction[i] = W((m == 0 ? 0.0f : sign + xi) + (m - m));
+  }
+}
+
+// Sums are formed in 16 lanes, so that their rounding is the same whatever the instruction set, then in float64.
+template <class W>
+struct Lanewise {
+  typedef W Vector __attribute__((vector_size(LANES * sizeof(W))));
+  Vector total = {};
+
+  static Vector load(const W* from) {
+    Vector v;
+    __builtin_memcpy(&v, from, sizeof v);
+    return v;
+  }
+  double sum() const {
+    double all = 0;
+    for (int lane = 0; lane < LANES; ++lane) all += double(total[lane]);
+    return all;
+  }
+};
+
+// Sum of squares of the first n, whose number is rounded up to LANES.
+template <class W>
+double square_sum(const W* x, int n) {
+  Lanewise<W> sum;
+  for (int i = 0; i < n; i += LANES) {
+    const auto v = sum.load(x + i);
+    sum.total += v * v;
+  }
+  return sum.sum();
+}
+
+// <s, g>, s = sign(m) or, if expected, E sign(m + xi) = erf(m / (sigma sqrt 2)).
+template <class W>
+double inner_product(const Tile<W>& tile, int n, bool expected, float sigma) {
+  alignas(64) W s[TILE];
+  if (expected) {
+    const float inverse = SQRT_HALF / sigma;
+    for (int i = 0; i < TILE; ++i) {
+      const float x = float(tile.m[i]) * inverse, size = 1.0f - 1.0f / reciprocal_erfc(x);
+      s[i] = W(tile.m[i] == 0 ? 0.0f : (x > 0 ? size : -size));
+    }
+  } else {
+    for (int i = 0; i < TILE; ++i) s[i] = (tile.m[i] > 0 ? W(1) : W(0)) - (tile.m[i] < 0 ? W(1) : W(0));
+  }
+  Lanewise<W> sum;
+  for (int i = 0; i < n; i += LANES) sum.total += sum.load(s + i) * sum.load(tile.g + i);
+  return sum.sum();
+}
+
+template <class T, class W>
+void apply(T* param, const W* direction, int n, const Options& o) {
+  for (int i = 0; i < n; ++i) param[i] = narrow<T, W>(moved(W(widen(param[i])), direction[i], o));
+}
+
+// Momentum, as m, and in the form in which it is kept.
+template <class T, class W>
+void update(const signstep_tensor& t, int64_t first, int n, W weight, uint64_t element, const Key& key, Tile<W>& tile) {
+  if (t.exp_avg == 0) {
+    for (int i = 0; i < n; ++i) tile.m[i] = tile.g[i];
+  } else if (t.state_dtype == t.dtype) {
+    update_momentum(reinterpret_cast<T*>(t.exp_avg) + first, tile.g, n, weight, tile.m);
+  } else if (t.state_dtype == SIGNSTEP_FLOAT32) {
+    update_momentum(reinterpret_cast<float*>(t.exp_avg) + first, tile.g, n, weight, tile.m);
+  } else {
+    const uint8_t* random = tile.rounding.fill(element, n, key, ROUNDING, {0, 0});
+    if (t.state_dtype == SIGNSTEP_INT8) {
+      float* scale = reinterpret_cast<float*>(t.scale) + first / TILE;
+      update_int8(reinterpret_cast<int8_t*>(t.exp_avg) + first, scale, tile.g, n, weight, random, tile.m);
+    } else {
+      update_bfloat16_stochastic(reinterpret_cast<Bfloat16*>(t.exp_avg) + first, tile.g, n, weight, random, tile.m);
+    }
+  }
+}
+
+// Tiles between the one that is worked on and the one whose lines are fetched.
+constexpr int DISTANCE = 2;
+
+inline Ahead ahead_of(int64_t base, int64_t first, int bytes) {
+  return {uintptr_t(base) + uintptr_t(first + DISTANCE * TILE) * bytes, base == 0 ? 0 : bytes};
+}
+
+template <class T, class W>
+void step(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end, float sigma, double* sums) {
+  Tile<W> tile;
+  const Key key = {uint32_t(o.seed), uint32_t(o.seed >> 32), uint32_t(o.step), uint32_t(t.ordinal)};
+  Ties<T, W> ties = {o, key, sigma};
+  T* param = reinterpret_cast<T*>(t.param);
+  const T* grad = reinterpret_cast<const T*>(t.grad);
+  const int state_bytes = t.state_dtype == SIGNSTEP_INT8 ? 1 : t.state_dtype == SIGNSTEP_FLOAT32 ? 4 : sizeof(T);
+  const bool expected = o.sums == SIGNSTEP_SUMS_OF_EXPECTED_SIGN && o.position == SIGNSTEP_PRE;
+  for (int64_t first = begin; first < end; first += TILE) {
+    const int n = int(end - first < TILE ? end - first : TILE);
+    const uint64_t element = uint64_t(t.offset + first);
+    Ahead ahead[3] = {ahead_of(t.grad, first, sizeof(T)), ahead_of(t.param, first, sizeof(T)),
+                      ahead_of(t.exp_avg, first, state_bytes)};
+    if (o.position != SIGNSTEP_PRE) {
+      for (Ahead& stream : ahead) stream.fetch(TILE);
+    }
+    load_gradient(grad + first, param + first, n, o, tile.g);
+    update<T>(t, first, n, W(o.gradient_weight), element, key, tile);
+    if (o.position == SIGNSTEP_CLEAN) {
+      clean_direction(tile.m, n, tile.direction);
+    } else if (o.position == SIGNSTEP_PRE) {
+      pre_direction(tile, n, element, param + first, ties, ahead);
+    } else if (o.position == SIGNSTEP_POST) {
+      post_direction(tile, n, element, key, sigma);
+    } else {
+      for (int i = 0; i < n; ++i) tile.direction[i] = tile.m[i];
+    }
+    if (sums != nullptr) {
+      for (int i = n; i < TILE; ++i) tile.g[i] = tile.m[i] = 0;
+      if (o.sums != SIGNSTEP_NO_SUMS) {
+        sums[0] += inner_product(tile, n, expected, sigma);
+        sums[1] += square_sum(tile.g, n);
+      }
+      sums[2] += square_sum(tile.m, n);
+    }
+    apply(param + first, tile.direction, n, o);
+    ties.resolve(first + TILE >= end);
+  }
+}
+
+}  // namespace
+
+void chunk(const signstep_tensor& t, const signstep_options& o, int64_t begin, int64_t end, float sigma, double* sums) {
+  switch (t.dtype) {
+    case SIGNSTEP_FLOAT32: return step<float, float>(t, o, begin, end, sigma, sums);
+    case SIGNSTEP_FLOAT64: return step<double, double>(t, o, begin, end, sigma, sums);
+    case SIGNSTEP_BFLOAT16: return step<Bfloat16, float>(t, o, begin, end, sigma, sums);
+    case SIGNSTEP_FLOAT16: return step<Float16, float>(t, o, begin, end, sigma, sums);
+  }
+}
+
+}  // namespace SIGNSTEP_ISA
+}  // namespace signstep

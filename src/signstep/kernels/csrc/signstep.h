@@ -1,0 +1,68 @@
+// The C interface of signstep's native engine. Nothing here needs torch: tensors arrive as addresses and sizes.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define SIGNSTEP_API extern "C" __declspec(dllexport)
+#else
+#define SIGNSTEP_API extern "C" __attribute__((visibility("default")))
+#endif
+
+// Raised whenever a structure below changes; native.py refuses a library that answers another number.
+#define SIGNSTEP_ABI 1
+
+enum {
+  SIGNSTEP_FLOAT32,
+  SIGNSTEP_FLOAT64,
+  SIGNSTEP_BFLOAT16,
+  SIGNSTEP_FLOAT16,
+  SIGNSTEP_BFLOAT16_STOCHASTIC,  // of a momentum buffer only
+  SIGNSTEP_INT8,                 // of a momentum buffer only: blocks of 256, one float32 scale each
+};
+
+// The direction: sign(m), that with noise before or after the sign, or m itself.
+enum { SIGNSTEP_CLEAN, SIGNSTEP_PRE, SIGNSTEP_POST, SIGNSTEP_GRADIENT };
+enum { SIGNSTEP_NO_SUMS, SIGNSTEP_SUMS_OF_SIGN, SIGNSTEP_SUMS_OF_EXPECTED_SIGN };
+enum { SIGNSTEP_BEST, SIGNSTEP_PORTABLE, SIGNSTEP_AVX2, SIGNSTEP_AVX512 };
+
+// One dense tensor, elements in row-major order. Addresses are 0 where there is nothing.
+struct signstep_tensor {
+  int64_t param;        // updated
+  int64_t grad;         // of the parameter's dtype, read only
+  int64_t exp_avg;      // updated; 0: no momentum
+  int64_t scale;        // float32 per 256 elements, for int8 momentum, updated
+  int64_t mean_square;  // float32, read as the last step's and replaced by this one's; 0: dither is absolute
+  int64_t size;
+  int64_t offset;   // index of the first element in the whole parameter
+  int64_t ordinal;  // of the parameter, in the noise's counter
+  int64_t dtype;
+  int64_t state_dtype;
+};
+
+struct signstep_options {
+  double rate;             // each coordinate moves by -rate * direction
+  double decay;            // the parameter is multiplied by this first: 1 - lr * weight_decay, or 1
+  double coupled_decay;    // times the parameter is added to the gradient
+  double gradient_weight;  // 1 - beta
+  double sigma;            // of the dither, as float32; times the rms where mean_square is given
+  uint64_t seed;
+  uint64_t step;
+  int32_t maximize;
+  int32_t position;  // SIGNSTEP_CLEAN, _PRE, _POST, _GRADIENT
+  int32_t sums;      // which direction enters <s, g>
+  int32_t isa;       // SIGNSTEP_BEST, or one by name for tests
+  int32_t threads;
+  int32_t reserved;
+  void* parallel;  // GOMP_parallel of the OpenMP runtime that torch uses, or null for threads of our own
+};
+
+SIGNSTEP_API int signstep_abi(void);
+
+// The instruction set that SIGNSTEP_BEST stands for on this machine.
+SIGNSTEP_API int signstep_best_isa(void);
+
+// One step of Algorithm 1 on all tensors. sums: null, or [<s, g>, ||g||^2, sum m^2] per tensor, written.
+// Returns 0, or 1 if memory ran out or no thread could be had (then nothing has been changed).
+SIGNSTEP_API int signstep_step(const struct signstep_tensor* tensors, int64_t count,
+                               const struct signstep_options* options, double* sums);

@@ -1,0 +1,64 @@
+"""Which fused engine steps which tensors: the native library on CPUs, Triton on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from signstep.kernels import compiled
+from signstep.kernels.engine import Options, Tensors, real_tensors, select
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _engine(device_type: str) -> ModuleType | None:
+    """The module that steps tensors of this device, None if there is none."""
+    # Imported on use: Triton is not everywhere, and takes its time.
+    if device_type == "cpu":
+        from signstep.kernels import native
+
+        return native
+    if device_type == "cuda":  # ROCm is cuda to torch
+        from signstep.kernels import triton
+
+        return triton
+    return None
+
+
+def missing(params: Sequence[Tensor]) -> str | None:
+    """Why these parameters cannot be stepped by fused kernels, one sentence; None if they can."""
+    for device_type in dict.fromkeys(p.device.type for p in params):
+        engine = _engine(device_type)
+        if engine is None:
+            return f"there are no fused kernels for {device_type} tensors"
+        if (reason := engine.unavailable()) is not None:
+            return str(reason)
+    strange = next((p.dtype for p in params if p.is_floating_point() and p.dtype not in _DTYPES), None)
+    return None if strange is None else f"there are no fused kernels for {strange}"
+
+
+def require(params: Sequence[Tensor]) -> None:
+    """Raise a RuntimeError that says why these parameters cannot be stepped by fused kernels, if so."""
+    if (reason := missing(params)) is not None:
+        raise RuntimeError(f"Invalid fused: True, {reason}; pass fused=None to do without")
+
+
+def step(tensors: Tensors, options: Options) -> None:
+    """One step of all tensors, in place, one call per device."""
+    if torch.compiler.is_compiling():
+        # The engines read addresses, and there are none while a step is traced.
+        compiled.step(tensors, options)
+        return
+    tensors = real_tensors(tensors)
+    devices = [p.device for p in tensors.params]
+    for device in dict.fromkeys(devices):
+        engine = _engine(device.type)
+        assert engine is not None
+        if len(set(devices)) == 1:
+            engine.step(tensors, options)
+            return
+        chosen = [i for i, d in enumerate(devices) if d == device]
+        engine.step(select(tensors, chosen), options)

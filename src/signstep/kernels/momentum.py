@@ -1,0 +1,106 @@
+"""How the momentum is kept: to the nearest, or in fewer bits by stochastic rounding.
+
+With ``state_dtype=None`` or float32 the buffer holds m to the nearest, and what it holds is what the sign is taken of.
+In bfloat16 (2 bytes) and int8 (1 byte, and a float32 scale per block of 256 consecutive elements) the sign is taken of
+m before it is rounded, and the rounding is up or down at random, so that E[kept] = m: rounding to the nearest would
+lose every change that is smaller than half a unit. The random number is a byte per element, r, from the noise's stream 2.
+
+- bfloat16: the upper 16 bits of bits(m) + 256 r + 128.
+- int8: q = floor(m / scale + (r + 1/2) / 256), scale = max |m| / 127 over the block; m is q * scale.
+
+A block in which a momentum is not finite becomes NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from signstep.kernels.engine import real
+from signstep.kernels.reference import ROUNDING, Segment, noise_bytes
+
+BLOCK = 256
+"""Elements that share a scale in 8-bit momentum."""
+
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+STOCHASTIC = (torch.bfloat16, torch.int8)
+_SMALLEST_SCALE = 2.0**-120
+
+
+def new_momentum(param: Tensor, state_dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Zero momentum by name in the optimizer's state: ``exp_avg`` and, in 8 bits, ``exp_avg_scale``."""
+    if state_dtype is None:
+        return {"exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format)}
+    if state_dtype != torch.int8:
+        zeros = torch.zeros_like(real(param), dtype=state_dtype, memory_format=torch.preserve_format)
+        return {"exp_avg": zeros}
+    exp_avg = torch.zeros_like(real(param), dtype=torch.int8, memory_format=torch.contiguous_format)
+    scale = torch.zeros(-(-exp_avg.numel() // BLOCK), dtype=torch.float32, device=param.device)
+    return {"exp_avg": exp_avg, "exp_avg_scale": scale}
+
+
+def read(exp_avg: Tensor, scale: Tensor | None = None) -> Tensor:
+    """The momentum that a buffer holds, float32 if it is kept in 8 bits, else in the buffer's own dtype."""
+    if scale is None:
+        return exp_avg
+    per_element = scale.repeat_interleave(BLOCK)[: exp_avg.numel()].view(exp_avg.shape)
+    return exp_avg.to(torch.float32) * per_element
+
+
+def update(
+    exp_avg: Tensor,
+    scale: Tensor | None,
+    grad: Tensor,
+    momentum: float,
+    state_dtype: torch.dtype | None,
+    *,
+    segment: Segment,
+    seed: int,
+    step: Tensor,
+) -> Tensor:
+    """M <- momentum m + (1 - momentum) g in the buffer, in place; returns the m that the sign is taken of.
+
+    Args:
+        exp_avg: the buffer, of grad's shape.
+        scale: of 8-bit momentum, else None.
+        grad: the gradient.
+        momentum: beta.
+        state_dtype: as the optimizer's option.
+        segment: which elements of which parameter these are.
+        seed: in [0, 2^64).
+        step: 0-dim int64 tensor, the step count k.
+
+    Returns:
+        The buffer itself, or a float32 (or wider) tensor of its shape where the buffer is rounded stochastically.
+    """
+    weight = 1 - momentum
+    if state_dtype not in STOCHASTIC:
+        if torch.promote_types(grad.dtype, exp_avg.dtype) == exp_avg.dtype:
+            exp_avg.lerp_(grad.to(exp_avg.dtype), weight)
+        else:
+            exp_avg.copy_(torch.lerp(exp_avg.to(grad.dtype), grad, weight))
+        return exp_avg
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    m = torch.lerp(read(exp_avg, scale).to(wide), grad.to(wide), weight)
+    kept = m.detach().to(torch.float32)
+    (random,) = noise_bytes([segment], ROUNDING, seed=seed, step=step, device=m.device)
+    random = random.view(m.shape)
+    if scale is None:
+        bits = kept.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+        rounded = ((bits + (random << 8) + 0x80) & 0xFFFFFFFF) >> 16
+        rounded = torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16).view(torch.bfloat16)
+        exp_avg.copy_(torch.where(kept.isnan(), torch.nan, rounded))
+        return m
+    largest = _blocks(kept.abs()).amax(dim=1)
+    scale.copy_(largest / 127)
+    inverse = torch.where(scale < _SMALLEST_SCALE, 0.0, 1 / scale)
+    units = (_blocks(kept) * inverse[:, None]).flatten()[: kept.numel()].view(kept.shape)
+    shifted = units.nan_to_num(0.0) + (random.to(torch.float32) + 0.5) / 256 + 128
+    exp_avg.copy_((shifted.to(torch.int32) - 128).clamp(max=127))
+    return m
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """The elements in row-major order, one block per row, the last filled up with zeros."""
+    flat = x.reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)

@@ -1,0 +1,196 @@
+"""The native engine: the step of all tensors of a group in one pass over memory, in C++ (csrc/), for CPUs.
+
+The library knows nothing of torch: it gets addresses and sizes by ctypes, so one build serves every version. Its
+threads are those of torch's own OpenMP pool where torch has one, as many as torch.get_num_threads().
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from signstep.kernels.engine import Options, Tensors
+from signstep.kernels.momentum import STOCHASTIC
+
+_ABI = 1
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_BFLOAT16_STOCHASTIC, _INT8 = 4, 5
+_CLEAN, _PRE, _POST, _GRADIENT = range(4)
+_POSITIONS = {"pre": _PRE, "post": _POST}
+ISAS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
+"""Instruction sets by name, as the library numbers them."""
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [
+        ("rate", ctypes.c_double),
+        ("decay", ctypes.c_double),
+        ("coupled_decay", ctypes.c_double),
+        ("gradient_weight", ctypes.c_double),
+        ("sigma", ctypes.c_double),
+        ("seed", ctypes.c_uint64),
+        ("step", ctypes.c_uint64),
+        ("maximize", ctypes.c_int32),
+        ("position", ctypes.c_int32),
+        ("sums", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("parallel", ctypes.c_void_p),
+    ]
+
+
+def _candidates() -> list[Path]:
+    """Where the library may be: beside this file, or where an editable install keeps what it built."""
+    name = "libsignstep.dylib" if sys.platform == "darwin" else "libsignstep.so"
+    return [Path(__file__).with_name(name), *(Path(p) / "signstep" / "kernels" / name for p in sys.path)]
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none."""
+    path = next((p for p in _candidates() if p.exists()), None)
+    try:
+        if path is None:
+            raise OSError
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        why = "was not built" if path is None else f"cannot be loaded ({error})"
+        return None, (
+            f"signstep's native library {why}: install a C++17 compiler (GCC or Clang), then signstep again "
+            "(pip install --force-reinstall --no-deps signstep)"
+        )
+    if library.signstep_abi() != _ABI:
+        return None, f"signstep's native library {path} is of another version: install signstep again"
+    library.signstep_step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Options), ctypes.c_void_p]
+    return library, None
+
+
+def unavailable() -> str | None:
+    """Why the engine cannot be used here, one sentence; None if it can."""
+    return _load()[1]
+
+
+def best_isa() -> str:
+    """The instruction set that the library takes on this machine."""
+    library, _ = _load()
+    assert library is not None
+    number: int = library.signstep_best_isa()
+    return list(ISAS)[number]
+
+
+@functools.cache
+def _parallel() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch runs on; None: the library starts its own threads."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (folder / name).exists():
+            try:
+                # A search for a symbol goes on in what the library was linked with.
+                return ctypes.cast(ctypes.CDLL(str(folder / name)).GOMP_parallel, ctypes.c_void_p).value
+            except (OSError, AttributeError):
+                return None
+    return None
+
+
+def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: bool = False) -> None:
+    """One step of all tensors, in place; `isa` and `own_threads` are for tests and benchmarks."""
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(reason)
+    copies: list[tuple[Tensor, Tensor]] = []
+    rows = array("q")
+    plain = options.dither is None and options.state_dtype not in STOCHASTIC
+    columns: tuple[Sequence[Tensor | None], ...] = (tensors.exp_avgs, tensors.scales, tensors.mean_squares)
+    momentum, scales, mean_squares = (column or [None] * len(tensors.params) for column in columns)
+    for p, g, m, s, q, ordinal, offset in zip(
+        tensors.params, tensors.grads, momentum, scales, mean_squares, tensors.ordinals, tensors.offsets, strict=True
+    ):
+        if not _same_layout(p, g, m, plain):
+            p, g = _contiguous(p, copies), _contiguous(g, copies)
+            m = None if m is None else _contiguous(m, copies)
+        dtype = _DTYPES[p.dtype]
+        rows.extend(
+            (
+                p.data_ptr(),
+                g.data_ptr(),
+                0 if m is None else m.data_ptr(),
+                0 if s is None else s.data_ptr(),
+                0 if q is None else q.data_ptr(),
+                p.numel(),
+                offset,
+                ordinal,
+                dtype,
+                dtype if m is None or options.state_dtype is None else _state_dtype(options.state_dtype),
+            )
+        )
+    position = _CLEAN if options.dither is None else _POSITIONS[options.dither.position]
+    request = _Options(
+        rate=float(options.rate),
+        decay=float(options.decay),
+        coupled_decay=options.coupled_weight_decay,
+        gradient_weight=1 - options.momentum,
+        sigma=0.0 if options.dither is None else float(options.dither.sigma),
+        seed=options.seed,
+        step=int(options.step),
+        maximize=options.maximize,
+        position=_GRADIENT if options.gradient_step else position,
+        sums=0 if options.sums is None else 1 + options.sums_applied,
+        isa=ISAS[isa],
+        threads=torch.get_num_threads(),
+        parallel=None if own_threads else _parallel(),
+    )
+    count = len(tensors.params)
+    sums = None if options.sums is None else torch.empty(count, 3, dtype=torch.float64)
+    failed = library.signstep_step(
+        rows.buffer_info()[0], count, ctypes.byref(request), None if sums is None else sums.data_ptr()
+    )
+    if failed:
+        raise MemoryError("signstep: no memory for the step's list of work; nothing was changed")
+    for original, copy in copies:
+        original.copy_(copy)
+    if sums is not None and options.sums is not None:
+        options.sums.add_(sums[:, :2].sum(dim=0).to(options.sums.dtype))
+    # The library wrote behind autograd's back, which must not take the old values for the present ones.
+    for column in (tensors.params, tensors.exp_avgs, tensors.scales, tensors.mean_squares):
+        torch.autograd.graph.increment_version(column)
+
+
+def _state_dtype(state_dtype: torch.dtype) -> int:
+    stochastic = {torch.bfloat16: _BFLOAT16_STOCHASTIC, torch.int8: _INT8}
+    return stochastic.get(state_dtype, _DTYPES.get(state_dtype, 0))
+
+
+def _same_layout(p: Tensor, g: Tensor, m: Tensor | None, plain: bool) -> bool:
+    """Whether element i of each is at address i: in row-major order, or in any that they share if the order is free."""
+    if p.is_contiguous() and g.is_contiguous() and (m is None or m.is_contiguous()):
+        return True
+    same = p.stride() == g.stride() and (m is None or p.stride() == m.stride())
+    return plain and same and _is_dense(p)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements, in some order of the dimensions, lie side by side."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _contiguous(x: Tensor, copies: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """X in row-major order, by a copy that is written back if x is not so itself."""
+    if x.is_contiguous():
+        return x
+    copy = x.contiguous()
+    copies.append((x, copy))
+    return copy

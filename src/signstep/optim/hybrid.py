@@ -163,16 +163,7 @@ class HybridSignSGD(SignSGD):
     def _keeps_exp_avg(self, group: dict[str, Any]) -> bool:
         return bool(group["momentum" if group["phase"] == "sign" else "sgd_momentum"] > 0)
 
-    def _step_group(self, group: dict[str, Any], batch: Tensors) -> None:
-        sums = self._new_sums(group)
-        self._step_params(group, batch, sums)
-        self._finish_step(group, sums)
-        # Here, not in a function of its own: it ends a graph of torch.compile, and the callers' with it.
-        if sums is not None and group["switch_step"] is not None and group["step"] >= group["switch_step"]:
-            self._switch_group(group)
-
     def _new_sums(self, group: dict[str, Any]) -> Tensor | None:
-        """Where a step's inner product and squared norm are added up; None in the SGD phase, which needs none."""
         if group["phase"] == "sgd":
             return None
         return torch.zeros(2, dtype=group["lr_ratio"].dtype, device=group["lr_ratio"].device)
@@ -201,15 +192,18 @@ class HybridSignSGD(SignSGD):
 
     def _finish_step(self, group: dict[str, Any], sums: Tensor | None) -> None:
         super()._finish_step(group, sums)
-        if sums is not None:
-            rules.update(
-                group["calibration"],
-                {name: group[name] for name in rules.STATE},
-                sums,
-                steps=group["step"],
-                lr=scalar(group["lr"]),
-                ema_decay=group["ema_decay"],
-            )
+        if sums is None:
+            return
+        rules.update(
+            group["calibration"],
+            {name: group[name] for name in rules.STATE},
+            sums,
+            steps=group["step"],
+            lr=scalar(group["lr"]),
+            ema_decay=group["ema_decay"],
+        )
+        if group["switch_step"] is not None and group["step"] >= group["switch_step"]:
+            self._switch_group(group)
 
     def _needs_mean_square(self, group: dict[str, Any]) -> bool:
         return group["phase"] == "sign" and super()._needs_mean_square(group)

@@ -290,8 +290,13 @@ class SignSGD(Optimizer):
         return not any(g.any() for g in batch.grads)
 
     def _step_group(self, group: dict[str, Any], batch: Tensors) -> None:
-        self._step_params(group, batch, None)
-        self._finish_step(group, None)
+        sums = self._new_sums(group)
+        self._step_params(group, batch, sums)
+        self._finish_step(group, sums)
+
+    def _new_sums(self, group: dict[str, Any]) -> Tensor | None:
+        """Where a step's [<s, g>, ||g||^2] is added up, if anyone wants to know."""
+        return None
 
     def _step_params(self, group: dict[str, Any], batch: Tensors, sums: Tensor | None) -> None:
         """Move the parameters of a batch, which may be a part of the group's, with the group's present step count."""

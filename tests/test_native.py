@@ -370,6 +370,51 @@ def test_gradients_and_foreign_memory_are_not_touched() -> None:
     assert (buffer[inside] != 7).all()
 
 
+def test_state_of_another_model_is_refused() -> None:
+    """Plain torch would raise a shape error; the library would read what is not its own."""
+    p, g = torch.zeros(100), torch.ones(100)
+    for m in (torch.zeros(99), torch.zeros(100, dtype=torch.float64), torch.zeros(100, device="meta")):
+        with pytest.raises(RuntimeError, match=r"the momentum of a parameter of shape \(100,\) on cpu is .* expected"):
+            native.step(Tensors([p], [g], [m], [], [], [0], [0]), request(momentum=0.9))
+    eight, scale = torch.zeros(300, dtype=torch.int8), torch.zeros(1)
+    options = request(momentum=0.9, state_dtype=torch.int8)
+    with pytest.raises(RuntimeError, match="8-bit momentum of 300 elements has 1 scales, expected 2"):
+        native.step(Tensors([torch.zeros(300)], [torch.ones(300)], [eight], [scale], [], [0], [0]), options)
+    with pytest.raises(RuntimeError, match="expected torch.int8"):
+        native.step(Tensors([torch.zeros(300)], [torch.ones(300)], [eight], [], [], [0], [0]), options)
+    assert not p.any()
+    optimizer = SignSGD([torch.nn.Parameter(p)], fused=True)
+    optimizer.param_groups[0]["params"][0].grad = g
+    optimizer.step()
+    optimizer.param_groups[0]["state_dtype"] = torch.int8
+    with pytest.raises(RuntimeError, match="set state_dtype before the first step"):
+        optimizer.step()
+
+
+def test_gradients_of_another_dtype_or_negated() -> None:
+    m = torch.randn(50, generator=torch.Generator().manual_seed(6))
+    p = torch.zeros(50)
+    native.step(Tensors([p], [m.double()], [], [], [], [0], [0]), request(dither=None))
+    assert torch.equal(p, -m.sign())
+    negated = torch.complex(m, m).conj().imag
+    assert negated.is_neg()
+    p = torch.zeros(50)
+    native.step(Tensors([p], [negated], [], [], [], [0], [0]), request(dither=None))
+    assert torch.equal(p, m.sign())
+
+
+def test_tensor_subclasses_take_plain_torch() -> None:
+    class Odd(torch.Tensor):
+        pass
+
+    p = torch.zeros(4).as_subclass(Odd)
+    p.grad = torch.ones(4)
+    SignSGD([p], lr=1.0).step()
+    assert (p == -1).all()
+    with pytest.raises(RuntimeError, match="no fused kernels for tensors of type Odd"):
+        SignSGD([p], fused=True)
+
+
 def test_a_missing_library_is_said_and_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     params = parameters([(4,)], torch.float32)
     native._load.cache_clear()

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from signstep.kernels.engine import Dither, Options, Tensors
 
-# Of an operator's arguments an int is signed, and a number is a float or a tensor, not either: the seed is passed modulo
-# 2^64, and what may be a tensor as both, of which the tensor counts.
+# Of an operator's arguments an int is signed, and a number is a float or a tensor, not either: the seed is passed
+# modulo 2^64, and what may be a tensor as both, of which the tensor counts.
 torch.library.define(
     "signstep::step",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] scales, Tensor(d!)[] mean_squares, "
@@ -64,9 +64,7 @@ def _run(
     )
 
 
-@torch.library.register_fake("signstep::step")
-def _trace(*arguments: object) -> None:
-    pass
+torch.library.register_fake("signstep::step", lambda *arguments: None)
 
 
 def step(tensors: Tensors, options: Options) -> None:

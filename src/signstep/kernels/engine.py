@@ -74,7 +74,7 @@ def real(x: Tensor) -> Tensor:
 
 def real_tensors(tensors: Tensors) -> Tensors:
     """`tensors` with every complex one as its coordinates, two elements each."""
-    if not any(torch.is_complex(p) for p in tensors.params):
+    if not any(dtype.is_complex for dtype in {p.dtype for p in tensors.params}):
         return tensors
     offsets = [o * 2 if torch.is_complex(p) else o for p, o in zip(tensors.params, tensors.offsets, strict=True)]
     params, grads, exp_avgs = ([real(x) for x in c] for c in (tensors.params, tensors.grads, tensors.exp_avgs))

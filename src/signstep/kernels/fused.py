@@ -30,13 +30,16 @@ def _engine(device_type: str) -> ModuleType | None:
 
 def missing(params: Sequence[Tensor]) -> str | None:
     """Why these parameters cannot be stepped by fused kernels, one sentence; None if they can."""
-    for device_type in dict.fromkeys(p.device.type for p in params):
+    odd = {type(p) for p in params} - {Tensor, torch.nn.Parameter}
+    if odd:
+        return f"there are no fused kernels for tensors of type {', '.join(sorted(t.__name__ for t in odd))}"
+    for device_type in {p.device.type for p in params}:
         engine = _engine(device_type)
         if engine is None:
             return f"there are no fused kernels for {device_type} tensors"
         if (reason := engine.unavailable()) is not None:
             return str(reason)
-    strange = next((p.dtype for p in params if p.is_floating_point() and p.dtype not in _DTYPES), None)
+    strange = next((d for d in {p.dtype for p in params} if d.is_floating_point and d not in _DTYPES), None)
     return None if strange is None else f"there are no fused kernels for {strange}"
 
 
@@ -53,12 +56,11 @@ def step(tensors: Tensors, options: Options) -> None:
         compiled.step(tensors, options)
         return
     tensors = real_tensors(tensors)
-    devices = [p.device for p in tensors.params]
-    for device in dict.fromkeys(devices):
+    devices = {p.device for p in tensors.params}
+    for device in devices:
         engine = _engine(device.type)
         assert engine is not None
-        if len(set(devices)) == 1:
+        if len(devices) > 1:
+            engine.step(select(tensors, [i for i, p in enumerate(tensors.params) if p.device == device]), options)
+        else:
             engine.step(tensors, options)
-            return
-        chosen = [i for i, d in enumerate(devices) if d == device]
-        engine.step(select(tensors, chosen), options)

@@ -3,7 +3,8 @@
 With ``state_dtype=None`` or float32 the buffer holds m to the nearest, and what it holds is what the sign is taken of.
 In bfloat16 (2 bytes) and int8 (1 byte, and a float32 scale per block of 256 consecutive elements) the sign is taken of
 m before it is rounded, and the rounding is up or down at random, so that E[kept] = m: rounding to the nearest would
-lose every change that is smaller than half a unit. The random number is a byte per element, r, from the noise's stream 2.
+lose every change that is smaller than half a unit. The random number is a byte per element, r, from stream 2 of the
+noise.
 
 - bfloat16: the upper 16 bits of bits(m) + 256 r + 128.
 - int8: q = floor(m / scale + (r + 1/2) / 256), scale = max |m| / 127 over the block; m is q * scale.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from signstep.kernels.engine import Options, Tensors
-from signstep.kernels.momentum import STOCHASTIC
+from signstep.kernels.momentum import BLOCK, STOCHASTIC
 
 _ABI = 1
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -106,31 +106,35 @@ def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: 
     if library is None:
         raise RuntimeError(reason)
     copies: list[tuple[Tensor, Tensor]] = []
-    rows = array("q")
+    rows: list[int] = []
     plain = options.dither is None and options.state_dtype not in STOCHASTIC
     columns: tuple[Sequence[Tensor | None], ...] = (tensors.exp_avgs, tensors.scales, tensors.mean_squares)
     momentum, scales, mean_squares = (column or [None] * len(tensors.params) for column in columns)
+    state_dtype = None if options.state_dtype is None else _state_dtype(options.state_dtype)
     for p, g, m, s, q, ordinal, offset in zip(
         tensors.params, tensors.grads, momentum, scales, mean_squares, tensors.ordinals, tensors.offsets, strict=True
     ):
+        if g.dtype != p.dtype or g.is_neg():
+            g = g.to(p.dtype).resolve_neg()
+        if m is not None:
+            _check_state(p, m, s, options.state_dtype)
         if not _same_layout(p, g, m, plain):
             p, g = _contiguous(p, copies), _contiguous(g, copies)
             m = None if m is None else _contiguous(m, copies)
         dtype = _DTYPES[p.dtype]
-        rows.extend(
-            (
-                p.data_ptr(),
-                g.data_ptr(),
-                0 if m is None else m.data_ptr(),
-                0 if s is None else s.data_ptr(),
-                0 if q is None else q.data_ptr(),
-                p.numel(),
-                offset,
-                ordinal,
-                dtype,
-                dtype if m is None or options.state_dtype is None else _state_dtype(options.state_dtype),
-            )
+        rows += (
+            p.data_ptr(),
+            g.data_ptr(),
+            0 if m is None else m.data_ptr(),
+            0 if s is None else s.data_ptr(),
+            0 if q is None else q.data_ptr(),
+            p.numel(),
+            offset,
+            ordinal,
+            dtype,
+            dtype if m is None or state_dtype is None else state_dtype,
         )
+    table = array("q", rows)
     position = _CLEAN if options.dither is None else _POSITIONS[options.dither.position]
     request = _Options(
         rate=float(options.rate),
@@ -150,7 +154,7 @@ def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: 
     count = len(tensors.params)
     sums = None if options.sums is None else torch.empty(count, 3, dtype=torch.float64)
     failed = library.signstep_step(
-        rows.buffer_info()[0], count, ctypes.byref(request), None if sums is None else sums.data_ptr()
+        table.buffer_info()[0], count, ctypes.byref(request), None if sums is None else sums.data_ptr()
     )
     if failed:
         raise MemoryError("signstep: no memory for the step's list of work; nothing was changed")
@@ -161,6 +165,20 @@ def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: 
     # The library wrote behind autograd's back, which must not take the old values for the present ones.
     for column in (tensors.params, tensors.exp_avgs, tensors.scales, tensors.mean_squares):
         torch.autograd.graph.increment_version(column)
+
+
+def _check_state(p: Tensor, m: Tensor, scale: Tensor | None, state_dtype: torch.dtype | None) -> None:
+    """Raise a RuntimeError if the momentum is not the parameter's: the library would read past its end."""
+    dtype = p.dtype if state_dtype is None else state_dtype
+    blocks = None if dtype != torch.int8 else -(-p.numel() // BLOCK)
+    if m.shape != p.shape or m.dtype != dtype or not m.is_cpu or (scale is None) != (blocks is None):
+        found = f"{m.dtype}, {tuple(m.shape)}, on {m.device}"
+        raise RuntimeError(
+            f"the momentum of a parameter of shape {tuple(p.shape)} on {p.device} is {found}, expected {dtype} of the same "
+            "shape and device: load the state of this model, and set state_dtype before the first step"
+        )
+    if scale is not None and (scale.numel() != blocks or scale.dtype != torch.float32):
+        raise RuntimeError(f"8-bit momentum of {p.numel()} elements has {scale.numel()} scales, expected {blocks}")
 
 
 def _state_dtype(state_dtype: torch.dtype) -> int:

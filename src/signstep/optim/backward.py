@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from signstep.kernels.engine import Tensors
 from signstep.optim.hybrid import HybridSignSGD
 from signstep.optim.signsgd import SignSGD
 
@@ -84,9 +83,7 @@ class _Stepper:
             self.backward = backward
             self.sums = self.optimizer._new_sums(group)
             Variable._execution_engine.queue_callback(self.finish)
-        batch = Tensors([], [], [], [], [], [], [])
-        self.optimizer._add(batch, group, p, ordinal)
-        self.optimizer._step_params(group, batch, self.sums)
+        self.optimizer._step_params(group, self.optimizer._batch(group, [p], [ordinal]), self.sums)
         p.grad = None
 
     @torch.no_grad()

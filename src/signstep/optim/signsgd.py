@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiab
 from signstep.kernels import fused as engines
 from signstep.kernels import momentum as buffers
 from signstep.kernels import reference
-from signstep.kernels.engine import Dither, Options, Tensors, real_tensors
+from signstep.kernels.engine import Dither, Options, Tensors, real, real_tensors
 from signstep.kernels.reference import Segment
 from signstep.optim.dither import dither_std, expected_sign
 from signstep.optim.options import check_options
@@ -203,13 +203,10 @@ class SignSGD(Optimizer):
     def _batches(self) -> list[tuple[dict[str, Any], Tensors]]:
         """Each group that has gradients, with its tensors; state is made on first use."""
         batches = []
-        ordinal = 0
+        first = 0
         for group in self.param_groups:
-            batch = Tensors([], [], [], [], [], [], [])
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._add(batch, group, p, ordinal)
-                ordinal += 1
+            batch = self._batch(group, group["params"], range(first, first + len(group["params"])))
+            first += len(group["params"])
             if batch.params:
                 # The model may have moved since the group was made.
                 if any(group[name].device != device for name, (_, device) in self._group_tensors(group).items()):
@@ -217,34 +214,43 @@ class SignSGD(Optimizer):
                 batches.append((group, batch))
         return batches
 
-    def _add(self, batch: Tensors, group: dict[str, Any], p: Tensor, ordinal: int) -> None:
-        """Append a parameter with a gradient, and its state, to its group's tensors."""
-        assert p.grad is not None
-        if p.grad.is_sparse:
-            raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients; parameter {ordinal} of shape "
-                f"{tuple(p.shape)} has one: use sparse=False in its layer, or torch.optim.SparseAdam for it"
-            )
-        batch.params.append(p)
-        batch.grads.append(p.grad)
-        batch.ordinals.append(ordinal)
-        batch.offsets.append(0)
-        if self._keeps_exp_avg(group):
-            state = self.state[p]
-            if "exp_avg" not in state:
-                state.update(buffers.new_momentum(p, group["state_dtype"]))
-            batch.exp_avgs.append(state["exp_avg"])
-            if group["state_dtype"] == torch.int8:
-                batch.scales.append(state["exp_avg_scale"])
-        if self._needs_mean_square(group):
-            state = self.state[p]
-            if "mean_square" not in state:
-                # Of the momentum that is there, if relative dither comes late.
-                m = buffers.read(state["exp_avg"], state.get("exp_avg_scale")) if "exp_avg" in state else None
-                state["mean_square"] = (
-                    mean_square(m) if m is not None else torch.zeros((), dtype=torch.float32, device=p.device)
+    def _batch(self, group: dict[str, Any], params: Sequence[Tensor], ordinals: Sequence[int]) -> Tensors:
+        """Those of a group's parameters that have a gradient, with their state."""
+        batch = Tensors([], [], [], [], [], [], [])
+        keeps_exp_avg, needs_mean_square = self._keeps_exp_avg(group), self._needs_mean_square(group)
+        for p, ordinal in zip(params, ordinals, strict=True):
+            grad = p.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients; parameter {ordinal} of shape "
+                    f"{tuple(p.shape)} has one: use sparse=False in its layer, or torch.optim.SparseAdam for it"
                 )
-            batch.mean_squares.append(state["mean_square"])
+            batch.params.append(p)
+            batch.grads.append(grad)
+            batch.ordinals.append(ordinal)
+            batch.offsets.append(0)
+            if not (keeps_exp_avg or needs_mean_square):
+                continue
+            state = self.state[p]
+            if keeps_exp_avg:
+                if "exp_avg" not in state:
+                    state.update(buffers.new_momentum(p, group["state_dtype"]))
+                batch.exp_avgs.append(state["exp_avg"])
+                if "exp_avg_scale" in state:
+                    batch.scales.append(state["exp_avg_scale"])
+            if needs_mean_square:
+                if "mean_square" not in state:
+                    # Of the momentum that is there, if relative dither comes late.
+                    m = (
+                        buffers.read(state["exp_avg"], state.get("exp_avg_scale"))
+                        if keeps_exp_avg
+                        else torch.zeros_like(p)
+                    )
+                    state["mean_square"] = mean_square(real(m)).to(p.device)
+                batch.mean_squares.append(state["mean_square"])
+        return batch
 
     def _needs_mean_square(self, group: dict[str, Any]) -> bool:
         return bool(group["dither"] > 0 and group["dither_scale"] == "relative")
@@ -389,13 +395,13 @@ def signsgd(
 
 def move(tensors: Tensors, options: Options, *, foreach: bool | None, fused: bool | None, differentiable: bool) -> None:
     """Take a step with the implementation that was asked for, or else the fastest that there is."""
-    plain = all(type(p) in (Tensor, torch.nn.Parameter) for p in tensors.params)
-    if fused is None and not foreach:
-        fused = foreach is None and not differentiable and plain and not torch.compiler.is_compiling()
-        fused = fused and engines.missing(tensors.params) is None
+    if fused:
+        engines.require(tensors.params)
+    elif fused is None and foreach is None and not differentiable and not torch.compiler.is_compiling():
+        fused = engines.missing(tensors.params) is None
     # One draw of noise serves all tensors, on any device.
     if foreach is None:
-        foreach = not differentiable and plain
+        foreach = not differentiable and {type(p) for p in tensors.params} <= {Tensor, torch.nn.Parameter}
     implementation = _multi_tensor_signsgd if foreach else _single_tensor_signsgd
     (_fused_signsgd if fused else implementation)(real_tensors(tensors), options)
 

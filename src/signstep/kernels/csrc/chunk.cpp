@@ -29,11 +29,22 @@ template <class W>
 struct Tile {
   alignas(64) W g[TILE];
   alignas(64) W m[TILE];
-  alignas(64) W direction[TILE];
+  alignas(64) W noise[TILE];
+  alignas(64) int16_t up[TILE];
   Bytes top;
   Bytes rounding;
   alignas(64) uint64_t low[2 * (TILE / 4 + PAIR)];
 };
+
+// A pointer to a tensor's own elements where they are what is computed with, null where they must be converted first.
+template <class W>
+inline const W* in_place(const W* x) {
+  return x;
+}
+template <class W>
+inline const W* in_place(const void*) {
+  return nullptr;
+}
 
 template <class T, class W>
 void load_gradient(const T* grad, const T* param, int n, const Options& o, W* g) {
@@ -53,12 +64,16 @@ inline W average(W m, W g, W weight) {
 
 // Momentum that is kept to the nearest: what decides is what is kept.
 template <class S, class W>
-void update_momentum(S* exp_avg, const W* g, int n, W weight, W* m) {
+void update_momentum(S* __restrict exp_avg, const W* __restrict g, int n, W weight, W* __restrict m) {
   for (int i = 0; i < n; ++i) {
     const S kept = narrow<S, W>(average(W(widen(exp_avg[i])), g[i], weight));
     exp_avg[i] = kept;
     m[i] = W(widen(kept));
   }
+}
+template <class W>
+void update_momentum_in_place(W* __restrict exp_avg, const W* __restrict g, int n, W weight) {
+  for (int i = 0; i < n; ++i) exp_avg[i] = average(exp_avg[i], g[i], weight);
 }
 
 template <class W>
@@ -92,13 +107,11 @@ void update_int8(int8_t* exp_avg, float* scale, const W* g, int n, W weight, con
   }
 }
 
-// sign(m); 0 where m is 0, NaN where it is not finite.
+// 1 with the sign bit of `signed_as`; 0 where m is 0, and NaN where it is not finite, as m * 0 is.
 template <class W>
-void clean_direction(const W* m, int n, W* direction) {
-  for (int i = 0; i < n; ++i) {
-    const W sign = (m[i] > 0 ? W(1) : W(0)) - (m[i] < 0 ? W(1) : W(0));
-    direction[i] = sign + (m[i] - m[i]);
-  }
+inline W unit_step(uint32_t signed_as, W m) {
+  const float sign = float_of((signed_as & 0x80000000u) | 0x3F800000u);
+  return fused(m, W(0), m == 0 ? W(0) : W(sign));
 }
 
 // The exact decision U < floor(2^32 Phi(m / sigma)), as the reference computes it.
@@ -176,167 +189,183 @@ inline const float* as_float(const double* m, int n, float* buffer) {
   return buffer;
 }
 
-// sign(m + xi): +1 exactly when U < T = floor(2^32 Phi(m / sigma)). What ties has no direction worth the name yet.
+// sign(m + xi), +1 exactly when U < T = floor(2^32 Phi(m / sigma)): the sign of up. What ties has none worth the name yet.
 template <class T, class W>
-void pre_direction(Tile<W>& tile, int n, uint64_t element, T* param, Ties<T, W>& ties, Ahead* ahead) {
+void decide_tile(Tile<W>& tile, const W* m, int n, uint64_t element, T* param, Ties<T, W>& ties, Ahead* ahead) {
   const uint8_t* top = tile.top.fill(element, n, ties.key, TOP_BITS, ahead[0]);
   float buffer[sizeof(W) == sizeof(float) ? 1 : TILE];
-  const float* m = as_float(tile.m, n, buffer);
-  alignas(64) int16_t up[TILE];
+  const float* mf = as_float(m, n, buffer);
+  const float inverse = 1.0f / ties.sigma;
   for (int first = 0; first < n; first += GROUP) {
-    ahead[1].fetch(GROUP);
-    ahead[2].fetch(GROUP);
+    ahead[1].template fetch<GROUP>();
+    ahead[2].template fetch<GROUP>();
     // To the end of the group, also beyond n: what is there is not used.
-    uint64_t bits = decide(m + first, top + first, ties.sigma, up + first);
+    uint64_t bits = decide(mf + first, top + first, inverse, tile.up + first);
     if (n - first < GROUP) bits &= (uint64_t(1) << (n - first)) - 1;
     for (; bits != 0; bits &= bits - 1) {
       const int i = first + __builtin_ctzll(bits);
-      if (m[i] != 0) ties.add(param + i, m[i], top[i], element + i);
+      if (mf[i] != 0) ties.add(param + i, mf[i], top[i], element + i);
     }
-  }
-  for (int i = 0; i < n; ++i) {
-    const float sign = float_of((uint32_t(int32_t(up[i])) & 0x80000000u) | 0x3F800000u);
-    tile.direction[i] = W(fused(m[i], 0.0f, m[i] == 0 ? 0.0f : sign));  // m * 0 is NaN where m is not finite
-  }
-  if (ties.sigma != ties.sigma) {  // the rms of a tensor with elements that are not finite
-    for (int i = 0; i < n; ++i) tile.direction[i] = m[i] == 0 ? W(0) : W(ties.sigma);
   }
 }
 
-// sign(m) + xi, xi = sigma Phi^-1((U + 1/2) / 2^32).
+// xi = sigma Phi^-1((U + 1/2) / 2^32).
 template <class W>
-void post_direction(Tile<W>& tile, int n, uint64_t element, const Key& key, float sigma) {
+void draw_noise(Tile<W>& tile, int n, uint64_t element, const Key& key, float sigma) {
   const uint8_t* top = tile.top.fill(element, n, key, TOP_BITS, {0, 0});
   const int skip = int(element % 4);
   philox_blocks(element / 4, (skip + n + 3) / 4, key, LOW_BITS, tile.low, {0, 0});
   const uint32_t* low = reinterpret_cast<const uint32_t*>(tile.low) + skip;
   for (int i = 0; i < n; ++i) {
     const uint32_t u = uint32_t(top[i]) << 24 | (low[i] & 0xFFFFFFu);
-    const float xi = sigma * float(inverse_normal((double(u) + 0.5) * 0x1p-32));
-    const float m = float(tile.m[i]);
-    const float sign = m > 0 ? 1.0f : -1.0f;
-    tile.direction[i] = W((m == 0 ? 0.0f : sign + xi) + (m - m));
+    tile.noise[i] = W(sigma * float(inverse_normal((double(u) + 0.5) * 0x1p-32)));
   }
 }
 
-// Sums are formed in 16 lanes, so that their rounding is the same whatever the instruction set, then in float64.
+// sign(m) + xi.
 template <class W>
-struct Lanewise {
+inline W post_direction(W m, W noise) {
+  return (m == 0 ? W(0) : W(float(m > 0 ? 1.0f : -1.0f) + float(noise))) + (m - m);
+}
+
+// [<s, g>, ||g||^2, sum m^2], of a tile in 16 lanes of W, so that their rounding is the same whatever the instruction set,
+// and of all in as many of float64.
+template <class W>
+struct Sums {
   typedef W Vector __attribute__((vector_size(LANES * sizeof(W))));
-  Vector total = {};
+  typedef double Wide __attribute__((vector_size(LANES * sizeof(double))));
+  Wide total[3] = {};
 
   static Vector load(const W* from) {
     Vector v;
     __builtin_memcpy(&v, from, sizeof v);
     return v;
   }
-  double sum() const {
-    double all = 0;
-    for (int lane = 0; lane < LANES; ++lane) all += double(total[lane]);
-    return all;
+
+  void add(int which, Vector sum) { total[which] += __builtin_convertvector(sum, Wide); }
+
+  // Of full tiles; what is beyond the end is 0.
+  void add_tile(const W* s, const W* g, const W* m) {
+    Vector inner = {}, square = {}, moment = {};
+    for (int i = 0; i < TILE; i += LANES) {
+      if (s != nullptr) {
+        const Vector gi = load(g + i);
+        inner += load(s + i) * gi;
+        square += gi * gi;
+      }
+      const Vector mi = load(m + i);
+      moment += mi * mi;
+    }
+    add(0, inner), add(1, square), add(2, moment);
+  }
+
+  void write(double* sums) const {
+    for (int which = 0; which < 3; ++which) {
+      for (int lane = 0; lane < LANES; ++lane) sums[which] += total[which][lane];
+    }
   }
 };
 
-// Sum of squares of the first n, whose number is rounded up to LANES.
+// s of calibration: sign(m), or E sign(m + xi) = erf(m / (sigma sqrt 2)).
 template <class W>
-double square_sum(const W* x, int n) {
-  Lanewise<W> sum;
-  for (int i = 0; i < n; i += LANES) {
-    const auto v = sum.load(x + i);
-    sum.total += v * v;
+void calibration_signs(const W* m, bool expected, float sigma, W* s) {
+  if (!expected) {
+    for (int i = 0; i < TILE; ++i) s[i] = (m[i] > 0 ? W(1) : W(0)) - (m[i] < 0 ? W(1) : W(0));
+    return;
   }
-  return sum.sum();
+  const float inverse = SQRT_HALF / sigma;
+  for (int i = 0; i < TILE; ++i) {
+    const float x = float(m[i]) * inverse, size = 1.0f - 1.0f / reciprocal_erfc(x);
+    s[i] = W(m[i] == 0 ? 0.0f : (x > 0 ? size : -size));
+  }
 }
 
-// <s, g>, s = sign(m) or, if expected, E sign(m + xi) = erf(m / (sigma sqrt 2)).
-template <class W>
-double inner_product(const Tile<W>& tile, int n, bool expected, float sigma) {
-  alignas(64) W s[TILE];
-  if (expected) {
-    const float inverse = SQRT_HALF / sigma;
-    for (int i = 0; i < TILE; ++i) {
-      const float x = float(tile.m[i]) * inverse, size = 1.0f - 1.0f / reciprocal_erfc(x);
-      s[i] = W(tile.m[i] == 0 ? 0.0f : (x > 0 ? size : -size));
+template <class T, class W, class Direction>
+void apply(T* __restrict param, int n, const Options& o, Direction direction) {
+  const W rate = W(-o.rate), decay = W(o.decay);
+  for (int i = 0; i < n; ++i) param[i] = narrow<T, W>(fused(rate, direction(i), W(widen(param[i])) * decay));
+}
+
+// Momentum, in the form in which it is kept, and as m.
+template <class T, class W>
+const W* update(const signstep_tensor& t, int64_t first, int n, const W* g, W weight, uint64_t element, const Key& key,
+                Tile<W>& tile) {
+  if (t.exp_avg == 0) return g;
+  if (t.state_dtype == t.dtype) {
+    T* exp_avg = reinterpret_cast<T*>(t.exp_avg) + first;
+    if (n == TILE && in_place<W>(exp_avg) != nullptr) {
+      W* kept = reinterpret_cast<W*>(t.exp_avg) + first;
+      update_momentum_in_place(kept, g, n, weight);
+      return kept;
     }
-  } else {
-    for (int i = 0; i < TILE; ++i) s[i] = (tile.m[i] > 0 ? W(1) : W(0)) - (tile.m[i] < 0 ? W(1) : W(0));
-  }
-  Lanewise<W> sum;
-  for (int i = 0; i < n; i += LANES) sum.total += sum.load(s + i) * sum.load(tile.g + i);
-  return sum.sum();
-}
-
-template <class T, class W>
-void apply(T* param, const W* direction, int n, const Options& o) {
-  for (int i = 0; i < n; ++i) param[i] = narrow<T, W>(moved(W(widen(param[i])), direction[i], o));
-}
-
-// Momentum, as m, and in the form in which it is kept.
-template <class T, class W>
-void update(const signstep_tensor& t, int64_t first, int n, W weight, uint64_t element, const Key& key, Tile<W>& tile) {
-  if (t.exp_avg == 0) {
-    for (int i = 0; i < n; ++i) tile.m[i] = tile.g[i];
-  } else if (t.state_dtype == t.dtype) {
-    update_momentum(reinterpret_cast<T*>(t.exp_avg) + first, tile.g, n, weight, tile.m);
+    update_momentum(exp_avg, g, n, weight, tile.m);
   } else if (t.state_dtype == SIGNSTEP_FLOAT32) {
-    update_momentum(reinterpret_cast<float*>(t.exp_avg) + first, tile.g, n, weight, tile.m);
+    update_momentum(reinterpret_cast<float*>(t.exp_avg) + first, g, n, weight, tile.m);
   } else {
     const uint8_t* random = tile.rounding.fill(element, n, key, ROUNDING, {0, 0});
     if (t.state_dtype == SIGNSTEP_INT8) {
       float* scale = reinterpret_cast<float*>(t.scale) + first / TILE;
-      update_int8(reinterpret_cast<int8_t*>(t.exp_avg) + first, scale, tile.g, n, weight, random, tile.m);
+      update_int8(reinterpret_cast<int8_t*>(t.exp_avg) + first, scale, g, n, weight, random, tile.m);
     } else {
-      update_bfloat16_stochastic(reinterpret_cast<Bfloat16*>(t.exp_avg) + first, tile.g, n, weight, random, tile.m);
+      update_bfloat16_stochastic(reinterpret_cast<Bfloat16*>(t.exp_avg) + first, g, n, weight, random, tile.m);
     }
   }
+  return tile.m;
 }
 
 // Tiles between the one that is worked on and the one whose lines are fetched.
 constexpr int DISTANCE = 2;
 
 inline Ahead ahead_of(int64_t base, int64_t first, int bytes) {
-  return {uintptr_t(base) + uintptr_t(first + DISTANCE * TILE) * bytes, base == 0 ? 0 : bytes};
+  return {uintptr_t(base) + uintptr_t(first + DISTANCE * TILE * 4 / (bytes < 2 ? 2 : bytes)) * bytes, base == 0 ? 0 : bytes};
 }
 
 template <class T, class W>
 void step(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end, float sigma, double* sums) {
   Tile<W> tile;
+  Sums<W> total;
   const Key key = {uint32_t(o.seed), uint32_t(o.seed >> 32), uint32_t(o.step), uint32_t(t.ordinal)};
   Ties<T, W> ties = {o, key, sigma};
-  T* param = reinterpret_cast<T*>(t.param);
-  const T* grad = reinterpret_cast<const T*>(t.grad);
   const int state_bytes = t.state_dtype == SIGNSTEP_INT8 ? 1 : t.state_dtype == SIGNSTEP_FLOAT32 ? 4 : sizeof(T);
   const bool expected = o.sums == SIGNSTEP_SUMS_OF_EXPECTED_SIGN && o.position == SIGNSTEP_PRE;
   for (int64_t first = begin; first < end; first += TILE) {
     const int n = int(end - first < TILE ? end - first : TILE);
     const uint64_t element = uint64_t(t.offset + first);
+    T* param = reinterpret_cast<T*>(t.param) + first;
+    const T* grad = reinterpret_cast<const T*>(t.grad) + first;
     Ahead ahead[3] = {ahead_of(t.grad, first, sizeof(T)), ahead_of(t.param, first, sizeof(T)),
                       ahead_of(t.exp_avg, first, state_bytes)};
     if (o.position != SIGNSTEP_PRE) {
-      for (Ahead& stream : ahead) stream.fetch(TILE);
+      for (Ahead& stream : ahead) stream.fetch<TILE>();
     }
-    load_gradient(grad + first, param + first, n, o, tile.g);
-    update<T>(t, first, n, W(o.gradient_weight), element, key, tile);
-    if (o.position == SIGNSTEP_CLEAN) {
-      clean_direction(tile.m, n, tile.direction);
-    } else if (o.position == SIGNSTEP_PRE) {
-      pre_direction(tile, n, element, param + first, ties, ahead);
-    } else if (o.position == SIGNSTEP_POST) {
-      post_direction(tile, n, element, key, sigma);
-    } else {
-      for (int i = 0; i < n; ++i) tile.direction[i] = tile.m[i];
+    const W* g = n == TILE && !o.maximize && o.coupled_decay == 0 ? in_place<W>(grad) : nullptr;
+    if (g == nullptr) {
+      load_gradient(grad, param, n, o, tile.g);
+      g = tile.g;
     }
+    const W* m = update<T>(t, first, n, g, W(o.gradient_weight), element, key, tile);
     if (sums != nullptr) {
+      // What is not full is in the tile.
       for (int i = n; i < TILE; ++i) tile.g[i] = tile.m[i] = 0;
-      if (o.sums != SIGNSTEP_NO_SUMS) {
-        sums[0] += inner_product(tile, n, expected, sigma);
-        sums[1] += square_sum(tile.g, n);
-      }
-      sums[2] += square_sum(tile.m, n);
+      if (o.sums != SIGNSTEP_NO_SUMS) calibration_signs(m, expected, sigma, tile.noise);
+      total.add_tile(o.sums == SIGNSTEP_NO_SUMS ? nullptr : tile.noise, g, m);
     }
-    apply(param + first, tile.direction, n, o);
-    ties.resolve(first + TILE >= end);
+    if (o.position == SIGNSTEP_CLEAN) {
+      apply<T, W>(param, n, o, [m](int i) { return unit_step(bits_of(float(m[i])), m[i]); });
+    } else if (o.position == SIGNSTEP_GRADIENT) {
+      apply<T, W>(param, n, o, [m](int i) { return m[i]; });
+    } else if (sigma != sigma) {  // the rms of a tensor with elements that are not finite
+      apply<T, W>(param, n, o, [m, sigma](int i) { return m[i] == 0 ? W(0) : W(sigma); });
+    } else if (o.position == SIGNSTEP_POST) {
+      draw_noise(tile, n, element, key, sigma);
+      apply<T, W>(param, n, o, [m, &tile](int i) { return post_direction(m[i], tile.noise[i]); });
+    } else {
+      decide_tile(tile, m, n, element, param, ties, ahead);
+      apply<T, W>(param, n, o, [m, up = tile.up](int i) { return unit_step(uint32_t(int32_t(up[i])), m[i]); });
+      ties.resolve(first + TILE >= end);
+    }
   }
+  if (sums != nullptr) total.write(sums);
 }
 
 }  // namespace

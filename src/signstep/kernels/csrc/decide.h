@@ -66,13 +66,13 @@ static inline uint64_t below(Unsigned first, Unsigned second, int bound) {
 }
 #endif
 
-static inline uint64_t decide(const float* m, const uint8_t* top, float sigma, int16_t* up) {
+static inline uint64_t decide(const float* m, const uint8_t* top, float inverse_sigma, int16_t* up) {
   uint64_t ties = 0;
   for (int i = 0; i < GROUP; i += 2 * SHORTS) {
     Unsigned window[2];
     for (int half = 0; half < 2; ++half) {
       const int first = i + half * SHORTS;
-      const Short z = shorts(m + first, UNITS_OF_Z / sigma);
+      const Short z = shorts(m + first, UNITS_OF_Z * inverse_sigma);
       const Short t = product(z, z) - 16384;
       Short h = product(H[5] + (z ^ z), t) + H[4];
       for (int k = 3; k >= 0; --k) h = product(h, t) + H[k];
@@ -88,9 +88,9 @@ static inline uint64_t decide(const float* m, const uint8_t* top, float sigma, i
 
 #else
 
-static inline uint64_t decide(const float* m, const uint8_t* top, float sigma, int16_t* up) {
+static inline uint64_t decide(const float* m, const uint8_t* top, float inverse_sigma, int16_t* up) {
   uint8_t tie[GROUP];
-  const float inverse = 0.70710678f / sigma;
+  const float inverse = 0.70710678f * inverse_sigma;
   for (int i = 0; i < GROUP; ++i) {
     // Q to 5e-4 (Abramowitz and Stegun 7.1.27).
     const float x = __builtin_fabsf(m[i] * inverse);

@@ -35,8 +35,22 @@ struct Ahead {
   uintptr_t next;
   int bytes;  // per element; 0: nothing to fetch
 
-  void fetch(int elements) {
-    for (int i = 0; i < elements / 64 * bytes; ++i, next += 64) __builtin_prefetch(reinterpret_cast<const void*>(next));
+  template <int LINES>
+  void lines() {
+    for (int i = 0; i < LINES; ++i) __builtin_prefetch(reinterpret_cast<const void*>(next + 64 * i));
+    next += 64 * LINES;
+  }
+
+  // Written out per size, as this is called every few dozen instructions.
+  template <int ELEMENTS>
+  void fetch() {
+    constexpr int GROUPS = ELEMENTS / 64;
+    switch (bytes) {
+      case 1: return lines<GROUPS>();
+      case 2: return lines<2 * GROUPS>();
+      case 4: return lines<4 * GROUPS>();
+      case 8: return lines<8 * GROUPS>();
+    }
   }
 };
 
@@ -78,7 +92,7 @@ static inline void philox_blocks(uint64_t first, int blocks, const Key& key, uin
   Lanes pair[2];
   for (int i = 0; i < PAIR; ++i) pair[i / WIDTH][i % WIDTH] = first + i;
   for (int b = 0; b < blocks; b += PAIR) {
-    ahead.fetch(PAIR * 16);
+    ahead.fetch<PAIR * 16>();
     philox<2>(pair, key, stream, words + 2 * b);
     pair[0] += PAIR;
     pair[1] += PAIR;

@@ -565,7 +565,7 @@ def test_relative_dither_that_comes_late_starts_from_the_momentum_that_is_there(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("c++") is None, reason="needs CMake and a compiler")
-@pytest.mark.parametrize(("sanitizer", "dtypes"), [("address", "4"), ("thread", "1")])
+@pytest.mark.parametrize(("sanitizer", "dtypes"), [("address", "4"), ("thread", "1"), ("undefined", "4")])
 def test_sanitizers_find_nothing(sanitizer: str, dtypes: str, tmp_path: Path) -> None:
     """The driver also compares instruction sets and numbers of threads, byte by byte."""
     build = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-DSIGNSTEP_SANITIZE={sanitizer}"]

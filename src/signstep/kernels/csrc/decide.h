@@ -73,7 +73,7 @@ static inline uint64_t decide(const float* m, const uint8_t* top, float inverse_
     for (int half = 0; half < 2; ++half) {
       const int first = i + half * SHORTS;
       const Short z = shorts(m + first, UNITS_OF_Z * inverse_sigma);
-      const Short t = product(z, z) - 16384;
+      const Short t = (Short)((Unsigned)product(z, z) - 16384);  // wraps for the smallest z, to the right value
       Short h = product(H[5] + (z ^ z), t) + H[4];
       for (int k = 3; k >= 0; --k) h = product(h, t) + H[k];
       const Short difference = product(h, z) - ((bytes(top + first) - 128) * PER_BYTE);

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -38,6 +41,33 @@ def test_runs_of_different_scales_and_recipes_have_different_hashes() -> None:
     assert len(set(hashes)) == len(hashes)
 
 
+def test_a_record_made_before_a_field_was_added_keeps_its_hash() -> None:
+    for path in (Path(__file__).parents[1] / "results").glob("*-*/*/*.jsonl"):
+        with path.open(encoding="utf-8") as file:
+            start = json.loads(file.readline())
+        assert RunConfig.from_dict(start["config"]).hash == start["hash"] == path.stem
+
+
+def test_a_row_takes_its_rate_from_a_tuned_row_beside_it() -> None:
+    takers = set()
+    for name in NAMES:
+        experiment = load(name)
+        for row in experiment.rows:
+            if row.lr_of:
+                takers.add(row.key)
+                giver = experiment.row(row.lr_of)
+                assert (giver.lr, giver.lr_of) == (row.lr, "")
+    assert takers == {"signsgd-bfloat16", "signsgd-int8"}
+
+
+def test_state_varies_the_momentums_dtype_alone() -> None:
+    configs = [row.config("cifar10") for row in load("state").rows]
+    assert [config.state_dtype for config in configs] == [None, "bfloat16", "int8"]
+    assert {replace(config, state_dtype=None) for config in configs} == {
+        load("table1").row("signsgd").config("cifar10")
+    }
+
+
 def test_the_figures_share_their_runs_with_the_table() -> None:
     table = {row.config("cifar100").hash for row in load("table1").rows}
     assert {row.config("cifar100").hash for row in load("fig3").rows} < table
@@ -70,7 +100,7 @@ def test_table1_has_the_papers_rows_and_numbers() -> None:
 def test_within_a_recipe_only_the_optimizer_differs(recipe: Recipe) -> None:
     optimizer_fields = {
         *("optimizer", "lr", "momentum", "weight_decay", "dither", "dither_decay", "dither_position", "dither_scale"),
-        *("switch", "calibration", "ema_decay", "sgd_momentum"),
+        *("state_dtype", "switch", "calibration", "ema_decay", "sgd_momentum"),
     }
     for name in NAMES:
         rest = [

@@ -309,6 +309,36 @@ def test_the_recipe_says_whether_rates_were_tuned(tmp_path: Path) -> None:
             assert {each for each in (chosen, not_tuned, partly) if each in recipe} == words, (file, words)
 
 
+def test_what_some_runs_recorded_is_not_said_of_all() -> None:
+    experiment = experiments.load("fig2", scale="cpu")
+    runs = [run(experiment.row("sgd"), "cifar10", seed, 60.0 + seed) for seed in range(3)]
+    runs[2].start["environment"] = RECORDED | {"git": "abc", "torch": "2.6.0"}
+    environment = Results(experiment, by_hash(*runs), {}, []).environment
+    assert (environment["git"], environment["device"]) == ("abc (1 run)", "cpu")
+    assert environment["torch"] == "2.13.0 (2 runs), 2.6.0 (1 run)"
+
+
+def test_rows_that_take_anothers_rate_say_so(tmp_path: Path) -> None:
+    experiment = experiments.load("state", scale="cpu")
+    every = {"cifar10": {"signsgd": all_tuned(experiment)["cifar10"]["signsgd"]}}
+    lr = every["cifar10"]["signsgd"]["lr"]
+    values = accuracies(experiment, 3)
+    runs = by_hash(*(run(experiment.row(key), d, seed, v, lr=lr) for (key, d, seed), v in values.items()))
+    page = write(experiment, runs, tmp_path, tuned=every, commands=[])
+    results = Results(experiment, runs, every, [])
+    assert "SignSGD-M, int8 momentum beats the next best" in results.headline
+    takers = "SignSGD-M, bfloat16 momentum and SignSGD-M, int8 momentum"
+    words = f"Not tuned, with the learning rate of SignSGD-M: {takers}."
+    for file in (page, page.with_suffix(".md")):
+        text = html.unescape(file.read_text(encoding="utf-8"))
+        assert words in text
+        assert "with the preset's learning rate" not in text
+    assert {row.key for row in experiment.rows if results.difference("cifar10", row, experiment.row("signsgd"))} == {
+        "signsgd-bfloat16",
+        "signsgd-int8",
+    }
+
+
 def test_a_data_set_that_the_paper_does_not_use(tmp_path: Path) -> None:
     experiment = experiments.load("table1", scale="demo", datasets=["fashion-mnist"])
     page = write(experiment, full(experiment, accuracies(experiment, 2)), tmp_path, tuned=None, commands=[])

@@ -73,7 +73,7 @@ def assert_same_bits(a: Any, b: Any, at: str = "run") -> None:
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype, at
         assert a.shape == b.shape, at
-        assert a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes(), at
+        assert torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b))), at
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), at
         for key in a:
@@ -140,11 +140,13 @@ def wait_for_checkpoint(config: RunConfig, out: Path, process: ForkServerProcess
     [
         HYBRID,
         {"optimizer": "signsgd", "lr": 1e-3, "dither": 0.2, "dither_position": "post", "weight_decay": 0.1},
+        {"optimizer": "signsgd", "lr": 1e-3, "state_dtype": "int8", "dither": 1.0, "dither_scale": "relative"},
+        HYBRID | {"state_dtype": "bfloat16"},
         {"momentum": 0.9, "nesterov": True, "schedule": "step", "warmup": 0.2},
         {"optimizer": "adam", "channels_last": False, "eval_every": 2},
         {"optimizer": "adamw", "cutout": 2, "label_smoothing": 0.1, "split": "tune"},
     ],
-    ids=lambda changes: changes.get("optimizer", "sgd"),
+    ids=lambda changes: "-".join([changes.get("optimizer", "sgd"), *filter(None, [changes.get("state_dtype")])]),
 )
 def test_stopped_after_every_step(changes: dict[str, Any], tmp_path: Path, one_thread: None) -> None:
     config = tiny(**changes)

@@ -13,7 +13,7 @@ import pytest
 
 from signstep.lab.config import RunConfig
 from signstep.lab.experiments import Experiment, grid_point, load
-from signstep.lab.sweep import MAX_EXTENSIONS, read_tuned, search, sweep
+from signstep.lab.sweep import MAX_EXTENSIONS, learning_rate, read_tuned, search, sweep
 
 
 @dataclass
@@ -178,6 +178,17 @@ def test_it_stops_and_goes_on_without_repeating_a_trial(tmp_path: Path) -> None:
     assert calls > 2
     assert [c.hash for c in lab.trained] == [c.hash for c in whole.trained]
     assert (tmp_path / "parts/tuned.json").read_bytes() == (tmp_path / "whole/tuned.json").read_bytes()
+
+
+def test_a_row_that_takes_anothers_rate_has_no_trials(tmp_path: Path) -> None:
+    experiment = load("state", scale="smoke", datasets=["digits"])
+    lab = FakeLab(peak_at(0.001))
+    assert lab.sweep([experiment], tmp_path)
+    assert {config.state_dtype for config in lab.trained} == {None}
+    tuned = read_tuned(tmp_path)
+    assert set(tuned["digits"]) == {"signsgd"}
+    assert {learning_rate(experiment, row.key, "digits", tuned) for row in experiment.rows} == {0.001}
+    assert {learning_rate(experiment, row.key, "digits", {}) for row in experiment.rows} == {3.16e-3}
 
 
 def test_an_incomplete_sweep_names_what_is_missing_and_keeps_what_is_done(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ _SIGN_ONLY = (
     "dither_decay",
     "dither_position",
     "dither_scale",
+    "state_dtype",
 )
 _HYBRID_ONLY = ("switch", "calibration", "ema_decay", "sgd_momentum")
 
@@ -74,7 +75,9 @@ class RunConfig:
     dither_position: Literal["pre", "post"] | None = None
     """Add the noise before or after the sign; None: before."""
     dither_scale: Literal["absolute", "relative"] | None = None
-    """relative: the noise is in units of the momentum's rms; None: absolute."""
+    """relative: the noise is in units of the rms of the last step's momentum; None: absolute."""
+    state_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """How a sign method keeps its momentum, the last two with stochastic rounding; None: as the weights, in float32."""
     switch: float | None = None
     """Share of the run's steps taken before HybridSignSGD switches to SGD."""
     calibration: Literal["paper", "ratio", "applied"] | None = None

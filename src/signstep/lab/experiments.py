@@ -19,12 +19,12 @@ from typing import Any, Literal, cast
 from signstep.lab.config import Dataset, Optimizer, RunConfig
 from signstep.lab.errors import BadInput
 
-Name = Literal["table1", "fig1", "fig2", "fig3", "beyond"]
+Name = Literal["table1", "fig1", "fig2", "fig3", "beyond", "state"]
 Scale = Literal["smoke", "demo", "cpu", "full"]
 Recipe = Literal["strong", "paper"]
 
 OF_THE_PAPER: tuple[Name, ...] = ("table1", "fig1", "fig2", "fig3")
-NAMES: tuple[Name, ...] = (*OF_THE_PAPER, "beyond")
+NAMES: tuple[Name, ...] = (*OF_THE_PAPER, "beyond", "state")
 TUNING_SEED = 1000
 """Seed of every tuning run; no final run has it, unless someone asks for more than a thousand seeds."""
 
@@ -68,6 +68,13 @@ class Row:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By data set: the fields of `RunConfig` but dataset, lr and seed."""
     tune_epochs: int = 1
+    lr_of: str = ""
+    """Key of the row whose tuned learning rate this one takes, without trials of its own; empty: it is tuned itself."""
+
+    @property
+    def tuned_key(self) -> str:
+        """The entry of tuned.json that has its learning rate."""
+        return self.lr_of or self.key
 
     def config(self, dataset: str, seed: int = 0, lr: float | None = None) -> RunConfig:
         """The final run: trained on the whole training set, evaluated on the test set.
@@ -152,6 +159,7 @@ def _row(key: str, recipe: Recipe, scale: Scale, datasets: Sequence[str]) -> Row
         paper=method.get("paper", {}),
         options=options,
         tune_epochs=scale_values["tune_epochs"],
+        lr_of=method.get("lr_of", ""),
     )
 
 

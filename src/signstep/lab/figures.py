@@ -51,6 +51,8 @@ _METHODS = {
     "sgd": "black",
     "adam": "grey",
     "signsgd": "blue",
+    "signsgd-bfloat16": "orange",
+    "signsgd-int8": "pink",
     "post-0.1": "pink",
     "post-0.5": "brown",
     "pre-0.5": "vermillion",

@@ -66,6 +66,8 @@ def _optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> torch.o
     if config.optimizer == "hybrid":
         names += ["calibration", "ema_decay", "sgd_momentum"]
     options |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if config.state_dtype is not None:
+        options["state_dtype"] = getattr(torch, config.state_dtype)
     if config.optimizer == "signsgd":
         return SignSGD(model.parameters(), seed=config.seed, **options)
     assert config.switch is not None

@@ -62,7 +62,7 @@ def reproduce(
     started = time.monotonic()
     out = folder / "runs"
     runs = planned(experiments, seeds, tuned)
-    cells = dict.fromkeys((d, row.key) for e in experiments for d in e.datasets for row in e.rows)
+    cells = dict.fromkeys((d, row.tuned_key) for e in experiments for d in e.datasets for row in e.rows)
     untuned = [f"{d}/{key}" for d, key in cells if key not in tuned.get(d, {})]
     if untuned:
         names = "every method" if len(untuned) == len(cells) else ", ".join(untuned)

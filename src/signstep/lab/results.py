@@ -221,7 +221,7 @@ class Results:
     def _doubts(self, dataset: str, rows: Sequence[Row]) -> list[str]:
         """Why no row may be called the best."""
         doubts = []
-        tuned = [row.key in self.tuned.get(dataset, {}) for row in rows]
+        tuned = [row.tuned_key in self.tuned.get(dataset, {}) for row in rows]
         if not all(tuned):
             doubts.append("not every learning rate was tuned" if any(tuned) else "no learning rate was tuned")
         if len(set.intersection(*(set(self.cells[row.key, dataset].accuracies) for row in rows))) < stats.MIN_SEEDS:
@@ -339,18 +339,22 @@ class Results:
 
     @property
     def untuned(self) -> str:
-        """Which learning rates are the presets' and not the sweep's."""
+        """Which learning rates the sweep did not choose for their own row."""
         names = {
-            d: [row.label for row in self.experiment.rows if row.key not in self.tuned.get(d, {})]
+            d: [row.label for row in self.experiment.rows if row.tuned_key not in self.tuned.get(d, {})]
             for d in self.experiment.datasets
         }
         if all(len(missing) == len(self.experiment.rows) for missing in names.values()):
             return "The learning rates were not tuned: every method has its preset's."
-        return " ".join(
+        sentences = [
             f"Not tuned on {self.titles[d]}, with the preset's learning rate: {listed(missing)}."
             for d, missing in names.items()
             if missing
-        )
+        ]
+        for key in dict.fromkeys(row.lr_of for row in self.experiment.rows if row.lr_of):
+            takers = listed([row.label for row in self.experiment.rows if row.lr_of == key])
+            sentences.append(f"Not tuned, with the learning rate of {self.experiment.row(key).label}: {takers}.")
+        return " ".join(sentences)
 
     # ------------------------------------------------------------------------------------------------ recipe, machine
 
@@ -390,7 +394,7 @@ class Results:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the runs ran on; a value that not all share is followed by its number of runs."""
+        """What the runs ran on; a value that not all of them have is followed by the number that do."""
         runs = {run.config.hash: run for run in (*self.finished, *self.unfinished)}.values()
         values: dict[str, Counter[str]] = {}
         for run in runs:
@@ -398,7 +402,9 @@ class Results:
                 if value is not None:
                     values.setdefault(name, Counter())[str(value)] += 1
         table = {
-            name: next(iter(counts)) if len(counts) == 1 else ", ".join(f"{v} ({n} runs)" for v, n in counts.items())
+            name: next(iter(counts))
+            if set(counts.values()) == {len(runs)}
+            else ", ".join(f"{v} ({n} {_plural(n, 'run')})" for v, n in counts.items())
             for name, counts in values.items()
         }
         seconds = math.fsum(epoch.get("timing", {}).get("seconds", 0.0) for run in runs for epoch in run.epochs)

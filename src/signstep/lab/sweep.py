@@ -133,8 +133,9 @@ def read_tuned(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 def learning_rate(experiment: Experiment, key: str, dataset: str, tuned: Mapping[str, Mapping[str, Any]]) -> float:
     """The tuned learning rate of a row on a data set, or the preset's where it was not tuned."""
-    choice = tuned.get(dataset, {}).get(key)
-    return experiment.row(key).lr if choice is None else float(choice["lr"])
+    row = experiment.row(key)
+    choice = tuned.get(dataset, {}).get(row.tuned_key)
+    return row.lr if choice is None else float(choice["lr"])
 
 
 def _write_tuned(folder: Path, experiment: Experiment, searches: Iterable[Search]) -> None:
@@ -182,7 +183,7 @@ def sweep(
 
     Args:
         experiments: whose rows to tune, each on its experiment's data sets; one scale and recipe. A row that several
-            of them have is tuned once.
+            of them have is tuned once, one that takes another's learning rate not at all.
         folder: where `tune/<hash>.jsonl` and tuned.json go.
         train: trains one trial.
         read: reads the records in a folder.
@@ -195,7 +196,9 @@ def sweep(
         Whether every search, of all shards, is over.
     """
     started = time.monotonic()
-    pairs = list({(d, row.key): (d, row) for e in experiments for d in e.datasets for row in e.rows}.values())
+    pairs = list(
+        {(d, row.key): (d, row) for e in experiments for d in e.datasets for row in e.rows if not row.lr_of}.values()
+    )
     tune = folder / "tune"
 
     stopped = False

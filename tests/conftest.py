@@ -1,8 +1,14 @@
 """What every test process starts with."""
 
+import os
 import signal
 
+import torch
 from hypothesis import settings
+
+# Triton reads this when it is first imported, whichever test comes first: without a GPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Started in the background of a shell, a test run ignores SIGINT, and so do its children: the tests of Ctrl-C need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -380,7 +380,7 @@ def test_state_of_another_model_is_refused() -> None:
     options = request(momentum=0.9, state_dtype=torch.int8)
     with pytest.raises(RuntimeError, match="8-bit momentum of 300 elements has 1 scales, expected 2"):
         native.step(Tensors([torch.zeros(300)], [torch.ones(300)], [eight], [scale], [], [0], [0]), options)
-    with pytest.raises(RuntimeError, match="expected torch.int8"):
+    with pytest.raises(RuntimeError, match=r"expected torch\.int8"):
         native.step(Tensors([torch.zeros(300)], [torch.ones(300)], [eight], [], [], [0], [0]), options)
     assert not p.any()
     optimizer = SignSGD([torch.nn.Parameter(p)], fused=True)

@@ -79,3 +79,31 @@ def real_tensors(tensors: Tensors) -> Tensors:
     offsets = [o * 2 if torch.is_complex(p) else o for p, o in zip(tensors.params, tensors.offsets, strict=True)]
     params, grads, exp_avgs = ([real(x) for x in c] for c in (tensors.params, tensors.grads, tensors.exp_avgs))
     return tensors._replace(params=params, grads=grads, exp_avgs=exp_avgs, offsets=offsets)
+
+
+def same_layout(p: Tensor, g: Tensor, m: Tensor | None, plain: bool) -> bool:
+    """Whether element i of each is at address i: in row-major order, or in any that they share if the order is free."""
+    if p.is_contiguous() and g.is_contiguous() and (m is None or m.is_contiguous()):
+        return True
+    same = p.stride() == g.stride() and (m is None or p.stride() == m.stride())
+    return plain and same and _is_dense(p)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements, in some order of the dimensions, lie side by side."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def contiguous(x: Tensor, copies: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """X in row-major order, by a copy that is written back if x is not so itself."""
+    if x.is_contiguous():
+        return x
+    copy = x.contiguous()
+    copies.append((x, copy))
+    return copy

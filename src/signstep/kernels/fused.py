@@ -37,10 +37,20 @@ def missing(params: Sequence[Tensor]) -> str | None:
         engine = _engine(device_type)
         if engine is None:
             return f"there are no fused kernels for {device_type} tensors"
-        if (reason := engine.unavailable()) is not None:
+        # Not while tracing, which looks into the search for a library.
+        if not torch.compiler.is_compiling() and (reason := engine.unavailable()) is not None:
             return str(reason)
     strange = next((d for d in {p.dtype for p in params} if d.is_floating_point and d not in _DTYPES), None)
     return None if strange is None else f"there are no fused kernels for {strange}"
+
+
+def by_default(params: Sequence[Tensor]) -> bool:
+    """Whether fused=None takes fused kernels for these parameters.
+
+    Not on GPUs yet: the Triton kernels agree with plain torch under the interpreter and compile for sm_90 and gfx942,
+    but have not run on a device.
+    """
+    return {p.device.type for p in params} == {"cpu"} and missing(params) is None
 
 
 def require(params: Sequence[Tensor]) -> None:

@@ -105,3 +105,17 @@ def _blocks(x: Tensor) -> Tensor:
     """The elements in row-major order, one block per row, the last filled up with zeros."""
     flat = x.reshape(-1)
     return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+
+
+def check_state(p: Tensor, m: Tensor, scale: Tensor | None, state_dtype: torch.dtype | None) -> None:
+    """Raise a RuntimeError if the momentum is not the parameter's: an engine would read past its end."""
+    dtype = p.dtype if state_dtype is None else state_dtype
+    blocks = None if dtype != torch.int8 else -(-p.numel() // BLOCK)
+    if m.shape != p.shape or m.dtype != dtype or m.device != p.device or (scale is None) != (blocks is None):
+        found = f"{m.dtype}, {tuple(m.shape)}, on {m.device}"
+        raise RuntimeError(
+            f"the momentum of a parameter of shape {tuple(p.shape)} on {p.device} is {found}, expected {dtype} of the "
+            "same shape and device: load the state of this model, and set state_dtype before the first step"
+        )
+    if scale is not None and (scale.numel() != blocks or scale.dtype != torch.float32):
+        raise RuntimeError(f"8-bit momentum of {p.numel()} elements has {scale.numel()} scales, expected {blocks}")

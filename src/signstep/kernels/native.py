@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from signstep.kernels.engine import Options, Tensors
-from signstep.kernels.momentum import BLOCK, STOCHASTIC
+from signstep.kernels.engine import Options, Tensors, contiguous, same_layout
+from signstep.kernels.momentum import STOCHASTIC, check_state
 
 _ABI = 1
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -106,6 +106,7 @@ def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: 
     if library is None:
         raise RuntimeError(reason)
     copies: list[tuple[Tensor, Tensor]] = []
+    gradients: list[Tensor] = []  # alive until the call, if they are copies
     rows: list[int] = []
     plain = options.dither is None and options.state_dtype not in STOCHASTIC
     columns: tuple[Sequence[Tensor | None], ...] = (tensors.exp_avgs, tensors.scales, tensors.mean_squares)
@@ -117,10 +118,11 @@ def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: 
         if g.dtype != p.dtype or g.is_neg():
             g = g.to(p.dtype).resolve_neg()
         if m is not None:
-            _check_state(p, m, s, options.state_dtype)
-        if not _same_layout(p, g, m, plain):
-            p, g = _contiguous(p, copies), _contiguous(g, copies)
-            m = None if m is None else _contiguous(m, copies)
+            check_state(p, m, s, options.state_dtype)
+        if not same_layout(p, g, m, plain):
+            p, g = contiguous(p, copies), g.contiguous()
+            m = None if m is None else contiguous(m, copies)
+        gradients.append(g)
         dtype = _DTYPES[p.dtype]
         rows += (
             p.data_ptr(),
@@ -167,48 +169,6 @@ def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: 
         torch.autograd.graph.increment_version(column)
 
 
-def _check_state(p: Tensor, m: Tensor, scale: Tensor | None, state_dtype: torch.dtype | None) -> None:
-    """Raise a RuntimeError if the momentum is not the parameter's: the library would read past its end."""
-    dtype = p.dtype if state_dtype is None else state_dtype
-    blocks = None if dtype != torch.int8 else -(-p.numel() // BLOCK)
-    if m.shape != p.shape or m.dtype != dtype or not m.is_cpu or (scale is None) != (blocks is None):
-        found = f"{m.dtype}, {tuple(m.shape)}, on {m.device}"
-        raise RuntimeError(
-            f"the momentum of a parameter of shape {tuple(p.shape)} on {p.device} is {found}, expected {dtype} of the same "
-            "shape and device: load the state of this model, and set state_dtype before the first step"
-        )
-    if scale is not None and (scale.numel() != blocks or scale.dtype != torch.float32):
-        raise RuntimeError(f"8-bit momentum of {p.numel()} elements has {scale.numel()} scales, expected {blocks}")
-
-
 def _state_dtype(state_dtype: torch.dtype) -> int:
     stochastic = {torch.bfloat16: _BFLOAT16_STOCHASTIC, torch.int8: _INT8}
     return stochastic.get(state_dtype, _DTYPES.get(state_dtype, 0))
-
-
-def _same_layout(p: Tensor, g: Tensor, m: Tensor | None, plain: bool) -> bool:
-    """Whether element i of each is at address i: in row-major order, or in any that they share if the order is free."""
-    if p.is_contiguous() and g.is_contiguous() and (m is None or m.is_contiguous()):
-        return True
-    same = p.stride() == g.stride() and (m is None or p.stride() == m.stride())
-    return plain and same and _is_dense(p)
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements, in some order of the dimensions, lie side by side."""
-    expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def _contiguous(x: Tensor, copies: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """X in row-major order, by a copy that is written back if x is not so itself."""
-    if x.is_contiguous():
-        return x
-    copy = x.contiguous()
-    copies.append((x, copy))
-    return copy

@@ -60,8 +60,8 @@ class SignSGD(Optimizer):
         foreach: True or False picks the multi-tensor or the one-by-one implementation; None takes the multi-tensor one
             where it applies. (default: None)
         fused: True demands the fused kernels, which do the step in one pass over memory (CPU: the native library; GPU:
-            Triton); None takes them where there are any and nothing else was asked for, not inside torch.compile.
-            (default: None)
+            Triton, which has not run on one yet); None takes them on CPUs, if nothing else was asked for and not inside
+            torch.compile. (default: None)
         capturable: keep the step count on the parameters' device, so that a CUDA graph of the step advances it.
         (default: False)
         differentiable: let autograd see the step; the sign's own derivative is 0. (default: False)
@@ -398,12 +398,15 @@ def move(tensors: Tensors, options: Options, *, foreach: bool | None, fused: boo
     if fused:
         engines.require(tensors.params)
     elif fused is None and foreach is None and not differentiable and not torch.compiler.is_compiling():
-        fused = engines.missing(tensors.params) is None
+        fused = engines.by_default(tensors.params)
     # One draw of noise serves all tensors, on any device.
     if foreach is None:
         foreach = not differentiable and {type(p) for p in tensors.params} <= {Tensor, torch.nn.Parameter}
     implementation = _multi_tensor_signsgd if foreach else _single_tensor_signsgd
-    (_fused_signsgd if fused else implementation)(real_tensors(tensors), options)
+    if fused:
+        _fused_signsgd(tensors, options)
+    else:
+        implementation(real_tensors(tensors), options)
 
 
 def scalar(lr: float | Tensor) -> float | Tensor:

@@ -244,19 +244,41 @@ struct Sums {
 
   void add(int which, Vector sum) { total[which] += __builtin_convertvector(sum, Wide); }
 
-  // Of full tiles; what is beyond the end is 0.
-  void add_tile(const W* s, const W* g, const W* m) {
-    Vector inner = {}, square = {}, moment = {};
+  // The following are of full tiles; what is beyond a tensor's end is 0.
+
+  void add_moment(const W* m) {
+    Vector moment = {};
+    for (int i = 0; i < TILE; i += LANES) moment += load(m + i) * load(m + i);
+    add(2, moment);
+  }
+
+  // s = sign(m): g with the sign of m, none where m is 0.
+  void add_calibration(const W* m, const W* g) {
+    using Bits = decltype(Vector{} != Vector{});
+    const Bits sign_bit = (Bits)(-Vector{});
+    Vector inner = {}, square = {};
     for (int i = 0; i < TILE; i += LANES) {
-      if (s != nullptr) {
-        const Vector gi = load(g + i);
-        inner += load(s + i) * gi;
-        square += gi * gi;
-      }
-      const Vector mi = load(m + i);
-      moment += mi * mi;
+      const Vector gi = load(g + i), mi = load(m + i);
+      inner += (Vector)(((Bits)gi ^ ((Bits)mi & sign_bit)) & (mi != Vector{}));
+      square += gi * gi;
     }
-    add(0, inner), add(1, square), add(2, moment);
+    add(0, inner), add(1, square);
+  }
+
+  // s = E sign(m + xi) = erf(m / (sigma sqrt 2)).
+  void add_expected_calibration(const W* m, const W* g, float sigma) {
+    alignas(64) W s[TILE];
+    const float inverse = SQRT_HALF / sigma;
+    for (int i = 0; i < TILE; ++i) {
+      const float x = float(m[i]) * inverse, size = 1.0f - 1.0f / reciprocal_erfc(x);
+      s[i] = W(m[i] == 0 ? 0.0f : (x > 0 ? size : -size));
+    }
+    Vector inner = {}, square = {};
+    for (int i = 0; i < TILE; i += LANES) {
+      inner += load(s + i) * load(g + i);
+      square += load(g + i) * load(g + i);
+    }
+    add(0, inner), add(1, square);
   }
 
   void write(double* sums) const {
@@ -265,20 +287,6 @@ struct Sums {
     }
   }
 };
-
-// s of calibration: sign(m), or E sign(m + xi) = erf(m / (sigma sqrt 2)).
-template <class W>
-void calibration_signs(const W* m, bool expected, float sigma, W* s) {
-  if (!expected) {
-    for (int i = 0; i < TILE; ++i) s[i] = (m[i] > 0 ? W(1) : W(0)) - (m[i] < 0 ? W(1) : W(0));
-    return;
-  }
-  const float inverse = SQRT_HALF / sigma;
-  for (int i = 0; i < TILE; ++i) {
-    const float x = float(m[i]) * inverse, size = 1.0f - 1.0f / reciprocal_erfc(x);
-    s[i] = W(m[i] == 0 ? 0.0f : (x > 0 ? size : -size));
-  }
-}
 
 template <class T, class W, class Direction>
 void apply(T* __restrict param, int n, const Options& o, Direction direction) {
@@ -347,8 +355,12 @@ void step(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end
     if (sums != nullptr) {
       // What is not full is in the tile.
       for (int i = n; i < TILE; ++i) tile.g[i] = tile.m[i] = 0;
-      if (o.sums != SIGNSTEP_NO_SUMS) calibration_signs(m, expected, sigma, tile.noise);
-      total.add_tile(o.sums == SIGNSTEP_NO_SUMS ? nullptr : tile.noise, g, m);
+      if (expected) {
+        total.add_expected_calibration(m, g, sigma);
+      } else if (o.sums != SIGNSTEP_NO_SUMS) {
+        total.add_calibration(m, g);
+      }
+      if (t.mean_square != 0) total.add_moment(m);
     }
     if (o.position == SIGNSTEP_CLEAN) {
       apply<T, W>(param, n, o, [m](int i) { return unit_step(bits_of(float(m[i])), m[i]); });

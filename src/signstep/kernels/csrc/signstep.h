@@ -62,7 +62,8 @@ SIGNSTEP_API int signstep_abi(void);
 // The instruction set that SIGNSTEP_BEST stands for on this machine.
 SIGNSTEP_API int signstep_best_isa(void);
 
-// One step of Algorithm 1 on all tensors. sums: null, or [<s, g>, ||g||^2, sum m^2] per tensor, written.
+// One step of Algorithm 1 on all tensors. sums: null, or per tensor [<s, g>, ||g||^2, sum m^2 if mean_square is given, or 0],
+// written.
 // Returns 0, or 1 if memory ran out or no thread could be had (then nothing has been changed).
 SIGNSTEP_API int signstep_step(const struct signstep_tensor* tensors, int64_t count,
                                const struct signstep_options* options, double* sums);

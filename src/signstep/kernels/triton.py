@@ -1,0 +1,675 @@
+"""The Triton engine: the step of all tensors of a dtype in one launch and one pass over memory, for CUDA and ROCm.
+
+A program steps `BLOCK` consecutive elements of one tensor, as rows of 256. Which tensor, and where its elements are,
+it reads in two tables on the device: one launch serves any number of tensors. Sums over elements are formed by each
+program, and by a second kernel over a tensor's programs in their order: no result depends on which program ran first.
+
+Nothing here waits for the device. Of the kernels' arguments only numbers change from step to step, so each is compiled
+once, and with ``capturable=True`` a kernel reads them on the device, so that a CUDA graph of a step can be replayed.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from signstep.kernels.engine import Options, Tensors, contiguous, same_layout
+from signstep.kernels.momentum import BLOCK as ROW
+from signstep.kernels.momentum import STOCHASTIC, check_state
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the kernels below are then never called
+    triton = None
+
+_OLDEST = (3, 2)
+ROWS = 8
+"""Rows of 256 elements that a program steps."""
+BLOCK = ROWS * ROW
+_WARPS = 4
+_REDUCE = 4096
+"""Programs whose sums the second kernel adds at a time."""
+
+
+def unavailable() -> str | None:
+    """Why the engine cannot be used here, one sentence; None if it can."""
+    if triton is None:
+        return "Triton is not installed: pip install triton"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < _OLDEST:
+        return f"Triton {triton.__version__} is too old: pip install 'triton>={_OLDEST[0]}.{_OLDEST[1]}'"
+    return None
+
+
+def _jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """triton.jit, or nothing where there is no Triton."""
+    return lambda function: function if triton is None else triton.jit(**options)(function)
+
+
+# --- noise, see kernels/reference.py ---------------------------------------------------------------------------------
+
+
+@_jit()
+def _philox(block: tl.tensor, stream: tl.constexpr, seed: tl.tensor, step: tl.tensor, ordinal: tl.tensor) -> tl.tensor:
+    """Philox4x32-10 as in kernels/philox.py. (tl.philox multiplies twice for the two halves of a product.)"""
+    c0 = block
+    c1 = step
+    c2 = ordinal
+    c3 = tl.full([], stream, tl.uint32)
+    k0 = seed
+    k1 = seed >> 32
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1.to(tl.uint32)
+        c1 = p1.to(tl.uint32)
+        c3 = p0.to(tl.uint32)
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@_jit()
+def _pick(w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor, i: tl.tensor) -> tl.tensor:
+    return tl.where(i < 2, tl.where(i == 0, w0, w1), tl.where(i == 2, w2, w3))
+
+
+@_jit()
+def _in_sequence(w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor) -> tl.tensor:
+    """The four words of each Philox block, one after another."""
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [4 * w0.shape[0]])
+
+
+@_jit()
+def _bytes(
+    first: tl.tensor,
+    local: tl.tensor,
+    stream: tl.constexpr,
+    seed: tl.tensor,
+    step: tl.tensor,
+    ordinal: tl.tensor,
+    ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> tl.tensor:
+    """A byte per element, the upper 8 bits of a uint32 [ROWS, 256]: byte e % 16 of block e // 16.
+
+    ALIGNED says that the first element is a multiple of 16, so that one block serves 16 elements; else every element
+    computes its own.
+    """
+    if ALIGNED:
+        block = (first // 16 + tl.arange(0, ROWS * 16)).to(tl.uint32)
+        w0, w1, w2, w3 = _philox(block, stream, seed, step, ordinal)
+        words = _in_sequence(w0, w1, w2, w3)
+        result = tl.reshape(words[:, None] << (24 - 8 * tl.arange(0, 4))[None, :].to(tl.uint32), [ROWS, 256])
+    else:
+        element = first + local
+        w0, w1, w2, w3 = _philox((element // 16).to(tl.uint32), stream, seed, step, ordinal)
+        word = _pick(w0, w1, w2, w3, element // 4 % 4)
+        result = word << (24 - 8 * (element % 4)).to(tl.uint32)
+    return result
+
+
+@_jit()
+def _uniform(
+    first: tl.tensor,
+    local: tl.tensor,
+    seed: tl.tensor,
+    step: tl.tensor,
+    ordinal: tl.tensor,
+    ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> tl.tensor:
+    """U, uint32 [ROWS, 256]: 8 bits of stream 0 and the low 24 of word e % 4 of block e // 4 of stream 1."""
+    if ALIGNED:
+        block = (first // 4 + tl.arange(0, ROWS * 64)).to(tl.uint32)
+        w0, w1, w2, w3 = _philox(block, 1, seed, step, ordinal)
+        low = tl.reshape(_in_sequence(w0, w1, w2, w3), [ROWS, 256])
+    else:
+        element = first + local
+        w0, w1, w2, w3 = _philox((element // 4).to(tl.uint32), 1, seed, step, ordinal)
+        low = _pick(w0, w1, w2, w3, element % 4)
+    top = _bytes(first, local, 0, seed, step, ordinal, ROWS, ALIGNED)
+    return (top & 0xFF000000) | (low & 0xFFFFFF)
+
+
+@_jit()
+def _erf(x: tl.tensor) -> tl.tensor:
+    """Erf to 1e-7, by a polynomial for log2 erfc: half as many instructions as a library's, which is as good near 0."""
+    size = tl.abs(x)
+    y = tl.fma(tl.full(x.shape, -4.5358612e-05, tl.float32), size, 0.000445507706)
+    y = tl.fma(y, size, -0.00148944168)
+    y = tl.fma(y, size, -0.000774629779)
+    y = tl.fma(y, size, 0.0282536813)
+    y = tl.fma(y, size, -0.148481615)
+    y = tl.fma(y, size, -0.918416393)
+    y = tl.fma(y, size, -1.62790859)
+    positive = 1.0 - tl.exp2(y * size)
+    sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+    return (positive.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@_jit()
+def _normal(u: tl.tensor) -> tl.tensor:
+    """Phi^-1((U + 1/2) / 2^32) to 5e-7 of itself.
+
+    With s = 2 Phi - 1: s P(w), w = -log(1 - s^2), as Giles, "Approximating the erfinv function" (2012), computes
+    sqrt(2) erfinv(s); the coefficients are fitted anew, because his are for |s| <= 1 - 2^-24.
+    """
+    # U - 2^31, and the nearer of U and 2^32 - 1 - U: float32 resolves both where they are small.
+    centred = (u ^ 0x80000000).to(tl.int32, bitcast=True)
+    nearer = tl.where(centred < 0, u, u ^ 0xFFFFFFFF)
+    s = (centred.to(tl.float32) + 0.5) * 2.0**-31
+    tail = (nearer.to(tl.float32) + 0.5) * 2.0**-32
+    w = -tl.log(4.0 * tail * (1.0 - tail))
+    x = w - 2.5
+    centre = tl.fma(tl.full(x.shape, 4.03460605e-08, tl.float32), x, 4.86090749e-07)
+    centre = tl.fma(centre, x, -4.99046321e-06)
+    centre = tl.fma(centre, x, -6.21785208e-06)
+    centre = tl.fma(centre, x, 0.000309149831)
+    centre = tl.fma(centre, x, -0.00177301058)
+    centre = tl.fma(centre, x, -0.00590817055)
+    centre = tl.fma(centre, x, 0.34880266)
+    centre = tl.fma(centre, x, 2.12331357)
+    x = tl.sqrt_rn(w) - 3.0
+    far = tl.fma(tl.full(x.shape, -2.99194622e-05, tl.float32), x, -0.000157672669)
+    far = tl.fma(far, x, 0.00162357271)
+    far = tl.fma(far, x, -0.00484826588)
+    far = tl.fma(far, x, 0.00822829474)
+    far = tl.fma(far, x, -0.0108963425)
+    far = tl.fma(far, x, 0.0133303181)
+    far = tl.fma(far, x, 1.41659073)
+    far = tl.fma(far, x, 4.00643502)
+    return s * tl.where(w < 5.0, centre, far)
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+@_jit()
+def _number(bits: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """A number of the host's: see `_bits`."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(DTYPE)
+
+
+@_jit()
+def _number_or(bits: tl.tensor, at: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """A number of the host's, or what is at an address on the device."""
+    return _number(bits, DTYPE) if at is None else tl.load(at).to(DTYPE)
+
+
+@_jit()
+def _load(address: tl.tensor, inside: tl.tensor, FULL: tl.constexpr) -> tl.tensor:
+    # A mask that may end anywhere would keep the compiler from loading vectors.
+    return tl.load(address) if FULL else tl.load(address, mask=inside, other=0)
+
+
+@_jit()
+def _store(address: tl.tensor, value: tl.tensor, inside: tl.tensor, FULL: tl.constexpr) -> None:
+    if FULL:
+        tl.store(address, value)
+    else:
+        tl.store(address, value, mask=inside)
+
+
+@_jit()
+def _address(
+    row: tl.tensor, column: tl.constexpr, first: tl.tensor, DTYPE: tl.constexpr, VECTORS: tl.constexpr
+) -> tl.tensor:
+    """Where element `first` of one of the tensor's buffers is."""
+    base = tl.load(row + column).to(tl.pointer_type(DTYPE))
+    if VECTORS:
+        base = tl.multiple_of(base, 16)
+    return base + first
+
+
+@_jit()
+def _average(m: tl.tensor, g: tl.tensor, weight: tl.tensor, SMALL: tl.constexpr) -> tl.tensor:
+    """M + (1 - beta) (g - m), in the form that torch.lerp rounds: from g if the weight is not below 1/2."""
+    return tl.fma(weight, g - m, m) if SMALL else tl.fma(weight - 1, g - m, g)
+
+
+@_jit()
+def _sign(m: tl.tensor) -> tl.tensor:
+    return tl.where(m > 0, 1.0, 0.0).to(m.dtype) - tl.where(m < 0, 1.0, 0.0).to(m.dtype)
+
+
+@_jit()
+def _to_int8(m: tl.tensor, random: tl.tensor) -> tl.tensor:
+    """8-bit momentum and its scales, one per row: see `signstep.kernels.momentum`."""
+    # Of the bits: a NaN is larger than infinity, and that than all numbers.
+    largest = tl.max(m.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), tl.full(largest.shape, 127.0, tl.float32))
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    units = m * tl.where(scale < 2.0**-120, 0.0, inverse)[:, None]
+    units = tl.where(units == units, units, 0.0)
+    # floor, for what lies above -128: truncation of a positive number.
+    shifted = (units + ((random >> 24).to(tl.float32) + 0.5) * 2.0**-8 + 128.0).to(tl.int32) - 128
+    return tl.minimum(shifted, 127).to(tl.int8), scale
+
+
+@_jit()
+def _to_bfloat16_bits(m: tl.tensor, random: tl.tensor) -> tl.tensor:
+    """Momentum rounded up or down to bfloat16 at random: see `signstep.kernels.momentum`."""
+    bits = m.to(tl.uint32, bitcast=True)
+    # Half of it, lest the sum overflow: the lowest bit cannot carry.
+    rounded = ((bits >> 1) + ((random >> 17 & 0x7F80) | 64)) >> 15
+    return tl.where(m == m, rounded, 0x7FC0).to(tl.uint16)
+
+
+@_jit()
+def _step_elements(
+    row: tl.tensor,
+    partial: tl.tensor,
+    first: tl.tensor,
+    size: tl.tensor,
+    rate: tl.tensor,
+    decay: tl.tensor,
+    coupled_decay: tl.tensor,
+    weight: tl.tensor,
+    sigma: tl.tensor,
+    seed: tl.tensor,
+    step: tl.tensor,
+    PARAM: tl.constexpr,
+    STATE: tl.constexpr,
+    WIDE: tl.constexpr,
+    KEPT: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    COUPLED: tl.constexpr,
+    SMALL: tl.constexpr,
+    SUMS: tl.constexpr,
+    EXPECTED: tl.constexpr,
+    VECTORS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    FULL: tl.constexpr,
+) -> None:
+    rows = tl.arange(0, ROWS)
+    local = rows[:, None] * 256 + tl.arange(0, 256)[None, :]
+    inside = first + local < size
+    param_at = _address(row, 0, first, PARAM, VECTORS) + local
+    grad_at = _address(row, 1, first, PARAM, VECTORS) + local
+    p = _load(param_at, inside, FULL).to(WIDE)
+    g = _load(grad_at, inside, FULL).to(WIDE)
+    if MAXIMIZE:
+        g = -g
+    if COUPLED:
+        g = tl.fma(coupled_decay, p, g)
+
+    element = tl.load(row + 6) + first
+    ordinal = tl.load(row + 7).to(tl.uint32)
+    m = g
+    if KEPT != "none":
+        state_at = _address(row, 2, first, STATE, VECTORS) + local
+        old = _load(state_at, inside, FULL)
+        if KEPT == "nearest":
+            kept = _average(old.to(WIDE), g, weight, SMALL).to(STATE)
+            _store(state_at, kept, inside, FULL)
+            m = kept.to(WIDE)
+        else:
+            random = _bytes(element, local, 2, seed, step, ordinal, ROWS, ALIGNED)
+            if KEPT == "int8":
+                scale_at = _address(row, 3, first // 256, tl.float32, False) + rows
+                has_row = first + rows * 256 < size
+                scale = _load(scale_at, has_row, FULL)
+                m = _average((old.to(tl.float32) * scale[:, None]).to(WIDE), g, weight, SMALL)
+                quantised, scale = _to_int8(m.to(tl.float32), random)
+                _store(state_at, quantised, inside, FULL)
+                _store(scale_at, scale, has_row, FULL)
+            else:
+                m = _average(old.to(tl.float32).to(WIDE), g, weight, SMALL)
+                bits = _to_bfloat16_bits(m.to(tl.float32), random)
+                _store(state_at.to(tl.pointer_type(tl.uint16)), bits, inside, FULL)
+
+    # The decision is made in float32 whatever the parameter is.
+    narrow = m.to(tl.float32)
+    signs = _sign(m)
+    if DIRECTION == "pre" or DIRECTION == "post":
+        if RELATIVE:
+            sigma = sigma * tl.sqrt_rn(tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32))))
+        u = _uniform(element, local, seed, step, ordinal, ROWS, ALIGNED)
+        if DIRECTION == "pre":
+            x = narrow * tl.div_rn(tl.full([], 0.70710678, tl.float32), sigma)
+            # U < 2^32 Phi by the upper 24 bits, which float32 holds; at sigma = 0 it is the sign.
+            up = (u >> 8).to(tl.float32) < tl.fma(_erf(x), 8388608.0, 8388608.0)
+            one = tl.where(sigma == sigma, 1.0, sigma)
+            noisy = tl.where(up, one, -one)
+            if EXPECTED:
+                signs = tl.where(narrow == 0, 0.0, tl.erf(x)).to(WIDE)
+        else:
+            noisy = _sign(narrow) + sigma * _normal(u)
+        noisy = tl.where(narrow == 0, 0.0, noisy)
+        # m * 0 is NaN where m is not finite.
+        direction = tl.fma(narrow, 0.0, noisy).to(WIDE)
+    elif DIRECTION == "sign":
+        direction = tl.fma(m, 0.0, signs)
+    else:
+        direction = m
+
+    if SUMS:
+        tl.store(partial, tl.sum(tl.sum(signs.to(WIDE) * g, axis=1), axis=0))
+        tl.store(partial + 1, tl.sum(tl.sum(g * g, axis=1), axis=0))
+    if RELATIVE:
+        tl.store(partial + 2, tl.sum(tl.sum(m * m, axis=1), axis=0))
+    moved = tl.fma(-rate, direction, p * decay)
+    _store(param_at, moved.to(PARAM), inside, FULL)
+
+
+_NUMBERS = [
+    *("seed", "step", "rate", "decay", "coupled_decay", "weight", "sigma"),
+    *("step_at", "rate_at", "decay_at", "sigma_at"),
+]
+
+
+@_jit(do_not_specialize=_NUMBERS)
+def _step_kernel(
+    table: tl.tensor,
+    chunks: tl.tensor,
+    partials: tl.tensor,
+    seed: tl.uint64,
+    step: tl.uint32,
+    rate: tl.int64,
+    decay: tl.int64,
+    coupled_decay: tl.int64,
+    weight: tl.int64,
+    sigma: tl.int64,
+    step_at: tl.tensor,
+    rate_at: tl.tensor,
+    decay_at: tl.tensor,
+    sigma_at: tl.tensor,
+    PARAM: tl.constexpr,
+    STATE: tl.constexpr,
+    WIDE: tl.constexpr,
+    KEPT: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    COUPLED: tl.constexpr,
+    SMALL: tl.constexpr,
+    SUMS: tl.constexpr,
+    EXPECTED: tl.constexpr,
+    VECTORS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    chunk = tl.program_id(0)
+    row = table + tl.load(chunks + chunk) * COLUMNS
+    size = tl.load(row + 5)
+    first = (chunk - tl.load(row + 8)) * (ROWS * 256)
+    partial = partials
+    if SUMS or RELATIVE:
+        partial = partials + chunk.to(tl.int64) * 3
+    key = seed.to(tl.uint64)
+    k = step.to(tl.uint32) if step_at is None else tl.load(step_at).to(tl.uint32)
+    moved = _number_or(rate, rate_at, WIDE)
+    shrunk = _number_or(decay, decay_at, WIDE)
+    coupled = _number(coupled_decay, WIDE)
+    share = _number(weight, WIDE)
+    noise = _number_or(sigma, sigma_at, tl.float32)
+    if first + ROWS * 256 <= size:
+        _step_elements(
+            row, partial, first, size, moved, shrunk, coupled, share, noise, key, k, PARAM, STATE, WIDE, KEPT,
+            DIRECTION, RELATIVE, MAXIMIZE, COUPLED, SMALL, SUMS, EXPECTED, VECTORS, ALIGNED, ROWS, True,
+        )  # fmt: skip
+    else:
+        _step_elements(
+            row, partial, first, size, moved, shrunk, coupled, share, noise, key, k, PARAM, STATE, WIDE, KEPT,
+            DIRECTION, RELATIVE, MAXIMIZE, COUPLED, SMALL, SUMS, EXPECTED, VECTORS, ALIGNED, ROWS, False,
+        )  # fmt: skip
+
+
+@_jit()
+def _reduce_kernel(
+    table: tl.tensor,
+    partials: tl.tensor,
+    totals: tl.tensor,
+    SUMS: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    """Add up one tensor's partial sums, in the order of its programs."""
+    tensor = tl.program_id(0)
+    row = table + tensor * COLUMNS
+    size = tl.load(row + 5)
+    begin = tl.load(row + 8)
+    end = begin + (size + ROWS * 256 - 1) // (ROWS * 256)
+    lane = tl.arange(0, WIDTH)
+    inner = tl.zeros([WIDTH], tl.float64)
+    norm = tl.zeros([WIDTH], tl.float64)
+    square = tl.zeros([WIDTH], tl.float64)
+    for start in range(begin, end, WIDTH):
+        at = partials + (start + lane) * 3
+        mine = start + lane < end
+        if SUMS:
+            inner += tl.load(at, mask=mine, other=0).to(tl.float64)
+            norm += tl.load(at + 1, mask=mine, other=0).to(tl.float64)
+        if RELATIVE:
+            square += tl.load(at + 2, mask=mine, other=0).to(tl.float64)
+    if SUMS:
+        tl.store(totals + tensor * 2, tl.sum(inner, axis=0))
+        tl.store(totals + tensor * 2 + 1, tl.sum(norm, axis=0))
+    if RELATIVE:
+        mean = tl.sum(square, axis=0) / tl.maximum(size, 1).to(tl.float64)
+        tl.store(tl.load(row + 4).to(tl.pointer_type(tl.float32)), mean.to(tl.float32))
+
+
+# --- the host's side -------------------------------------------------------------------------------------------------
+
+_COLUMNS = 9
+"""Of the table: the addresses of param, grad, exp_avg, scale and mean_square (0: there is none), the number of
+elements, the first one's index in the whole parameter, the ordinal, and the first of the programs that step it."""
+
+
+class _Kind(NamedTuple):
+    """What tensors of one launch have in common."""
+
+    dtype: torch.dtype
+    vectors: bool
+    """All buffers begin at multiples of 16 bytes."""
+    aligned: bool
+    """The first element is a multiple of 16, the elements of a Philox block."""
+
+
+class _Rows:
+    """The table of one launch, as it is filled."""
+
+    def __init__(self) -> None:
+        self.values = array("q")
+        self.chunks = 0
+
+    def add(self, *columns: int, size: int, offset: int, ordinal: int) -> None:
+        self.values.extend((*columns, size, offset, ordinal, self.chunks))
+        self.chunks += -(-size // BLOCK)
+
+
+def step(tensors: Tensors, options: Options) -> None:
+    """One step of all tensors, which are on one device, in place."""
+    if (reason := unavailable()) is not None:
+        raise RuntimeError(reason)
+    copies: list[tuple[Tensor, Tensor]] = []
+    gradients: list[Tensor] = []  # alive until the kernels are launched, if they are copies
+    launches: dict[_Kind, _Rows] = {}
+    plain = options.dither is None and options.state_dtype not in STOCHASTIC
+    columns: tuple[Sequence[Tensor | None], ...] = (tensors.exp_avgs, tensors.scales, tensors.mean_squares)
+    momentum, scales, mean_squares = (column or [None] * len(tensors.params) for column in columns)
+    for p, g, m, s, q, ordinal, offset in zip(
+        tensors.params, tensors.grads, momentum, scales, mean_squares, tensors.ordinals, tensors.offsets, strict=True
+    ):
+        g = g.to(p.dtype).resolve_neg()
+        if m is not None:
+            check_state(p, m, s, options.state_dtype)
+        if not same_layout(p, g, m, plain):
+            p, g = contiguous(p, copies), g.contiguous()
+            m = None if m is None else contiguous(m, copies)
+        gradients.append(g)
+        addresses = [0 if x is None else x.data_ptr() for x in (p, g, m, s, q)]
+        vectors = (addresses[0] | addresses[1] | addresses[2]) % 16 == 0
+        rows = launches.setdefault(_Kind(p.dtype, vectors, plain or offset % 16 == 0), _Rows())
+        rows.add(*addresses, size=p.numel(), offset=offset, ordinal=ordinal)
+    if tensors.params:
+        with torch.cuda.device_of(tensors.params[0]):  # type: ignore[no-untyped-call]
+            for kind, rows in launches.items():
+                _launch(kind, rows, tensors, options)
+    for original, copy in copies:
+        original.copy_(copy)
+    # The kernels wrote behind autograd's back, which must not take the old values for the present ones.
+    for column in (tensors.params, tensors.exp_avgs, tensors.scales, tensors.mean_squares):
+        torch.autograd.graph.increment_version(column)
+
+
+def _launch(kind: _Kind, rows: _Rows, tensors: Tensors, options: Options) -> None:
+    """Step the tensors of one kind, which are those of the rows."""
+    device, relative = tensors.params[0].device, bool(tensors.mean_squares)
+    table, chunks = _tables(rows.values.tobytes(), rows.chunks, device)
+    wide = torch.promote_types(kind.dtype, torch.float32)
+    sums = options.sums is not None
+    partials = torch.empty((rows.chunks, 3), dtype=wide, device=device) if sums or relative else None
+    step, step_at = _argument(options.step, device)
+    rate, rate_at = _argument(options.rate, device)
+    decay, decay_at = _argument(options.decay, device)
+    sigma, sigma_at = _argument(0.0 if options.dither is None else options.dither.sigma, device)
+    position = "sign" if options.dither is None else options.dither.position
+    if rows.chunks:
+        _step_kernel[(rows.chunks,)](
+            table,
+            chunks,
+            partials,
+            seed=options.seed,
+            step=int(step) & 0xFFFFFFFF,
+            rate=_bits(rate),
+            decay=_bits(decay),
+            coupled_decay=_bits(options.coupled_weight_decay),
+            weight=_bits(1 - options.momentum),
+            sigma=_bits(sigma),
+            step_at=step_at,
+            rate_at=rate_at,
+            decay_at=decay_at,
+            sigma_at=sigma_at,
+            PARAM=_triton_dtype(kind.dtype),
+            STATE=_triton_dtype(options.state_dtype or kind.dtype),
+            WIDE=_triton_dtype(wide),
+            KEPT=_kept(options.state_dtype) if tensors.exp_avgs else "none",
+            DIRECTION="m" if options.gradient_step else position,
+            RELATIVE=relative,
+            MAXIMIZE=options.maximize,
+            COUPLED=options.coupled_weight_decay != 0,
+            SMALL=array("d" if wide == torch.float64 else "f", [1.0 - options.momentum])[0] < 0.5,
+            SUMS=sums,
+            EXPECTED=sums and options.sums_applied,
+            VECTORS=kind.vectors,
+            ALIGNED=kind.aligned,
+            ROWS=ROWS,
+            COLUMNS=_COLUMNS,
+            num_warps=_WARPS,
+            # A product that is added is rounded before, as in the reference, but where tl.fma says otherwise.
+            enable_fp_fusion=False,
+        )
+    if partials is None:
+        return
+    count = len(rows.values) // _COLUMNS
+    totals = torch.empty((count, 2), dtype=torch.float64, device=device)
+    _reduce_kernel[(count,)](
+        table, partials, totals, SUMS=sums, RELATIVE=relative, ROWS=ROWS, COLUMNS=_COLUMNS, WIDTH=_REDUCE, num_warps=8
+    )
+    if options.sums is not None:
+        options.sums.add_(totals.sum(dim=0).to(options.sums.device, options.sums.dtype))
+
+
+def _on_host(x: float | Tensor) -> bool:
+    return not isinstance(x, Tensor) or x.device.type == "cpu"
+
+
+def _argument(x: float | Tensor, device: torch.device) -> tuple[float | Tensor, Tensor | None]:
+    """A number and None, or a placeholder and where on the device the number is, which the host must not wait for."""
+    if _on_host(x):
+        return x, None
+    assert isinstance(x, Tensor)
+    return 0, x.to(device)
+
+
+def _bits(x: float | Tensor) -> int:
+    """A float as the int64 of the same bits: as a float, Triton would round it to float32."""
+    return int.from_bytes(struct.pack("<d", x), "little", signed=True)
+
+
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def _kept(state_dtype: torch.dtype | None) -> str:
+    """How the momentum is kept, as the kernel names it."""
+    return str(state_dtype).removeprefix("torch.") if state_dtype in STOCHASTIC else "nearest"
+
+
+def _tables(rows: bytes, chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """On the device: the table, and for each program the table's row that it works on.
+
+    Addresses seldom change from step to step. While a CUDA graph is captured the tables are made anew, by nodes of the
+    graph itself, which may be replayed when a cache has long forgotten them.
+    """
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return _new_tables(_pinned.permanent(rows), chunks, device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    return _cached_tables(rows, chunks, device, stream)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_tables(rows: bytes, chunks: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+    # One per stream: another stream would have to wait for the copy, and for the last use before memory is freed.
+    on_host = torch.frombuffer(bytearray(rows), dtype=torch.int64) if device.type == "cpu" else _pinned.passing(rows)
+    return _new_tables(on_host, chunks, device)
+
+
+def _new_tables(rows: Tensor, chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    table = rows.to(device, non_blocking=True).view(-1, _COLUMNS)
+    counts = (table[:, 5] + (BLOCK - 1)) // BLOCK
+    return table, torch.repeat_interleave(counts, output_size=chunks)
+
+
+class _Pinned:
+    """Host memory that the device copies from while the host goes on.
+
+    A captured graph copies anew at every replay, so what it copies from is never freed. CUDA allocates no such memory
+    during a capture: some is kept ready for it.
+    """
+
+    _SPARE = 1 << 17
+
+    def __init__(self) -> None:
+        self._pages: list[Tensor] = []
+        self._used = 0
+
+    def passing(self, data: bytes) -> Tensor:
+        """A copy that torch frees once the device has read it."""
+        self._make_ready(4 * len(data) // 8)
+        return torch.frombuffer(bytearray(data), dtype=torch.int64).pin_memory()
+
+    def permanent(self, data: bytes) -> Tensor:
+        """A copy that stays."""
+        size = len(data) // 8
+        self._make_ready(size)
+        place = self._pages[-1][self._used : self._used + size]
+        self._used += size
+        return place.copy_(torch.frombuffer(bytearray(data), dtype=torch.int64))
+
+    def _make_ready(self, size: int) -> None:
+        if not self._pages or self._used + size > self._pages[-1].numel():
+            self._pages.append(torch.empty(max(size, self._SPARE), dtype=torch.int64, pin_memory=True))
+            self._used = 0
+
+
+_pinned = _Pinned()

@@ -291,7 +291,11 @@ struct Sums {
 template <class T, class W, class Direction>
 void apply(T* __restrict param, int n, const Options& o, Direction direction) {
   const W rate = W(-o.rate), decay = W(o.decay);
-  for (int i = 0; i < n; ++i) param[i] = narrow<T, W>(fused(rate, direction(i), W(widen(param[i])) * decay));
+  if (decay == 1) {
+    for (int i = 0; i < n; ++i) param[i] = narrow<T, W>(fused(rate, direction(i), W(widen(param[i]))));
+  } else {
+    for (int i = 0; i < n; ++i) param[i] = narrow<T, W>(fused(rate, direction(i), W(widen(param[i])) * decay));
+  }
 }
 
 // Momentum, in the form in which it is kept, and as m.

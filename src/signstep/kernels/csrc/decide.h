@@ -76,10 +76,10 @@ static inline uint64_t decide(const float* m, const uint8_t* top, float inverse_
       const Short t = (Short)((Unsigned)product(z, z) - 16384);  // wraps for the smallest z, to the right value
       Short h = product(H[5] + (z ^ z), t) + H[4];
       for (int k = 3; k >= 0; --k) h = product(h, t) + H[k];
-      const Short difference = product(h, z) - ((bytes(top + first) - 128) * PER_BYTE);
-      const Short middle = difference - PER_BYTE / 2;
-      __builtin_memcpy(up + first, &middle, sizeof middle);
-      window[half] = (Unsigned)(difference + SLACK);
+      // Phi less the middle of the byte's 256th: Phi - 1/2 is product(h, z), and byte 128 begins at 1/2.
+      const Short above = product(h, z) + (128 * PER_BYTE - PER_BYTE / 2) - bytes(top + first) * PER_BYTE;
+      __builtin_memcpy(up + first, &above, sizeof above);
+      window[half] = (Unsigned)(above + (PER_BYTE / 2 + SLACK));
     }
     ties |= below(window[0], window[1], PER_BYTE + 2 * SLACK) << i;
   }

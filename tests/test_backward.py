@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from signstep import HybridSignSGD, SignSGD
@@ -107,6 +108,33 @@ def test_what_cannot_be_is_refused() -> None:
         attach_to_backward(network(), {"differentiable": True})
     with pytest.raises(TypeError, match="unexpected keyword argument 'betas'"):
         attach_to_backward(network(), {"betas": (0.9, 0.99)})
+
+
+def test_nested_backwards_are_refused() -> None:
+    """Reentrant checkpointing has a backward in the backward; the other kind has not."""
+    for reentrant in (True, False):
+        layers = [torch.nn.Linear(5, 5) for _ in range(4)]
+        optimizer = attach_to_backward(torch.nn.Sequential(*layers), {"lr": 0.01, "switch_step": 4})
+        x = torch.ones(2, 5, requires_grad=True)
+        for i, layer in enumerate(layers):
+            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant) if i % 2 else layer(x)
+        if reentrant:
+            with pytest.raises(RuntimeError, match="use_reentrant=False"):
+                x.sum().backward()
+        else:
+            x.sum().backward()
+            assert optimizer.param_groups[0]["step"] == 1
+
+
+def test_later_parameters_are_refused_and_schedulers_do_not_warn(recwarn: pytest.WarningsRecorder) -> None:
+    model = network()
+    optimizer = attach_to_backward(model, {"lr": 0.01})
+    with pytest.raises(RuntimeError, match="add_param_group: this optimizer steps inside backward"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    scheduler = CosineAnnealingLR(optimizer, 10)
+    model(batch(0)).mean().backward()
+    scheduler.step()
+    assert not [w for w in recwarn if "lr_scheduler.step()" in str(w.message)]
 
 
 PEAK = """

@@ -420,7 +420,7 @@ def test_state_of_another_model_is_refused() -> None:
         with pytest.raises(RuntimeError, match=r"the momentum of a parameter of shape \(300,\) on .* expected"):
             engine.step(Tensors([p], [g], [m], [], [], [0], [0]), request(momentum=0.9))
     eight, options = torch.zeros(300, dtype=torch.int8, device=DEVICE), request(momentum=0.9, state_dtype=torch.int8)
-    with pytest.raises(RuntimeError, match="8-bit momentum of 300 elements has 1 scales, expected 2"):
+    with pytest.raises(RuntimeError, match=r"8-bit momentum of 300 elements has 1 scales, .* expected 2"):
         engine.step(Tensors([p], [g], [eight], [torch.zeros(1, device=DEVICE)], [], [0], [0]), options)
     with pytest.raises(RuntimeError, match=r"expected torch\.int8"):
         engine.step(Tensors([p], [g], [eight], [], [], [0], [0]), options)
@@ -429,10 +429,11 @@ def test_state_of_another_model_is_refused() -> None:
 
 def test_gradients_of_another_dtype_or_negated() -> None:
     m = momenta(50).to(DEVICE)
-    for g, expected in ((m.double(), -m.sign()), (torch.complex(m, m).conj().imag, m.sign())):
-        p = torch.zeros(50, device=DEVICE)
-        engine.step(Tensors([p], [g], [], [], [], [0], [0]), request(dither=None))
-        assert torch.equal(p, expected)
+    p = torch.zeros(50, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"the gradient of a parameter, .*: fused kernels need it alike"):
+        engine.step(Tensors([p], [m.double()], [], [], [], [0], [0]), request(dither=None))
+    engine.step(Tensors([p], [torch.complex(m, m).conj().imag], [], [], [], [0], [0]), request(dither=None))
+    assert torch.equal(p, m.sign())
 
 
 def test_autograd_sees_that_the_parameter_changed() -> None:

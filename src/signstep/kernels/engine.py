@@ -77,7 +77,8 @@ def real_tensors(tensors: Tensors) -> Tensors:
     if not any(dtype.is_complex for dtype in {p.dtype for p in tensors.params}):
         return tensors
     offsets = [o * 2 if torch.is_complex(p) else o for p, o in zip(tensors.params, tensors.offsets, strict=True)]
-    params, grads, exp_avgs = ([real(x) for x in c] for c in (tensors.params, tensors.grads, tensors.exp_avgs))
+    params, exp_avgs = ([real(x) for x in column] for column in (tensors.params, tensors.exp_avgs))
+    grads = [real(g.resolve_conj()) for g in tensors.grads]
     return tensors._replace(params=params, grads=grads, exp_avgs=exp_avgs, offsets=offsets)
 
 

@@ -108,14 +108,36 @@ def _blocks(x: Tensor) -> Tensor:
 
 
 def check_state(p: Tensor, m: Tensor, scale: Tensor | None, state_dtype: torch.dtype | None) -> None:
-    """Raise a RuntimeError if the momentum is not the parameter's: an engine would read past its end."""
+    """Raise a RuntimeError if a momentum buffer is not what the parameter's must be."""
     dtype = p.dtype if state_dtype is None else state_dtype
-    blocks = None if dtype != torch.int8 else -(-p.numel() // BLOCK)
-    if m.shape != p.shape or m.dtype != dtype or m.device != p.device or (scale is None) != (blocks is None):
-        found = f"{m.dtype}, {tuple(m.shape)}, on {m.device}"
+    if m.shape != p.shape or m.dtype != dtype or m.device != p.device or (scale is None) != (dtype != torch.int8):
+        found = f"{m.dtype}, {tuple(m.shape)}, on {m.device}" + (", with scales" if scale is not None else "")
         raise RuntimeError(
             f"the momentum of a parameter of shape {tuple(p.shape)} on {p.device} is {found}, expected {dtype} of the "
-            "same shape and device: load the state of this model, and set state_dtype before the first step"
+            "same shape and device: load the state of this model, and set state_dtype, and the model's dtype, before "
+            "the first step"
         )
-    if scale is not None and (scale.numel() != blocks or scale.dtype != torch.float32):
-        raise RuntimeError(f"8-bit momentum of {p.numel()} elements has {scale.numel()} scales, expected {blocks}")
+    blocks = -(-p.numel() // BLOCK)
+    if scale is not None and (scale.numel() != blocks or scale.dtype != torch.float32 or scale.device != p.device):
+        raise RuntimeError(
+            f"8-bit momentum of {p.numel()} elements has {scale.numel()} scales, {scale.dtype} on {scale.device}, "
+            f"expected {blocks}, torch.float32 on {p.device}"
+        )
+
+
+def check_tensors(
+    p: Tensor, g: Tensor, m: Tensor | None, scale: Tensor | None, square: Tensor | None, state_dtype: torch.dtype | None
+) -> None:
+    """Raise a RuntimeError if what an engine would read is not as large, or not where, it takes it to be."""
+    if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
+        raise RuntimeError(
+            f"the gradient of a parameter, {p.dtype}, {tuple(p.shape)}, on {p.device}, is {g.dtype}, {tuple(g.shape)}, "
+            f"on {g.device}: fused kernels need it alike; pass fused=False for a gradient of another dtype"
+        )
+    if m is not None:
+        check_state(p, m, scale, state_dtype)
+    if square is not None and (square.numel() != 1 or square.dtype != torch.float32 or square.device != p.device):
+        raise RuntimeError(
+            f"the mean square of the momentum of a parameter on {p.device} is {square.dtype}, {tuple(square.shape)}, "
+            f"on {square.device}, expected one torch.float32 there: load the state of this model"
+        )

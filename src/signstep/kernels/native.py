@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from signstep.kernels.engine import Options, Tensors, contiguous, same_layout
-from signstep.kernels.momentum import STOCHASTIC, check_state
+from signstep.kernels.momentum import STOCHASTIC, check_tensors
 
 _ABI = 1
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -64,8 +64,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     except OSError as error:
         why = "was not built" if path is None else f"cannot be loaded ({error})"
         return None, (
-            f"signstep's native library {why}: install a C++17 compiler (GCC or Clang), then signstep again "
-            "(pip install --force-reinstall --no-deps signstep)"
+            f"signstep's native library {why}: install a C++17 compiler (GCC or Clang), then signstep again from its "
+            "source folder (pip install --force-reinstall --no-deps --no-cache-dir .)"
         )
     if library.signstep_abi() != _ABI:
         return None, f"signstep's native library {path} is of another version: install signstep again"
@@ -115,10 +115,8 @@ def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: 
     for p, g, m, s, q, ordinal, offset in zip(
         tensors.params, tensors.grads, momentum, scales, mean_squares, tensors.ordinals, tensors.offsets, strict=True
     ):
-        if g.dtype != p.dtype or g.is_neg():
-            g = g.to(p.dtype).resolve_neg()
-        if m is not None:
-            check_state(p, m, s, options.state_dtype)
+        check_tensors(p, g, m, s, q, options.state_dtype)
+        g = g.resolve_neg()
         if not same_layout(p, g, m, plain):
             p, g = contiguous(p, copies), g.contiguous()
             m = None if m is None else contiguous(m, copies)
@@ -163,7 +161,7 @@ def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: 
     for original, copy in copies:
         original.copy_(copy)
     if sums is not None and options.sums is not None:
-        options.sums.add_(sums[:, :2].sum(dim=0).to(options.sums.dtype))
+        options.sums.add_(sums[:, :2].sum(dim=0).to(options.sums.device, options.sums.dtype))
     # The library wrote behind autograd's back, which must not take the old values for the present ones.
     for column in (tensors.params, tensors.exp_avgs, tensors.scales, tensors.mean_squares):
         torch.autograd.graph.increment_version(column)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from signstep.kernels.engine import Options, Tensors, contiguous, same_layout
 from signstep.kernels.momentum import BLOCK as ROW
-from signstep.kernels.momentum import STOCHASTIC, check_state
+from signstep.kernels.momentum import STOCHASTIC, check_tensors
 
 try:
     import triton
@@ -507,9 +507,8 @@ def step(tensors: Tensors, options: Options) -> None:
     for p, g, m, s, q, ordinal, offset in zip(
         tensors.params, tensors.grads, momentum, scales, mean_squares, tensors.ordinals, tensors.offsets, strict=True
     ):
-        g = g.to(p.dtype).resolve_neg()
-        if m is not None:
-            check_state(p, m, s, options.state_dtype)
+        check_tensors(p, g, m, s, q, options.state_dtype)
+        g = g.resolve_neg()
         if not same_layout(p, g, m, plain):
             p, g = contiguous(p, copies), g.contiguous()
             m = None if m is None else contiguous(m, copies)

@@ -35,10 +35,11 @@ def attach_to_backward(model: torch.nn.Module, optimizer_options: Mapping[str, A
     Raises:
         TypeError, ValueError: as the optimizer's constructor.
         RuntimeError: the model is wrapped in DistributedDataParallel, whose gradients are averaged after the hooks that
-            this uses.
+            this uses; or, in backward, checkpointing is reentrant, so that backwards are nested.
 
     What needs all gradients before the step cannot be had with it: gradient accumulation over several backwards,
-    clipping by the global norm, a GradScaler, and differentiable or capturable steps.
+    clipping by the global norm, a GradScaler, differentiable or capturable steps, data parallelism (do not wrap the
+    model later either), parameters on several devices, and parameters that are added or unfrozen later.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
@@ -57,13 +58,26 @@ def attach_to_backward(model: torch.nn.Module, optimizer_options: Mapping[str, A
             raise ValueError(
                 f"Invalid {name}: True, a step inside backward cannot be so; call optimizer.step() instead"
             )
+    params = [p for p in model.parameters() if p.requires_grad]
+    if len(devices := {p.device for p in params}) > 1:
+        raise ValueError(
+            f"attach_to_backward: parameters on several devices, {', '.join(map(str, devices))}, cannot be stepped"
+        )
     own = HybridSignSGD._ORIGINAL.keys() - SignSGD._ORIGINAL.keys()
     optimizer_class = HybridSignSGD if own & optimizer_options.keys() else SignSGD
-    optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], **optimizer_options)
+    optimizer = optimizer_class(params, **optimizer_options)
+    optimizer.add_param_group = _refuse_group  # type: ignore[method-assign]
     stepper = _Stepper(optimizer)
     for ordinal, p in enumerate(optimizer.param_groups[0]["params"]):
         p.register_post_accumulate_grad_hook(functools.partial(stepper.step_parameter, ordinal))
     return optimizer
+
+
+def _refuse_group(param_group: dict[str, Any]) -> None:
+    raise RuntimeError("add_param_group: this optimizer steps inside backward, what the model had when it was attached")
+
+
+_NESTED = "a step inside backward cannot be taken in nested backwards: checkpoint with use_reentrant=False"
 
 
 class _Stepper:
@@ -80,12 +94,17 @@ class _Stepper:
         # By its number: a backward that fails has no end, and the next one starts a step all the same.
         backward = torch._C._current_graph_task_id()
         if backward != self.backward:
+            if backward < self.backward:  # numbers go up, so that one inside this one has ended
+                raise RuntimeError(_NESTED)
             self.backward = backward
             self.sums = self.optimizer._new_sums(group)
-            Variable._execution_engine.queue_callback(self.finish)
+            Variable._execution_engine.queue_callback(functools.partial(self.finish, backward))
         self.optimizer._step_params(group, self.optimizer._batch(group, [p], [ordinal]), self.sums)
         p.grad = None
 
     @torch.no_grad()
-    def finish(self) -> None:
+    def finish(self, backward: int) -> None:
+        if backward != self.backward:
+            raise RuntimeError(_NESTED)
         self.optimizer._finish_step(self.optimizer.param_groups[0], self.sums)
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # or schedulers would warn that no step has been taken

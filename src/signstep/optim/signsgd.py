@@ -237,9 +237,12 @@ class SignSGD(Optimizer):
             if keeps_exp_avg:
                 if "exp_avg" not in state:
                     state.update(buffers.new_momentum(p, group["state_dtype"]))
-                batch.exp_avgs.append(state["exp_avg"])
-                if "exp_avg_scale" in state:
-                    batch.scales.append(state["exp_avg_scale"])
+                m, scale = state["exp_avg"], state.get("exp_avg_scale")
+                if m.dtype != (group["state_dtype"] or p.dtype) or (scale is None) == (m.dtype == torch.int8):
+                    buffers.check_state(real(p), real(m), scale, group["state_dtype"])
+                batch.exp_avgs.append(m)
+                if scale is not None:
+                    batch.scales.append(scale)
             if needs_mean_square:
                 if "mean_square" not in state:
                     # Of the momentum that is there, if relative dither comes late.
@@ -398,7 +401,9 @@ def move(tensors: Tensors, options: Options, *, foreach: bool | None, fused: boo
     if fused:
         engines.require(tensors.params)
     elif fused is None and foreach is None and not differentiable and not torch.compiler.is_compiling():
-        fused = engines.by_default(tensors.params)
+        alike = all(g.dtype == p.dtype for g, p in zip(tensors.grads, tensors.params, strict=True))
+        tracked = torch.is_grad_enabled() and any(p.requires_grad for p in tensors.params)
+        fused = alike and not tracked and engines.by_default(tensors.params)
     # One draw of noise serves all tensors, on any device.
     if foreach is None:
         foreach = not differentiable and {type(p) for p in tensors.params} <= {Tensor, torch.nn.Parameter}

@@ -332,13 +332,22 @@ inline Ahead ahead_of(int64_t base, int64_t first, int bytes) {
   return {uintptr_t(base) + uintptr_t(first + DISTANCE * TILE * 4 / (bytes < 2 ? 2 : bytes)) * bytes, base == 0 ? 0 : bytes};
 }
 
+inline int bytes_of_state(int64_t state_dtype, int otherwise) {
+  switch (state_dtype) {
+    case SIGNSTEP_INT8: return 1;
+    case SIGNSTEP_BFLOAT16_STOCHASTIC: return 2;
+    case SIGNSTEP_FLOAT32: return 4;
+    default: return otherwise;
+  }
+}
+
 template <class T, class W>
 void step(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end, float sigma, double* sums) {
   Tile<W> tile;
   Sums<W> total;
   const Key key = {uint32_t(o.seed), uint32_t(o.seed >> 32), uint32_t(o.step), uint32_t(t.ordinal)};
   Ties<T, W> ties = {o, key, sigma};
-  const int state_bytes = t.state_dtype == SIGNSTEP_INT8 ? 1 : t.state_dtype == SIGNSTEP_FLOAT32 ? 4 : sizeof(T);
+  const int state_bytes = bytes_of_state(t.state_dtype, sizeof(T));
   const bool expected = o.sums == SIGNSTEP_SUMS_OF_EXPECTED_SIGN && o.position == SIGNSTEP_PRE;
   for (int64_t first = begin; first < end; first += TILE) {
     const int n = int(end - first < TILE ? end - first : TILE);
@@ -371,13 +380,14 @@ void step(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end
     } else if (o.position == SIGNSTEP_GRADIENT) {
       apply<T, W>(param, n, o, [m](int i) { return m[i]; });
     } else if (sigma != sigma) {  // the rms of a tensor with elements that are not finite
-      apply<T, W>(param, n, o, [m, sigma](int i) { return m[i] == 0 ? W(0) : W(sigma); });
+      // From here on m is a float, also that of a double parameter, as in the reference.
+      apply<T, W>(param, n, o, [m, sigma](int i) { return float(m[i]) == 0 ? W(0) : W(sigma); });
     } else if (o.position == SIGNSTEP_POST) {
       draw_noise(tile, n, element, key, sigma);
-      apply<T, W>(param, n, o, [m, &tile](int i) { return post_direction(m[i], tile.noise[i]); });
+      apply<T, W>(param, n, o, [m, &tile](int i) { return W(post_direction(float(m[i]), float(tile.noise[i]))); });
     } else {
       decide_tile(tile, m, n, element, param, ties, ahead);
-      apply<T, W>(param, n, o, [m, up = tile.up](int i) { return unit_step(uint32_t(int32_t(up[i])), m[i]); });
+      apply<T, W>(param, n, o, [m, up = tile.up](int i) { return W(unit_step(uint32_t(int32_t(up[i])), float(m[i]))); });
       ties.resolve(first + TILE >= end);
     }
   }

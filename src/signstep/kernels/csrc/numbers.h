@@ -68,7 +68,8 @@ inline Float16 narrow<Float16, float>(float x) {
   return static_cast<Float16>(half | (u >> 16 & 0x8000u));
 }
 
-// fma, where the machine has it; else through double, whose product of two floats is exact.
+// fma, where the machine has it; else through double, whose product of two floats is exact, and whose sum is rounded twice:
+// a bit may differ then, once in 2^29.
 static inline float fused(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from signstep import HybridSignSGD, SignSGD
+from signstep.kernels import fused as engines
 from signstep.kernels import momentum, native, reference
 from signstep.kernels.engine import Dither, Options, Tensors
 from signstep.kernels.reference import Segment
@@ -493,7 +495,15 @@ def test_a_missing_library_is_said_and_done_without(monkeypatch: pytest.MonkeyPa
         ):
             SignSGD(params, fused=True)
         give_gradients(params, 0)
-        SignSGD(params, fused=None).step()
+        engines._warn_once.cache_clear()
+        with pytest.warns(
+            UserWarning, match="native library was not built: install .* until then the step is plain torch"
+        ):
+            SignSGD(params, fused=None).step()
+        with warnings.catch_warnings(action="error"):  # once, and not to those who asked for plain torch
+            SignSGD(params, fused=None).step()
+            engines._warn_once.cache_clear()
+            SignSGD(params, fused=False).step()
         (tmp_path / "libsignstep.so").write_bytes(b"not a library")
         native._load.cache_clear()
         with pytest.raises(RuntimeError, match=r"native library cannot be loaded \(.*\): install"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -50,7 +52,21 @@ def by_default(params: Sequence[Tensor]) -> bool:
     Not on GPUs yet: the Triton kernels agree with plain torch under the interpreter and compile for sm_90 and gfx942,
     but have not run on a device.
     """
-    return {p.device.type for p in params} == {"cpu"} and missing(params) is None
+    if {p.device.type for p in params} != {"cpu"}:
+        return False
+    reason = missing(params)
+    if reason is not None and "native library" in reason:
+        _warn_once(reason)
+    return reason is None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"{reason}; until then the step is plain torch, which is several times slower, and dithered a hundred times "
+        "(fused=False asks for it, without this warning)",
+        stacklevel=2,
+    )
 
 
 def require(params: Sequence[Tensor]) -> None:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine_cases import DITHERS, DTYPES, OTHERS, STATE_DTYPES, give_gradients, parameters, request, strided
 from signstep import HybridSignSGD, SignSGD
 from signstep.kernels import fused as engines
 from signstep.kernels import momentum, native, reference
@@ -29,38 +30,6 @@ ROOT = Path(__file__).parents[1]
 if shutil.which("c++") is not None:
     assert native.unavailable() is None, "there is a compiler, so the library must have been built"
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-STATE_DTYPES = [None, torch.float32, torch.bfloat16, torch.int8]
-DITHERS: dict[str, dict[str, Any]] = {
-    "clean": {},
-    "pre": {"dither": 0.01, "dither_decay": 0.3, "seed": 5},
-    "pre, wide seed": {"dither": 1.0, "seed": (1 << 63) + 12345},
-    "relative": {"dither": 1.0, "dither_decay": 0.0, "dither_scale": "relative"},
-    "post": {"dither": 0.1, "dither_position": "post", "seed": 7},
-    "post, relative": {"dither": 0.1, "dither_position": "post", "dither_scale": "relative"},
-}
-OTHERS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "no momentum": {"momentum": 0.0},
-    "little momentum": {"momentum": 0.25},
-    "decoupled decay": {"weight_decay": 0.1},
-    "coupled decay, maximize": {"weight_decay": 0.1, "decoupled_weight_decay": False, "maximize": True},
-    "Tensor lr": {"lr": torch.tensor(0.03)},
-}
-
-
-def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
-
-
-def give_gradients(params: list[torch.nn.Parameter], step: int) -> None:
-    generator = torch.Generator().manual_seed(100 + step)
-    for p in params:
-        g = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.1
-        g[torch.rand(p.shape, generator=generator) < 0.1] = 0  # a momentum of exactly 0 does not move
-        p.grad = g.to(p.dtype)
 
 
 def check_equal(
@@ -158,18 +127,6 @@ def test_any_combination(
     check_equal(SignSGD, options, lambda: parameters([(n,) for n in sizes], dtype), steps=2)
 
 
-def strided(dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    """channels_last, transposed, every other element, expanded once in memory order."""
-    a, b, c, d = parameters([(4, 3, 5, 7), (33, 19), (40, 6), (6, 4, 9)], dtype)
-    views = [
-        a.detach().contiguous(memory_format=torch.channels_last),
-        b.detach().t(),
-        c.detach()[::2],
-        d.detach().permute(2, 0, 1),
-    ]
-    return [torch.nn.Parameter(v) for v in views]
-
-
 @pytest.mark.parametrize("options", [*DITHERS.values(), {"state_dtype": torch.int8}, {"state_dtype": torch.bfloat16}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_tensors(dtype: torch.dtype, options: dict[str, Any]) -> None:
@@ -196,23 +153,6 @@ def test_complex_parameters() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # One call of the engine
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def request(**changes: Any) -> Options:
-    options: dict[str, Any] = {
-        "step": torch.tensor(3),
-        "rate": 1.0,
-        "decay": 1.0,
-        "coupled_weight_decay": 0.0,
-        "momentum": 0.0,
-        "state_dtype": None,
-        "dither": Dither("pre", torch.tensor(1.0)),
-        "seed": 9,
-        "maximize": False,
-        "sums": None,
-        "sums_applied": False,
-    }
-    return Options(**(options | changes))
 
 
 def directions(

@@ -20,12 +20,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    # Read when a kernel is defined, those of Triton's own language included.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
+from engine_cases import DITHERS, DTYPES, OTHERS, STATE_DTYPES, give_gradients, parameters, request, strided  # noqa: E402
 from signstep import HybridSignSGD, SignSGD  # noqa: E402
 from signstep.kernels import fused, momentum, native, reference  # noqa: E402
 from signstep.kernels import triton as engine  # noqa: E402
@@ -68,42 +66,8 @@ def interpreter() -> Iterator[None]:
         yield
 
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-STATE_DTYPES = [None, torch.float32, torch.bfloat16, torch.int8]
-DITHERS: dict[str, dict[str, Any]] = {
-    "clean": {},
-    "pre": {"dither": 0.01, "dither_decay": 0.3, "seed": 5},
-    "pre, wide seed": {"dither": 1.0, "seed": (1 << 63) + 12345},
-    "relative": {"dither": 1.0, "dither_decay": 0.0, "dither_scale": "relative"},
-    "post": {"dither": 0.1, "dither_position": "post", "seed": 7},
-    "post, relative": {"dither": 0.1, "dither_position": "post", "dither_scale": "relative"},
-}
-OTHERS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "no momentum": {"momentum": 0.0},
-    "little momentum": {"momentum": 0.25},
-    "decoupled decay": {"weight_decay": 0.1},
-    "coupled decay, maximize": {"weight_decay": 0.1, "decoupled_weight_decay": False, "maximize": True},
-    "Tensor lr": {"lr": torch.tensor(0.03)},
-}
 RAGGED = [(41, 51), (5,), (), (0, 3), (257,)]
 FEW = [(9, 29), (), (0, 3)]
-
-
-def parameters(
-    shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device = DEVICE
-) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(1)
-    made = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
-    return [torch.nn.Parameter(p.to(device)) for p in made]
-
-
-def give_gradients(params: list[torch.nn.Parameter], step: int) -> None:
-    generator = torch.Generator().manual_seed(100 + step)
-    for p in params:
-        g = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.1
-        g[torch.rand(p.shape, generator=generator) < 0.1] = 0  # a momentum of exactly 0 does not move
-        p.grad = g.to(p.dtype).to(p.device)
 
 
 def differing(actual: Tensor, expected: Tensor) -> int:
@@ -188,13 +152,6 @@ def test_any_combination(
     check_equal(SignSGD, options, lambda device: parameters([(n,) for n in sizes], dtype, device), steps=2)
 
 
-def strided(dtype: torch.dtype, device: torch.device) -> list[torch.nn.Parameter]:
-    """channels_last, transposed, every other row, permuted."""
-    a, b, c, d = (p.detach() for p in parameters([(4, 3, 5, 7), (33, 19), (40, 6), (6, 4, 9)], dtype, device))
-    views = [a.contiguous(memory_format=torch.channels_last), b.t(), c[::2], d.permute(2, 0, 1)]
-    return [torch.nn.Parameter(v) for v in views]
-
-
 @pytest.mark.parametrize("options", [*DITHERS.values(), {"state_dtype": torch.int8}, {"state_dtype": torch.bfloat16}])
 def test_strided_tensors(options: dict[str, Any]) -> None:
     assert not any(p.is_contiguous() for p in strided(torch.float32, DEVICE))
@@ -217,23 +174,6 @@ def test_different_dtypes_in_one_group() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # One call of the engine
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def request(**changes: Any) -> Options:
-    options: dict[str, Any] = {
-        "step": torch.tensor(3),
-        "rate": 1.0,
-        "decay": 1.0,
-        "coupled_weight_decay": 0.0,
-        "momentum": 0.0,
-        "state_dtype": None,
-        "dither": Dither("pre", torch.tensor(1.0)),
-        "seed": 9,
-        "maximize": False,
-        "sums": None,
-        "sums_applied": False,
-    }
-    return Options(**(options | changes))
 
 
 def directions(m: Tensor, *, offset: int = 0, ordinal: int = 0, plain: bool = False, **changes: Any) -> Tensor:
@@ -451,7 +391,7 @@ def test_nothing_to_do() -> None:
 
 
 def test_a_missing_or_old_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    (p,) = parameters([(4,)], torch.float32)
+    (p,) = parameters([(4,)], torch.float32, DEVICE)
     monkeypatch.setattr(triton, "__version__", "3.10.1")
     assert engine.unavailable() is None
     monkeypatch.setattr(triton, "__version__", "3.1.0")
@@ -688,7 +628,7 @@ DEVICE_OPTIONS: list[tuple[type[SignSGD], dict[str, Any]]] = [
 
 def gpu_training(cls: type[SignSGD], options: dict[str, Any]) -> tuple[list[torch.nn.Parameter], SignSGD]:
     """Parameters with gradients of a fixed address, after three steps, which make the state and warm up."""
-    params = parameters(RAGGED, torch.float32)
+    params = parameters(RAGGED, torch.float32, DEVICE)
     lr = torch.tensor(0.01, device=DEVICE)
     optimizer = cls(params, lr=lr, fused=True, capturable=True, **options)
     for step in range(3):
@@ -743,7 +683,7 @@ def test_the_host_never_waits(cls: type[SignSGD], options: dict[str, Any]) -> No
 
 @needs_gpu
 def test_kernels_are_compiled_once() -> None:
-    params = parameters(RAGGED, torch.float32)
+    params = parameters(RAGGED, torch.float32, DEVICE)
     optimizer = SignSGD(params, fused=True, **DITHERS["relative"])
     counts = []
     for step in range(20):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from signstep.kernels.engine import Dither, Options, Tensors
 
 # Of an operator's arguments an int is signed, and a number is a float or a tensor, not either: the seed is passed
 # modulo 2^64, and what may be a tensor as both, of which the tensor counts.
-torch.library.define(
+library.define(
     "signstep::step",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] scales, Tensor(d!)[] mean_squares, "
     "Tensor(e!)? sums, int[] ordinals, int[] offsets, Tensor step, float rate, Tensor? rate_tensor, float decay, "
@@ -18,7 +18,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("signstep::step", "CompositeExplicitAutograd")
+@library.impl("signstep::step", "CompositeExplicitAutograd")
 def _run(
     params: list[Tensor],
     grads: list[Tensor],
@@ -64,7 +64,7 @@ def _run(
     )
 
 
-torch.library.register_fake("signstep::step", lambda *arguments: None)
+library.register_fake("signstep::step", lambda *arguments: None)
 
 
 def step(tensors: Tensors, options: Options) -> None:

@@ -80,31 +80,3 @@ def real_tensors(tensors: Tensors) -> Tensors:
     params, exp_avgs = ([real(x) for x in column] for column in (tensors.params, tensors.exp_avgs))
     grads = [real(g.resolve_conj()) for g in tensors.grads]
     return tensors._replace(params=params, grads=grads, exp_avgs=exp_avgs, offsets=offsets)
-
-
-def same_layout(p: Tensor, g: Tensor, m: Tensor | None, plain: bool) -> bool:
-    """Whether element i of each is at address i: in row-major order, or in any that they share if the order is free."""
-    if p.is_contiguous() and g.is_contiguous() and (m is None or m.is_contiguous()):
-        return True
-    same = p.stride() == g.stride() and (m is None or p.stride() == m.stride())
-    return plain and same and _is_dense(p)
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements, in some order of the dimensions, lie side by side."""
-    expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def contiguous(x: Tensor, copies: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """X in row-major order, by a copy that is written back if x is not so itself."""
-    if x.is_contiguous():
-        return x
-    copy = x.contiguous()
-    copies.append((x, copy))
-    return copy

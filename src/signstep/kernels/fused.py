@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from signstep.kernels import compiled
+from signstep.kernels import compiled, native
 from signstep.kernels.engine import Options, Tensors, real_tensors, select
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -18,12 +18,10 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def _engine(device_type: str) -> ModuleType | None:
     """The module that steps tensors of this device, None if there is none."""
-    # Imported on use: Triton is not everywhere, and takes its time.
     if device_type == "cpu":
-        from signstep.kernels import native
-
         return native
     if device_type == "cuda":  # ROCm is cuda to torch
+        # Imported on use: Triton is not everywhere, and takes its time.
         from signstep.kernels import triton
 
         return triton
@@ -55,7 +53,7 @@ def by_default(params: Sequence[Tensor]) -> bool:
     if {p.device.type for p in params} != {"cpu"}:
         return False
     reason = missing(params)
-    if reason is not None and "native library" in reason:
+    if reason is not None and reason == native.unavailable():
         _warn_once(reason)
     return reason is None
 

@@ -123,21 +123,3 @@ def check_state(p: Tensor, m: Tensor, scale: Tensor | None, state_dtype: torch.d
             f"8-bit momentum of {p.numel()} elements has {scale.numel()} scales, {scale.dtype} on {scale.device}, "
             f"expected {blocks}, torch.float32 on {p.device}"
         )
-
-
-def check_tensors(
-    p: Tensor, g: Tensor, m: Tensor | None, scale: Tensor | None, square: Tensor | None, state_dtype: torch.dtype | None
-) -> None:
-    """Raise a RuntimeError if what an engine would read is not as large, or not where, it takes it to be."""
-    if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
-        raise RuntimeError(
-            f"the gradient of a parameter, {p.dtype}, {tuple(p.shape)}, on {p.device}, is {g.dtype}, {tuple(g.shape)}, "
-            f"on {g.device}: fused kernels need it alike; pass fused=False for a gradient of another dtype"
-        )
-    if m is not None:
-        check_state(p, m, scale, state_dtype)
-    if square is not None and (square.numel() != 1 or square.dtype != torch.float32 or square.device != p.device):
-        raise RuntimeError(
-            f"the mean square of the momentum of a parameter on {p.device} is {square.dtype}, {tuple(square.shape)}, "
-            f"on {square.device}, expected one torch.float32 there: load the state of this model"
-        )

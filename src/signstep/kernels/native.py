@@ -10,18 +10,16 @@ import ctypes
 import functools
 import sys
 from array import array
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from signstep.kernels.engine import Options, Tensors, contiguous, same_layout
-from signstep.kernels.momentum import STOCHASTIC, check_tensors
+from signstep.kernels.engine import Options, Tensors
+from signstep.kernels.layout import laid_out
 
 _ABI = 1
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_BFLOAT16_STOCHASTIC, _INT8 = 4, 5
+_STATE_DTYPES = {torch.float32: 0, torch.bfloat16: 4, torch.int8: 5}
 _CLEAN, _PRE, _POST, _GRADIENT = range(4)
 _POSITIONS = {"pre": _PRE, "post": _POST}
 ISAS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
@@ -105,36 +103,6 @@ def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: 
     library, reason = _load()
     if library is None:
         raise RuntimeError(reason)
-    copies: list[tuple[Tensor, Tensor]] = []
-    gradients: list[Tensor] = []  # alive until the call, if they are copies
-    rows: list[int] = []
-    plain = options.dither is None and options.state_dtype not in STOCHASTIC
-    columns: tuple[Sequence[Tensor | None], ...] = (tensors.exp_avgs, tensors.scales, tensors.mean_squares)
-    momentum, scales, mean_squares = (column or [None] * len(tensors.params) for column in columns)
-    state_dtype = None if options.state_dtype is None else _state_dtype(options.state_dtype)
-    for p, g, m, s, q, ordinal, offset in zip(
-        tensors.params, tensors.grads, momentum, scales, mean_squares, tensors.ordinals, tensors.offsets, strict=True
-    ):
-        check_tensors(p, g, m, s, q, options.state_dtype)
-        g = g.resolve_neg()
-        if not same_layout(p, g, m, plain):
-            p, g = contiguous(p, copies), g.contiguous()
-            m = None if m is None else contiguous(m, copies)
-        gradients.append(g)
-        dtype = _DTYPES[p.dtype]
-        rows += (
-            p.data_ptr(),
-            g.data_ptr(),
-            0 if m is None else m.data_ptr(),
-            0 if s is None else s.data_ptr(),
-            0 if q is None else q.data_ptr(),
-            p.numel(),
-            offset,
-            ordinal,
-            dtype,
-            dtype if m is None or state_dtype is None else state_dtype,
-        )
-    table = array("q", rows)
     position = _CLEAN if options.dither is None else _POSITIONS[options.dither.position]
     request = _Options(
         rate=float(options.rate),
@@ -153,20 +121,16 @@ def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: 
     )
     count = len(tensors.params)
     sums = None if options.sums is None else torch.empty(count, 3, dtype=torch.float64)
-    failed = library.signstep_step(
-        table.buffer_info()[0], count, ctypes.byref(request), None if sums is None else sums.data_ptr()
-    )
-    if failed:
-        raise MemoryError("signstep: no memory for the step's list of work; nothing was changed")
-    for original, copy in copies:
-        original.copy_(copy)
+    with laid_out(tensors, options) as rows:
+        table = array("q")
+        for row in rows:
+            dtype = _DTYPES[row.param.dtype]
+            state_dtype = dtype if options.state_dtype is None else _STATE_DTYPES[options.state_dtype]
+            table.extend((*row.addresses(), row.param.numel(), row.offset, row.ordinal, dtype, state_dtype))
+        failed = library.signstep_step(
+            table.buffer_info()[0], count, ctypes.byref(request), None if sums is None else sums.data_ptr()
+        )
+        if failed:
+            raise MemoryError("signstep: no memory for the step's list of work; nothing was changed")
     if sums is not None and options.sums is not None:
         options.sums.add_(sums[:, :2].sum(dim=0).to(options.sums.device, options.sums.dtype))
-    # The library wrote behind autograd's back, which must not take the old values for the present ones.
-    for column in (tensors.params, tensors.exp_avgs, tensors.scales, tensors.mean_squares):
-        torch.autograd.graph.increment_version(column)
-
-
-def _state_dtype(state_dtype: torch.dtype) -> int:
-    stochastic = {torch.bfloat16: _BFLOAT16_STOCHASTIC, torch.int8: _INT8}
-    return stochastic.get(state_dtype, _DTYPES.get(state_dtype, 0))

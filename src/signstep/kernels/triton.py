@@ -13,15 +13,16 @@ from __future__ import annotations
 import functools
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from signstep.kernels.engine import Options, Tensors, contiguous, same_layout
+from signstep.kernels.engine import Options, Tensors
+from signstep.kernels.layout import laid_out, order_is_free
 from signstep.kernels.momentum import BLOCK as ROW
-from signstep.kernels.momentum import STOCHASTIC, check_tensors
+from signstep.kernels.momentum import STOCHASTIC
 
 try:
     import triton
@@ -498,34 +499,18 @@ def step(tensors: Tensors, options: Options) -> None:
     """One step of all tensors, which are on one device, in place."""
     if (reason := unavailable()) is not None:
         raise RuntimeError(reason)
-    copies: list[tuple[Tensor, Tensor]] = []
-    gradients: list[Tensor] = []  # alive until the kernels are launched, if they are copies
     launches: dict[_Kind, _Rows] = {}
-    plain = options.dither is None and options.state_dtype not in STOCHASTIC
-    columns: tuple[Sequence[Tensor | None], ...] = (tensors.exp_avgs, tensors.scales, tensors.mean_squares)
-    momentum, scales, mean_squares = (column or [None] * len(tensors.params) for column in columns)
-    for p, g, m, s, q, ordinal, offset in zip(
-        tensors.params, tensors.grads, momentum, scales, mean_squares, tensors.ordinals, tensors.offsets, strict=True
-    ):
-        check_tensors(p, g, m, s, q, options.state_dtype)
-        g = g.resolve_neg()
-        if not same_layout(p, g, m, plain):
-            p, g = contiguous(p, copies), g.contiguous()
-            m = None if m is None else contiguous(m, copies)
-        gradients.append(g)
-        addresses = [0 if x is None else x.data_ptr() for x in (p, g, m, s, q)]
-        vectors = (addresses[0] | addresses[1] | addresses[2]) % 16 == 0
-        rows = launches.setdefault(_Kind(p.dtype, vectors, plain or offset % 16 == 0), _Rows())
-        rows.add(*addresses, size=p.numel(), offset=offset, ordinal=ordinal)
-    if tensors.params:
-        with torch.cuda.device_of(tensors.params[0]):  # type: ignore[no-untyped-call]
-            for kind, rows in launches.items():
-                _launch(kind, rows, tensors, options)
-    for original, copy in copies:
-        original.copy_(copy)
-    # The kernels wrote behind autograd's back, which must not take the old values for the present ones.
-    for column in (tensors.params, tensors.exp_avgs, tensors.scales, tensors.mean_squares):
-        torch.autograd.graph.increment_version(column)
+    free = order_is_free(options)
+    with laid_out(tensors, options) as rows:
+        for row in rows:
+            addresses, size = row.addresses(), row.param.numel()
+            vectors = (addresses[0] | addresses[1] | addresses[2]) % 16 == 0
+            table = launches.setdefault(_Kind(row.param.dtype, vectors, free or row.offset % 16 == 0), _Rows())
+            table.add(*addresses, size=size, offset=row.offset, ordinal=row.ordinal)
+        if rows:
+            with torch.cuda.device_of(tensors.params[0]):  # type: ignore[no-untyped-call]
+                for kind, table in launches.items():
+                    _launch(kind, table, tensors, options)
 
 
 def _launch(kind: _Kind, rows: _Rows, tensors: Tensors, options: Options) -> None:

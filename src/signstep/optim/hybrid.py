@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from signstep.kernels.engine import Options, Tensors
 from signstep.optim import calibration as rules
-from signstep.optim.signsgd import SignSGD, move, scalar
+from signstep.optim.signsgd import SignSGD, decays, move, scalar
 
 __all__ = ["HybridSignSGD"]
 
@@ -172,13 +172,13 @@ class HybridSignSGD(SignSGD):
         if group["phase"] == "sign":
             super()._step_params(group, batch, sums)
             return
-        lr, decay = scalar(group["lr"]), group["weight_decay"]
-        decoupled = group["decoupled_weight_decay"]
+        lr = scalar(group["lr"])
+        decay, coupled_weight_decay = decays(lr, group["weight_decay"], group["decoupled_weight_decay"])
         options = Options(
             step=group["step"],
             rate=group["lr_ratio"] * lr,
-            decay=1 - lr * decay if decoupled and decay != 0 else 1.0,
-            coupled_weight_decay=0.0 if decoupled else decay,
+            decay=decay,
+            coupled_weight_decay=coupled_weight_decay,
             momentum=group["sgd_momentum"],
             state_dtype=group["state_dtype"],
             dither=None,

@@ -377,11 +377,12 @@ def signsgd(
     """
     noise = Dither(dither_position, dither_std(step, dither, dither_decay)) if dither > 0 else None
     lr = scalar(lr)
+    decay, coupled_weight_decay = decays(lr, weight_decay, decoupled_weight_decay)
     options = Options(
         step=step,
         rate=lr,
-        decay=1 - lr * weight_decay if decoupled_weight_decay and weight_decay != 0 else 1.0,
-        coupled_weight_decay=0.0 if decoupled_weight_decay else weight_decay,
+        decay=decay,
+        coupled_weight_decay=coupled_weight_decay,
         momentum=momentum,
         state_dtype=state_dtype,
         dither=noise,
@@ -417,6 +418,13 @@ def move(tensors: Tensors, options: Options, *, foreach: bool | None, fused: boo
 def scalar(lr: float | Tensor) -> float | Tensor:
     """A tensor of one element without its dimensions, so that it may be on the CPU while the parameters are not."""
     return lr.squeeze() if isinstance(lr, Tensor) else lr
+
+
+def decays(lr: float | Tensor, weight_decay: float, decoupled: bool) -> tuple[float | Tensor, float]:
+    """What the parameter is multiplied by, and what times the parameter is added to the gradient."""
+    if not decoupled:
+        return 1.0, weight_decay
+    return (1 - lr * weight_decay if weight_decay != 0 else 1.0), 0.0
 
 
 def mean_square(m: Tensor) -> Tensor:

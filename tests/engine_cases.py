@@ -1,0 +1,69 @@
+"""What every fused engine is asked for in the tests: options, parameters, gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from signstep.kernels.engine import Dither, Options
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+STATE_DTYPES = [None, torch.float32, torch.bfloat16, torch.int8]
+DITHERS: dict[str, dict[str, Any]] = {
+    "clean": {},
+    "pre": {"dither": 0.01, "dither_decay": 0.3, "seed": 5},
+    "pre, wide seed": {"dither": 1.0, "seed": (1 << 63) + 12345},
+    "relative": {"dither": 1.0, "dither_decay": 0.0, "dither_scale": "relative"},
+    "post": {"dither": 0.1, "dither_position": "post", "seed": 7},
+    "post, relative": {"dither": 0.1, "dither_position": "post", "dither_scale": "relative"},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no momentum": {"momentum": 0.0},
+    "little momentum": {"momentum": 0.25},
+    "decoupled decay": {"weight_decay": 0.1},
+    "coupled decay, maximize": {"weight_decay": 0.1, "decoupled_weight_decay": False, "maximize": True},
+    "Tensor lr": {"lr": torch.tensor(0.03)},
+}
+
+
+def parameters(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device = CPU
+) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    made = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+    return [torch.nn.Parameter(p.to(device)) for p in made]
+
+
+def give_gradients(params: list[torch.nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for p in params:
+        g = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.1
+        g[torch.rand(p.shape, generator=generator) < 0.1] = 0  # a momentum of exactly 0 does not move
+        p.grad = g.to(p.dtype).to(p.device)
+
+
+def strided(dtype: torch.dtype, device: torch.device = CPU) -> list[torch.nn.Parameter]:
+    """channels_last, transposed, every other row, permuted."""
+    a, b, c, d = (p.detach() for p in parameters([(4, 3, 5, 7), (33, 19), (40, 6), (6, 4, 9)], dtype, device))
+    views = [a.contiguous(memory_format=torch.channels_last), b.t(), c[::2], d.permute(2, 0, 1)]
+    return [torch.nn.Parameter(v) for v in views]
+
+
+def request(**changes: Any) -> Options:
+    options: dict[str, Any] = {
+        "step": torch.tensor(3),
+        "rate": 1.0,
+        "decay": 1.0,
+        "coupled_weight_decay": 0.0,
+        "momentum": 0.0,
+        "state_dtype": None,
+        "dither": Dither("pre", torch.tensor(1.0)),
+        "seed": 9,
+        "maximize": False,
+        "sums": None,
+        "sums_applied": False,
+    }
+    return Options(**(options | changes))

@@ -61,6 +61,11 @@ class Options(NamedTuple):
     """The direction is m itself, as in SGD."""
 
 
+def sigmas(dither: Dither, mean_squares: Sequence[Tensor], count: int) -> list[Tensor]:
+    """The standard deviation of each tensor's noise, 0-dim float32."""
+    return [dither.sigma * ms.sqrt() for ms in mean_squares] if mean_squares else [dither.sigma] * count
+
+
 def select(tensors: Tensors, indices: Sequence[int]) -> Tensors:
     """The entries of some of the parameters."""
     columns: list[Any] = [[column[i] for i in indices] if column else [] for column in tensors]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from signstep.kernels.engine import real
+from signstep.kernels.engine import Options, Tensors, real
 from signstep.kernels.reference import ROUNDING, Segment, noise_bytes
 
 BLOCK = 256
@@ -99,6 +99,27 @@ def update(
     shifted = units.nan_to_num(0.0) + (random.to(torch.float32) + 0.5) / 256 + 128
     exp_avg.copy_((shifted.to(torch.int32) - 128).clamp(max=127))
     return m
+
+
+def update_entry(tensors: Tensors, i: int, grad: Tensor, options: Options) -> Tensor:
+    """M of tensor i of a step, with the new gradient in it; the gradient itself where there is no momentum."""
+    if not tensors.exp_avgs:
+        return grad
+    return update(
+        tensors.exp_avgs[i],
+        tensors.scales[i] if tensors.scales else None,
+        grad,
+        options.momentum,
+        options.state_dtype,
+        segment=Segment(tensors.ordinals[i], tensors.offsets[i], grad.numel()),
+        seed=options.seed,
+        step=options.step,
+    )
+
+
+def mean_square(m: Tensor) -> Tensor:
+    """Mean of the squares over all elements, 0-dim float32; 0 if there are none."""
+    return m.to(torch.float32).square().sum() / max(1, m.numel())
 
 
 def _blocks(x: Tensor) -> Tensor:

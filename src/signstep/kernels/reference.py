@@ -8,7 +8,8 @@ and the counter (block, k, p, stream),
 
 so U depends on nothing else: not on the device, the order of the tensors, how a tensor is sharded or which steps ran
 before. The low 24 bits matter only where the top 8 tie with the threshold's, 1 decision in 256; a fast engine draws
-them only there. Stream 2 has the bytes that round the momentum, laid out as stream 0. Indices are modulo 2^32.
+them only there. Stream 2 has the bytes that round the momentum, laid out as stream 0; streams 3 and 4 have the
+coins of `signstep.kernels.bits`. Indices are modulo 2^32.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from signstep.kernels.philox import Words, philox4x32
 
-TOP_BITS, LOW_BITS, ROUNDING = 0, 1, 2
+TOP_BITS, LOW_BITS, ROUNDING, ZERO_COINS, TIE_COINS = range(5)
 """Stream numbers, the last word of the counter."""
 
 _MASK = 0xFFFFFFFF
@@ -45,7 +46,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _blocks(
+def blocks(
     segments: Sequence[Segment], per_block: int, stream: int, seed: int, step: Tensor, device: torch.device
 ) -> list[Words]:
     """The Philox blocks that cover each segment, all segments in one call."""
@@ -65,7 +66,7 @@ def noise_bytes(
 ) -> list[Tensor]:
     """A byte for every element, int64 in [0, 256), one 1-D tensor per segment: in `TOP_BITS` the top 8 bits of U."""
     out = []
-    for segment, words in zip(segments, _blocks(segments, 16, stream, seed, step, device), strict=True):
+    for segment, words in zip(segments, blocks(segments, 16, stream, seed, step, device), strict=True):
         bytes_ = torch.stack([(w >> (8 * j)) & 0xFF for w in words for j in range(4)], dim=1).flatten()
         out.append(bytes_.narrow(0, segment.start % 16, segment.size))
     return out
@@ -74,7 +75,7 @@ def noise_bytes(
 def low_bits(segments: Sequence[Segment], *, seed: int, step: Tensor, device: torch.device) -> list[Tensor]:
     """The low 24 bits of U for every element, int64 in [0, 2^24), one 1-D tensor per segment."""
     out = []
-    for segment, words in zip(segments, _blocks(segments, 4, LOW_BITS, seed, step, device), strict=True):
+    for segment, words in zip(segments, blocks(segments, 4, LOW_BITS, seed, step, device), strict=True):
         out.append((torch.stack(words, dim=1).flatten() & 0xFFFFFF).narrow(0, segment.start % 4, segment.size))
     return out
 

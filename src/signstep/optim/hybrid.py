@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,6 +61,9 @@ class HybridSignSGD(SignSGD):
         >>> optimizer.phase
         'sgd'
     """
+
+    voted_sums: Sequence[Tensor] = ()
+    """Under `takes_votes`, for each param_group, [<v, g>, ||g||^2] of the votes v: means over the workers."""
 
     def __init__(
         self,
@@ -161,12 +165,16 @@ class HybridSignSGD(SignSGD):
                 self.state.pop(p, None)
 
     def _keeps_exp_avg(self, group: dict[str, Any]) -> bool:
-        return bool(group["momentum" if group["phase"] == "sign" else "sgd_momentum"] > 0)
+        return super()._keeps_exp_avg(group) if group["phase"] == "sign" else bool(group["sgd_momentum"] > 0)
 
     def _new_sums(self, group: dict[str, Any]) -> Tensor | None:
         if group["phase"] == "sgd":
             return None
-        return torch.zeros(2, dtype=group["lr_ratio"].dtype, device=group["lr_ratio"].device)
+        like = group["lr_ratio"]
+        if self.takes_votes:
+            index = next(i for i, g in enumerate(self.param_groups) if g is group)
+            return self.voted_sums[index].to(like.device, like.dtype)
+        return torch.zeros(2, dtype=like.dtype, device=like.device)
 
     def _step_params(self, group: dict[str, Any], batch: Tensors, sums: Tensor | None) -> None:
         if group["phase"] == "sign":

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiab
 from signstep.kernels import fused as engines
 from signstep.kernels import momentum as buffers
 from signstep.kernels import reference
-from signstep.kernels.engine import Dither, Options, Tensors, real, real_tensors
+from signstep.kernels.engine import Dither, Options, Tensors, real, real_tensors, sigmas
 from signstep.kernels.reference import Segment
 from signstep.optim.dither import dither_std, expected_sign
 from signstep.optim.options import check_options
@@ -82,6 +82,10 @@ class SignSGD(Optimizer):
         >>> model(torch.ones(2, 3)).sum().backward()
         >>> optimizer.step()
     """
+
+    takes_votes = False
+    """Gradients are what workers have elected (`signstep.distributed`): only their sign counts, and momentum, dither
+    and coupled weight decay have been applied on the workers' side."""
 
     def __init__(
         self,
@@ -251,15 +255,15 @@ class SignSGD(Optimizer):
                         if keeps_exp_avg
                         else torch.zeros_like(p)
                     )
-                    state["mean_square"] = mean_square(real(m)).to(p.device)
+                    state["mean_square"] = buffers.mean_square(real(m)).to(p.device)
                 batch.mean_squares.append(state["mean_square"])
         return batch
 
     def _needs_mean_square(self, group: dict[str, Any]) -> bool:
-        return bool(group["dither"] > 0 and group["dither_scale"] == "relative")
+        return bool(group["dither"] > 0 and group["dither_scale"] == "relative" and not self.takes_votes)
 
     def _keeps_exp_avg(self, group: dict[str, Any]) -> bool:
-        return bool(group["momentum"] > 0)
+        return bool(group["momentum"] > 0 and not self.takes_votes)
 
     def _graph_capture_health_check(self) -> None:
         # torch renamed it between 2.6 and 2.13.
@@ -309,6 +313,12 @@ class SignSGD(Optimizer):
 
     def _step_params(self, group: dict[str, Any], batch: Tensors, sums: Tensor | None) -> None:
         """Move the parameters of a batch, which may be a part of the group's, with the group's present step count."""
+        options = {name: group[name] for name in ("lr", "momentum", *SignSGD._ORIGINAL) if name != "capturable"}
+        if self.takes_votes:
+            options |= {"momentum": 0.0, "dither": 0.0, "maximize": False}
+            if not group["decoupled_weight_decay"]:
+                options["weight_decay"] = 0.0
+            sums = None
         signsgd(
             batch.params,
             batch.grads,
@@ -319,9 +329,7 @@ class SignSGD(Optimizer):
             step=group["step"],
             sums=sums,
             sums_applied=group.get("calibration") == "applied",
-            **{name: group[name] for name in SignSGD._ORIGINAL if name != "capturable"},
-            lr=group["lr"],
-            momentum=group["momentum"],
+            **options,
         )
 
     def _finish_step(self, group: dict[str, Any], sums: Tensor | None) -> None:
@@ -427,11 +435,6 @@ def decays(lr: float | Tensor, weight_decay: float, decoupled: bool) -> tuple[fl
     return (1 - lr * weight_decay if weight_decay != 0 else 1.0), 0.0
 
 
-def mean_square(m: Tensor) -> Tensor:
-    """Mean of the squares over all elements, 0-dim float32; 0 if there are none."""
-    return m.to(torch.float32).square().sum() / max(1, m.numel())
-
-
 def _wide(x: Tensor, param: Tensor | None = None) -> Tensor:
     """X in the dtype to compute in: at least float32, and the parameter's if that is wider."""
     return x.to(torch.promote_types((x if param is None else param).dtype, torch.float32))
@@ -464,34 +467,13 @@ def _add_sums(sums: Tensor, directions: Sequence[Tensor], grads: Sequence[Tensor
         sums += torch.stack([(direction.to(sums.dtype) * g).sum(), g.square().sum()]).to(sums.device)
 
 
-def _sigmas(dither: Dither, mean_squares: Sequence[Tensor], count: int) -> list[Tensor]:
-    """The standard deviation of each tensor's noise, 0-dim float32."""
-    return [dither.sigma * ms.sqrt() for ms in mean_squares] if mean_squares else [dither.sigma] * count
-
-
-def _update_momentum(tensors: Tensors, i: int, grad: Tensor, options: Options) -> Tensor:
-    """M of tensor i, with the new gradient in it."""
-    if not tensors.exp_avgs:
-        return grad
-    return buffers.update(
-        tensors.exp_avgs[i],
-        tensors.scales[i] if tensors.scales else None,
-        grad,
-        options.momentum,
-        options.state_dtype,
-        segment=Segment(tensors.ordinals[i], tensors.offsets[i], grad.numel()),
-        seed=options.seed,
-        step=options.step,
-    )
-
-
 def _single_tensor_signsgd(tensors: Tensors, options: Options) -> None:
     for i, (param, grad) in enumerate(zip(tensors.params, tensors.grads, strict=True)):
         if options.maximize:
             grad = -grad
         if options.coupled_weight_decay != 0:
             grad = _wide(grad).add(_wide(param), alpha=options.coupled_weight_decay)
-        m = _update_momentum(tensors, i, grad, options)
+        m = buffers.update_entry(tensors, i, grad, options)
         expected = torch.sign(m)
         if options.gradient_step:
             # Under differentiable=True autograd holds this step's average, which the next step overwrites.
@@ -499,7 +481,7 @@ def _single_tensor_signsgd(tensors: Tensors, options: Options) -> None:
         elif options.dither is None:
             direction = reference.sign(m)
         else:
-            (sigma,) = _sigmas(options.dither, tensors.mean_squares[i : i + 1], 1)
+            (sigma,) = sigmas(options.dither, tensors.mean_squares[i : i + 1], 1)
             (direction,) = reference.directions(
                 [m.detach()],
                 [sigma],
@@ -511,7 +493,7 @@ def _single_tensor_signsgd(tensors: Tensors, options: Options) -> None:
             if options.sums_applied and options.dither.position == "pre":
                 expected = expected_sign(m, sigma)
         if tensors.mean_squares:
-            tensors.mean_squares[i].copy_(mean_square(m))
+            tensors.mean_squares[i].copy_(buffers.mean_square(m))
         if options.sums is not None:
             _add_sums(options.sums, [expected], [grad])
         target = param
@@ -539,11 +521,11 @@ def _multi_tensor_signsgd(tensors: Tensors, options: Options) -> None:
             ms = [tensors.exp_avgs[i] for i in indices]
             torch._foreach_lerp_(ms, gs, 1 - options.momentum)
         elif tensors.exp_avgs:
-            ms = [_update_momentum(tensors, i, g, options) for i, g in zip(indices, gs, strict=True)]
+            ms = [buffers.update_entry(tensors, i, g, options) for i, g in zip(indices, gs, strict=True)]
         mean_squares = [tensors.mean_squares[i] for i in indices] if tensors.mean_squares else []
         directions = _directions(tensors, options, indices, ms, gs, mean_squares)
         for kept, m in zip(mean_squares, ms, strict=bool(mean_squares)):
-            kept.copy_(mean_square(m))
+            kept.copy_(buffers.mean_square(m))
         _apply_steps(ps, directions, options)
 
 
@@ -565,14 +547,14 @@ def _directions(
         # sign, with NaN where m is not finite: see reference.sign.
         torch._foreach_add_(directions, ms, alpha=0)
         return directions
-    sigmas = _sigmas(options.dither, mean_squares, len(ms))
+    stds = sigmas(options.dither, mean_squares, len(ms))
     if options.sums is not None:
         expected = options.sums_applied and options.dither.position == "pre"
-        signs = [expected_sign(m, s) if expected else torch.sign(m) for m, s in zip(ms, sigmas, strict=True)]
+        signs = [expected_sign(m, s) if expected else torch.sign(m) for m, s in zip(ms, stds, strict=True)]
         _add_sums(options.sums, signs, gs)
     segments = [Segment(tensors.ordinals[i], tensors.offsets[i], m.numel()) for i, m in zip(indices, ms, strict=True)]
     return reference.directions(
-        ms, sigmas, segments, seed=options.seed, step=options.step, position=options.dither.position
+        ms, stds, segments, seed=options.seed, step=options.step, position=options.dither.position
     )
 
 

@@ -1,0 +1,213 @@
+"""What all communication hooks of DistributedDataParallel share: `GradientHook` has `reduce` in place of DDP's mean.
+
+A reduction takes several collectives. On gloo a second one that is chained to the first with `Future.then` hangs, as
+the ranks issue them in different orders, so each hook has one thread, which works on one bucket after the other and has
+a process group of its own; backward goes on meanwhile. On CUDA the work is queued on a stream of its own instead.
+"""
+
+# Without postponed annotations: DDP compares those of the hook with the types themselves.
+
+import itertools
+import queue
+import threading
+import warnings
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+from torch.autograd import Variable
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["Bucket", "Entry", "GradientHook", "own_group"]
+
+
+class Entry(NamedTuple):
+    """One parameter's part of a bucket."""
+
+    name: str
+    """Of the parameter, in the module that DDP wraps."""
+    param: Tensor
+    flat: Tensor
+    """Its gradient, a 1-D view of the bucket's buffer in the order of the parameter's memory; results go here too."""
+    present: bool
+    """This rank's backward has reached the parameter; where not (unused here, or the rank has joined), flat is 0."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Gradients that are reduced together: DDP's bucket, opened."""
+
+    buffer: Tensor
+    """1-D, all entries side by side."""
+    entries: Sequence[Entry]
+    index: int
+    is_last: bool
+    """The last one of this backward."""
+    original: GradBucket
+
+
+def own_group(group: dist.ProcessGroup | None, device: torch.device) -> dist.ProcessGroup:
+    """A new process group of the same ranks, backend and timeout, so that its collectives meet no others.
+
+    Args:
+        group: the group to copy; None: all ranks.
+        device: of the tensors that are going to be sent.
+    """
+    group = group or dist.group.WORLD
+    assert group is not None
+    ranks = dist.get_process_group_ranks(group)
+    timeout: timedelta = group._get_backend(device).options._timeout
+    everyone = len(ranks) == dist.get_world_size()
+    copy = dist.new_group(
+        ranks, timeout=timeout, backend=dist.get_backend(group), use_local_synchronization=not everyone
+    )
+    assert isinstance(copy, dist.ProcessGroup)
+    return copy
+
+
+class GradientHook(ABC):
+    """Replaces the mean of gradients in a DDP model by `reduce`, bucket by bucket, while backward goes on.
+
+    Args:
+        model: wrapped in DistributedDataParallel, with no other communication hook. Its process group is copied.
+
+    Raises:
+        TypeError: the model is not wrapped in DistributedDataParallel.
+        RuntimeError: in backward, on every rank, what went wrong in `reduce`: the message of a `CollectiveError`, or a
+            rank that has died. After that the hook, like the process group, is of no more use.
+    """
+
+    attack: Any = None
+    """For tests and studies: called with each bucket before it is reduced, see `signstep.distributed.attacks`."""
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        if not isinstance(model, DistributedDataParallel):
+            raise TypeError(
+                f"{type(self).__name__}: expected a model wrapped in DistributedDataParallel, got "
+                f"{type(model).__name__}; wrap it first (for fully_shard see signstep.distributed.fsdp)"
+            )
+        self.names: Mapping[Tensor, str] = {p: name for name, p in model.module.named_parameters() if p.requires_grad}
+        self.device = next(iter(self.names)).device
+        self.group = own_group(model.process_group, self.device)
+        self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self._reached: set[Tensor] = set()
+        self._failure: BaseException | None = None
+        self._backward = -1
+        self._seen: tuple[weakref.ref[Tensor], int] | None = None
+        self._handles = [p.register_post_accumulate_grad_hook(self._reached.add) for p in self.names]  # type: ignore[no-untyped-call]
+        first = next(iter(self.names))
+        self._handles.append(first.register_hook(lambda _: self._warn_of_second_backward(first)))  # type: ignore[no-untyped-call]
+        self._jobs: queue.SimpleQueue[tuple[Bucket, Future[Tensor]] | None] = queue.SimpleQueue()
+        self._stream = torch.Stream(self.device) if self.device.type == "cuda" else None
+        if self._stream is None:
+            threading.Thread(target=_work, args=(self._jobs, weakref.ref(self)), daemon=True).start()
+        weakref.finalize(self, self._jobs.put, None)
+        model.register_comm_hook(None, self._hook)
+
+    @abstractmethod
+    def reduce(self, bucket: Bucket) -> None:
+        """Write into bucket.buffer what all ranks agree on.
+
+        Called for one bucket after another, in the same order on all ranks; may use collectives of `group`.
+        """
+
+    def close(self) -> None:
+        """Stop watching the parameters, when the model is not going to be trained any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._jobs.put(None)
+
+    def _hook(self, state: object, bucket: GradBucket) -> Future[Tensor]:
+        self._raise_failure()
+        params = bucket.parameters()
+        ends = list(itertools.accumulate(p.numel() for p in params))
+        buffer = bucket.buffer()
+        entries = []
+        for p, end in zip(params, ends, strict=True):
+            entries.append(Entry(self.names[p], p, buffer[end - p.numel() : end], p in self._reached))
+            self._reached.discard(p)
+        opened = Bucket(buffer, entries, bucket.index(), bucket.is_last(), bucket)
+        task = torch._C._current_graph_task_id()
+        if task not in (-1, self._backward):  # -1: outside of backward, on a rank that has joined
+            self._backward = task
+            Variable._execution_engine.queue_callback(self._after_backward)
+        if self._stream is not None:
+            return self._on_stream(opened)
+        future: Future[Tensor] = Future()
+        self._jobs.put((opened, future))
+        return future
+
+    def _on_stream(self, bucket: Bucket) -> Future[Tensor]:
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        future: Future[Tensor] = Future(devices=[self.device])
+        with self._stream:
+            bucket.buffer.record_stream(self._stream)
+            self._run(bucket)
+            future.set_result(bucket.buffer)
+        return future
+
+    def _run(self, bucket: Bucket) -> None:
+        """`reduce`, or after a failure nothing: DDP gets NaN, and the reason is raised at the end of backward."""
+        if self._failure is None:
+            try:
+                with torch.no_grad():
+                    if self.attack is not None:
+                        self.attack(bucket)
+                    self.reduce(bucket)
+                return
+            except BaseException as error:
+                self._failure = error
+        bucket.buffer.fill_(torch.nan)
+
+    def _after_backward(self) -> None:
+        # DDP has queued its own end of backward before this runs; what is queued now comes after it.
+        Variable._execution_engine.queue_callback(self._finish)
+
+    def _finish(self) -> None:
+        first = next(iter(self.names))
+        self._seen = None if first.grad is None else (weakref.ref(first.grad), first.grad._version)
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            if isinstance(self._failure, CollectiveError):
+                raise CollectiveError(str(self._failure)) from self._failure
+            raise RuntimeError(
+                f"rank {self.rank} of {self.world_size}: {type(self).__name__} failed "
+                f"({str(self._failure).strip().partition(chr(10))[0]}); if other ranks report a lost connection, look "
+                "for the one that stopped first"
+            ) from self._failure
+
+    def _warn_of_second_backward(self, p: Tensor) -> None:
+        if self._seen is None or torch._C._current_graph_task_id() == self._backward:
+            return
+        grad, version = self._seen
+        if p.grad is not None and grad() is p.grad and p.grad._version == version:
+            warnings.warn(
+                f"{type(self).__name__}: backward again without zero_grad(): the last reduction is taken for a part of "
+                "the gradient; call zero_grad() after step(), and accumulate gradients inside no_sync()",
+                stacklevel=2,
+            )
+
+
+class CollectiveError(RuntimeError):
+    """What all ranks raise together, as they all know of it."""
+
+
+def _work(jobs: "queue.SimpleQueue[tuple[Bucket, Future[Tensor]] | None]", owner: "weakref.ref[GradientHook]") -> None:
+    while (job := jobs.get()) is not None:
+        bucket, future = job
+        hook = owner()
+        if hook is not None:
+            hook._run(bucket)
+        del hook
+        future.set_result(bucket.buffer)

@@ -1,0 +1,353 @@
+"""Majority vote (Bernstein et al. 2019, arXiv 1810.05291): each worker sends signs and receives the majority's.
+
+With n coordinates and M workers: every worker packs its signs into n bits, sends the m-th part of them to worker m
+(all-to-all), counts the ballots for its own part, and sends the result to all (all-gather). That is n (M - 1) / (4 M)
+bytes per worker and step, where the fp32 ring all-reduce sends 8 n (M - 1) / M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+
+from signstep.distributed.hooks import Bucket, CollectiveError, Entry, GradientHook
+from signstep.distributed.worker import Gradient, Worker, in_memory_order
+from signstep.kernels import bits
+from signstep.kernels import momentum as buffers
+from signstep.kernels.bits import WORD, Slot
+from signstep.kernels.reference import Segment
+from signstep.optim.hybrid import HybridSignSGD
+from signstep.optim.signsgd import SignSGD
+
+__all__ = ["Election", "MajorityVote", "all_gather", "hold"]
+
+ABSENT, PRESENT, NOT_FINITE = 0, 1, 2
+"""A worker's flag for a parameter, one byte: it abstains, it votes, or its gradient is not finite, and not counted."""
+
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Concatenates one tensor per rank; torch renamed it."""
+
+
+class Election(NamedTuple):
+    """What came out of a vote, the same on every rank."""
+
+    words: Tensor
+    """The majority, int64 [W]."""
+    ties: Tensor | None
+    """Coordinates without a majority, int64 [W]; None where a coin has decided them."""
+    flags: Tensor
+    """uint8 [M, slots], on the CPU: who voted where."""
+
+
+def hold(
+    words: Tensor,
+    flags: Sequence[int],
+    slots: Sequence[Slot],
+    *,
+    group: dist.ProcessGroup,
+    seeds: Sequence[int],
+    steps: Sequence[int],
+    keep_ties: bool,
+) -> Election:
+    """One vote over the wire; every rank calls it with the same slots.
+
+    Bytes sent per rank, with W words and P slots: 8 W (M - 1) / M in the first phase, and as many in the second, twice
+    that with keep_ties; W is rounded up to a multiple of M. Beside that P bytes to each other rank.
+
+    Args:
+        words: this worker's ballot, int64 [W]; zeros in slots from which it abstains.
+        flags: `ABSENT`, `PRESENT` or `NOT_FINITE` for each slot.
+        slots: what the words hold, without gaps from word 0.
+        group: the workers; gloo or NCCL.
+        seeds: for each slot, of the coins that decide its ties, the same on all ranks.
+        steps: for each slot, the step count in those coins.
+        keep_ties: mark ties instead of deciding them, at the price of a second bit on the way back.
+    """
+    size, rank, device = dist.get_world_size(group), dist.get_rank(group), words.device
+    share = -(-len(words) // size)
+    header = -(-len(flags) // 8)
+    outgoing = torch.zeros(size, share + header, dtype=torch.int64, device=device)
+    ballots = outgoing[:, :share]
+    full, rest = divmod(len(words), share) if share else (0, 0)
+    ballots[:full] = words[: full * share].view(full, share)
+    if rest:
+        ballots[full, :rest] = words[full * share :]
+    own_flags = torch.zeros(8 * header, dtype=torch.uint8)
+    own_flags[: len(flags)] = torch.tensor(list(flags), dtype=torch.uint8)
+    outgoing[:, share:] = own_flags.view(torch.int64).to(device)
+    incoming = torch.empty_like(outgoing)
+    if size > 1:
+        dist.all_to_all_single(incoming, outgoing, group=group)
+    else:
+        incoming = outgoing
+    all_flags = incoming[:, share:].cpu().contiguous().view(torch.uint8)[:, : len(flags)]
+
+    result = torch.zeros(2 if keep_ties else 1, share, dtype=torch.int64, device=device)
+    voters = (all_flags == PRESENT).sum(dim=0).tolist()
+    by_coin: dict[tuple[int, int], list[int]] = {}
+    for i, key in enumerate(zip(seeds, steps, strict=True)):
+        by_coin.setdefault(key, []).append(i)
+    ties = torch.zeros_like(result[0]) if keep_ties else None
+    for (seed, step), members in by_coin.items():
+        own = [(cut, voters[i]) for i in members if (cut := _cut(slots[i], rank * share, share)) is not None]
+        chosen, numbers = [cut for cut, _ in own], [number for _, number in own]
+        counted = bits.count(incoming[:, :share], numbers, chosen, seed=seed, step=torch.tensor(step), ties=ties)
+        result[0] |= counted
+        if ties is not None:
+            result[1] |= ties
+    gathered = result[None]
+    if size > 1:
+        flat = torch.empty(size * result.numel(), dtype=torch.int64, device=device)
+        all_gather(flat, result.view(-1), group=group)
+        gathered = flat.view(size, *result.shape)
+    elected = gathered[:, 0].reshape(-1)
+    return Election(elected, gathered[:, 1].reshape(-1) if keep_ties else None, all_flags)
+
+
+def _cut(slot: Slot, first: int, share: int) -> Slot | None:
+    """The part of a slot in words [first, first + share), counted from there; None if there is none."""
+    begin = max(slot.first, first)
+    end = min(slot.first + bits.word_count(slot.segment.size), first + share)
+    if begin >= end:
+        return None
+    skipped = (begin - slot.first) * WORD
+    size = min(slot.segment.size - skipped, (end - begin) * WORD)
+    return Slot(begin - first, Segment(slot.segment.parameter, slot.segment.start + skipped, size))
+
+
+class MajorityVote(GradientHook):
+    r"""Train a DDP model by majority vote: one bit per coordinate each way.
+
+    With :math:`m_w` the momentum of worker w's own gradient and :math:`\xi_w` its own dither,
+
+    .. math::
+        v = \mathrm{sign}\Big(\sum_w \mathrm{sign}(m_w + \xi_w)\Big), \qquad x \leftarrow x - \delta\, v
+
+    Momentum, dither and sign of the optimizer move to the worker's side; ``p.grad`` holds v after backward, and
+    ``optimizer.step()``, schedulers, ``zero_grad`` and ``no_sync`` are used as ever. The step takes the sign of what is
+    in ``p.grad``, so clipping and ``GradScaler.unscale_``, which scale v, change nothing.
+
+    What one bit cannot say is decided so:
+
+    - a coordinate whose momentum is exactly 0 casts a coin, from a stream of its rank's own;
+    - a parameter that this rank's backward has not reached, or a rank that has joined (``model.join()``), abstains: one
+      byte per parameter, and its momentum stays as it is;
+    - a tie of an even number of voters is a coin that all ranks share.
+
+    Args:
+        model: wrapped in DistributedDataParallel; parameters that are not the optimizer's get the ordinary mean.
+        optimizer: `SignSGD` or `HybridSignSGD` over the model's parameters, with dither before the sign or none.
+        ties: "random", or "abstain": a tied coordinate does not move, which costs a second bit on the way back, 3 n (M
+            - 1) / (8 M) bytes in all.
+        error_feedback: each worker adds to its momentum what its earlier signs left out, see `Worker`.
+        nonfinite: what a gradient that is not finite does. "raise": backward raises on all ranks, with rank and
+            parameter. "abstain": that worker has no vote on that parameter, and its momentum stays as it is. "skip":
+            the gradients become NaN on all ranks, so that a GradScaler skips the step. Default: "skip" with a
+            grad_scaler, else "raise".
+        dither_workers: "independent": every worker's noise has the optimizer's sigma; "scaled": sigma sqrt(M), which
+            keeps the range in which the expected vote is linear in the momentum.
+        grad_scaler: of a loop with float16 autocast: gradients are divided by its scale before they enter the momentum.
+        after_switch: how gradients are averaged in the SGD phase of HybridSignSGD: "mean" (all-reduce), "bf16" or
+            "powersgd" (rank 2, with error feedback; Vogels et al. 2019, arXiv 1905.13727).
+
+    Raises:
+        TypeError, ValueError: a model, optimizer or option that does not fit, one sentence.
+        CollectiveError: from backward, on all ranks: a gradient is not finite.
+
+    HybridSignSGD calibrates on each worker's own gradient g_w against the vote: the means over workers of <v, g_w> and
+    ||g_w||^2 take the place of <s, g> and ||g||^2. A worker's gradient is noisier than the mean's, so the rate is that
+    of a worker's batch, too small for the mean's rather than too large. "applied" is the same as "ratio" here.
+
+    Example:
+        .. code-block:: python
+
+            model = DistributedDataParallel(net)
+            optimizer = SignSGD(model.parameters(), lr=1e-3)
+            vote = MajorityVote(model, optimizer)
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        optimizer: SignSGD,
+        *,
+        ties: str = "random",
+        error_feedback: bool = False,
+        nonfinite: str | None = None,
+        dither_workers: str = "independent",
+        grad_scaler: GradScaler | None = None,
+        after_switch: str = "mean",
+    ) -> None:
+        nonfinite = nonfinite or ("raise" if grad_scaler is None else "skip")
+        for option, value, allowed in (
+            ("ties", ties, ("random", "abstain")),
+            ("nonfinite", nonfinite, ("raise", "abstain", "skip")),
+            ("after_switch", after_switch, ("mean", "bf16", "powersgd")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"Invalid {option}: {value!r}, expected one of {', '.join(map(repr, allowed))}")
+        super().__init__(model)
+        self.worker = Worker(
+            optimizer,
+            self.names,
+            self.rank,
+            self.world_size,
+            dither_workers=dither_workers,
+            error_feedback=error_feedback,
+        )
+        self.optimizer, self.ties, self.nonfinite = optimizer, ties, nonfinite
+        self.grad_scaler, self.after_switch = grad_scaler, after_switch
+        self._voted: set[int] = set()
+        self._skip = False
+        self._sums = self._no_sums()
+        self._power: Any = None
+        optimizer.register_step_pre_hook(self._check_steps)
+
+    def _no_sums(self) -> Tensor:
+        return torch.zeros(len(self.optimizer.param_groups), 2, dtype=torch.float64, device=self.device)
+
+    def reduce(self, bucket: Bucket) -> None:
+        """Vote on what is in the sign phase, average the rest."""
+        if self.grad_scaler is not None:
+            bucket.buffer.mul_(1.0 / self.grad_scaler.get_scale())
+        voting = [e for e in bucket.entries if self.worker.votes(e.name)]
+        if voting:
+            self._vote(voting, finite=bool(bucket.buffer.dot(bucket.buffer).isfinite()))
+        averaged = [e for e in bucket.entries if not self.worker.votes(e.name)]
+        if averaged:
+            self._average(bucket, averaged)
+        if bucket.is_last:
+            self._end_round()
+
+    def _vote(self, entries: Sequence[Entry], finite: bool) -> None:
+        worker, groups = self.worker, self.optimizer.param_groups
+        gradients = [Gradient(e.name, in_memory_order(e.param), e.flat) for e in entries]
+        slots, size = worker.slots(gradients)
+        flags = [PRESENT if e.present else ABSENT for e in entries]
+        if not finite:  # or so large that its square is not
+            flags = [
+                NOT_FINITE if f and not e.flat.isfinite().all() else f for f, e in zip(flags, entries, strict=True)
+            ]
+        words = torch.zeros(size, dtype=torch.int64, device=self.device)
+        casting = [i for i, flag in enumerate(flags) if flag == PRESENT]
+        worker.cast([gradients[i] for i in casting], words, [slots[i] for i in casting])
+        indices = [worker.groups[e.name] for e in entries]
+        election = hold(
+            words,
+            flags,
+            slots,
+            group=self.group,
+            seeds=[groups[i]["seed"] for i in indices],
+            steps=[worker.steps[i] for i in indices],
+            keep_ties=self.ties == "abstain",
+        )
+        self._refuse_nonfinite(election.flags, entries)
+
+        sums = None
+        if isinstance(self.optimizer, HybridSignSGD):
+            sums = torch.zeros(len(entries), 2, dtype=torch.float64, device=self.device)
+        elected = (election.flags == PRESENT).any(dim=0).tolist()
+        bits.spread(election.words, election.ties, slots, [e.flat for e in entries], sums)
+        for i, (entry, index) in enumerate(zip(entries, indices, strict=True)):
+            if not elected[i]:
+                entry.flat.zero_()
+                continue
+            self._voted.add(index)
+            if sums is not None and flags[i] == PRESENT:
+                # What is averaged is -g under maximize, as in one process.
+                self._sums[index] += sums[i] * torch.tensor([-1.0 if groups[index]["maximize"] else 1.0, 1.0])
+        if self._skip:
+            for entry in entries:
+                entry.flat.fill_(torch.nan)
+
+    def _refuse_nonfinite(self, flags: Tensor, entries: Sequence[Entry]) -> None:
+        """Do what `nonfinite` says, on all ranks alike."""
+        found = (flags == NOT_FINITE).nonzero().tolist()
+        if not found or self.nonfinite == "abstain":
+            return
+        self._skip = True
+        if self.nonfinite == "raise":
+            rank, i = found[0]
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise CollectiveError(
+                f"the gradient of {entries[i].name} on rank {rank} is not finite{more}: lower the learning rate, or "
+                'pass nonfinite="abstain" to leave such a worker out, or grad_scaler for float16'
+            )
+
+    def _average(self, bucket: Bucket, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            if entry.name in self.worker.groups:
+                self._hand_over(entry)
+        if self.after_switch == "powersgd" and len(entries) == len(bucket.entries):
+            bucket.buffer.copy_(self._power_sgd(bucket))
+            return
+        whole = bucket.buffer if len(entries) == len(bucket.entries) else torch.cat([e.flat for e in entries])
+        mean = whole / self.world_size
+        if self.after_switch == "bf16":
+            mean = mean.to(torch.bfloat16)
+        if self.world_size > 1:
+            dist.all_reduce(mean, group=self.group)
+        for entry, part in zip(entries, torch.split(mean, [e.flat.numel() for e in entries]), strict=True):
+            entry.flat.copy_(part)
+
+    def _hand_over(self, entry: Entry) -> None:
+        """After the switch: SGD's momentum starts from the mean of the workers', and theirs is freed."""
+        state = self.worker.state.pop(entry.name, {})
+        group = self.optimizer.param_groups[self.worker.groups[entry.name]]
+        if group["sgd_momentum"] == 0 or entry.param in self.optimizer.state:
+            return
+        mean = torch.zeros_like(entry.param, dtype=torch.float32)
+        if "exp_avg" in state:
+            in_memory_order(mean).copy_(buffers.read(state["exp_avg"], state.get("exp_avg_scale")))
+        mean /= self.world_size
+        if self.world_size > 1:
+            dist.all_reduce(mean, group=self.group)
+        kept = buffers.new_momentum(entry.param, group["state_dtype"])
+        if kept["exp_avg"].is_floating_point():  # 8 bits start from 0
+            kept["exp_avg"].copy_(mean)
+        self.optimizer.state[entry.param] = kept
+
+    def _power_sgd(self, bucket: Bucket) -> Tensor:
+        from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
+
+        if self._power is None:
+            self._power = powersgd.PowerSGDState(
+                self.group, matrix_approximation_rank=2, start_powerSGD_iter=2, warm_start=True
+            )
+        return powersgd.powerSGD_hook(self._power, bucket.original).wait()
+
+    def _end_round(self) -> None:
+        """After the last bucket: the calibration's sums, and the count of votes."""
+        if isinstance(self.optimizer, HybridSignSGD) and self._voted:
+            if self.world_size > 1:
+                dist.all_reduce(self._sums, group=self.group)
+            self.optimizer.voted_sums = list((self._sums / self.world_size).unbind())
+        self._sums = self._no_sums()
+        if not self._skip:
+            for index in self._voted:
+                self.worker.steps[index] += 1
+        self._voted, self._skip = set(), False
+
+    def _check_steps(self, optimizer: object, *_: object) -> None:
+        for index, (group, votes) in enumerate(zip(self.optimizer.param_groups, self.worker.steps, strict=True)):
+            taken = int(group["step"])
+            in_sign_phase = group.get("phase", "sign") == "sign"
+            if in_sign_phase and not taken <= votes <= taken + 1:
+                raise RuntimeError(
+                    f"param_group {index} has taken {taken} steps and {votes} votes: load vote.state_dict() together "
+                    "with the optimizer's, after MajorityVote was made"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rank's own state, with the momentum of its own gradients by parameter name: save it per rank."""
+        return self.worker.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load this rank's state, after the optimizer's; ValueError for another rank's or another world size's."""
+        self.worker.load_state_dict(state)

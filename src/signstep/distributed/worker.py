@@ -1,0 +1,327 @@
+"""One worker's side of the wire: momentum, dither and sign of its own gradients, as bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from signstep.kernels import bits
+from signstep.kernels import momentum as buffers
+from signstep.kernels.bits import Slot
+from signstep.kernels.engine import Dither, Options, Tensors, select
+from signstep.kernels.reference import Segment
+from signstep.optim.dither import dither_std
+from signstep.optim.hybrid import HybridSignSGD
+from signstep.optim.signsgd import SignSGD, decays
+
+__all__ = ["Gradient", "Worker", "resplit", "worker_seed"]
+
+DITHER_WORKERS = ("independent", "scaled")
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def worker_seed(seed: int, rank: int) -> int:
+    """The Philox key of one worker's dither, zero coins and rounding: rank 0's is the optimizer's own.
+
+    Args:
+        seed: of the param_group, in [0, 2^64).
+        rank: of the worker.
+
+    Example:
+        >>> worker_seed(7, 0)
+        7
+    """
+    return seed ^ (rank * _GOLDEN % (1 << 64))
+
+
+class Gradient(NamedTuple):
+    """Consecutive elements of one parameter's gradient, as a worker takes them."""
+
+    name: str
+    param: Tensor
+    """The same elements of the parameter, 1-D; read by coupled weight decay only."""
+    flat: Tensor
+    """1-D."""
+    start: int = 0
+    """Index, in the whole parameter, of the first element."""
+
+
+class Worker:
+    """Momentum, dither and sign of one worker, for every parameter of an optimizer.
+
+    State is kept by parameter name, 1-D in the order of the parameter's memory: ``exp_avg`` (with ``exp_avg_scale`` in
+    8 bits), ``mean_square`` under relative dither, ``residual`` under error feedback.
+
+    Args:
+        optimizer: whose options say what a worker does; its own momentum, dither and sign are off from now on.
+        names: of the parameters.
+        rank: of this worker.
+        world_size: number of workers.
+        dither_workers: "independent": each worker's noise has the optimizer's sigma. "scaled": sigma sqrt(M), so that
+            the expected vote is linear in the momentum over the same range as one worker's sign.
+        error_feedback: add to the momentum what earlier signs left out, a = m + e, and keep e = a - mean|a| sign.
+
+    Raises:
+        TypeError: the optimizer is not one of signstep's.
+        ValueError: an option that a vote cannot have.
+    """
+
+    def __init__(
+        self,
+        optimizer: SignSGD,
+        names: Mapping[Tensor, str],
+        rank: int,
+        world_size: int,
+        *,
+        dither_workers: str = "independent",
+        error_feedback: bool = False,
+    ) -> None:
+        if not isinstance(optimizer, SignSGD):
+            raise TypeError(
+                f"a vote needs SignSGD or HybridSignSGD, got {type(optimizer).__name__}; for other optimizers compress "
+                "the gradients, with signstep.distributed.CompressedGradients"
+            )
+        if dither_workers not in DITHER_WORKERS:
+            raise ValueError(f"Invalid dither_workers: {dither_workers!r}, expected one of {DITHER_WORKERS}")
+        self.optimizer, self.rank, self.world_size = optimizer, rank, world_size
+        self.names = dict(names)
+        self.error_feedback = error_feedback
+        self._sigma_factor = math.sqrt(world_size) if dither_workers == "scaled" else 1.0
+        self.state: dict[str, dict[str, Tensor]] = {}
+        self.groups: dict[str, int] = {}
+        self.ordinals: dict[str, int] = {}
+        ordinal = 0
+        for index, group in enumerate(optimizer.param_groups):
+            self._check(group)
+            for p in group["params"]:
+                if p in self.names:
+                    name = self.names[p]
+                    self.groups[name], self.ordinals[name] = index, ordinal
+                    self._take_over(name, p)
+                ordinal += 1
+        self.steps = [int(group["step"]) for group in optimizer.param_groups]
+        """Votes that each param_group has taken part in, as its own step count."""
+        optimizer.takes_votes = True
+
+    def _check(self, group: dict[str, Any]) -> None:
+        if group["dither"] > 0 and group["dither_position"] == "post":
+            raise ValueError("Invalid dither_position: 'post', noise after the sign does not fit in one bit; use 'pre'")
+        for option in ("capturable", "differentiable"):
+            if group[option]:
+                raise ValueError(f"Invalid {option}: True, a vote cannot be so; leave it out")
+        if any(p.is_complex() for p in group["params"]):
+            raise ValueError("a vote takes real parameters: keep a complex one as torch.view_as_real of itself")
+        if self.error_feedback and group["state_dtype"] in buffers.STOCHASTIC:
+            raise ValueError(f"Invalid state_dtype: {group['state_dtype']} with error_feedback=True, use torch.float32")
+
+    def _take_over(self, name: str, p: Tensor) -> None:
+        """What the optimizer has kept of a parameter becomes this worker's."""
+        state = self.optimizer.state.pop(p, {})
+        if "exp_avg" in state:
+            own = state["exp_avg"]
+            self.state[name] = {"exp_avg": own.view(-1) if own.dtype == torch.int8 else in_memory_order(own)}
+            self.state[name] |= {key: state[key] for key in ("exp_avg_scale", "mean_square") if key in state}
+
+    def votes(self, name: str) -> bool:
+        """Whether a parameter is moved by votes now: it is the optimizer's, and its group is in the sign phase."""
+        if name not in self.groups:
+            return False
+        index = self.groups[name]
+        group = self.optimizer.param_groups[index]
+        if not isinstance(self.optimizer, HybridSignSGD):
+            return True
+        # By the count of votes: a rank that has joined does not step its optimizer.
+        due = group["switch_step"] is not None and self.steps[index] >= group["switch_step"]
+        return group["phase"] == "sign" and not due
+
+    def cast(self, gradients: Sequence[Gradient], words: Tensor, slots: Sequence[Slot]) -> None:
+        """Take gradients into the momentum and write the signs into the words of their slots.
+
+        Args:
+            gradients: of parameters that vote; several may be runs of the same parameter.
+            words: int64 [W].
+            slots: for each, where its bits go.
+        """
+        by_group: dict[int, list[int]] = {}
+        for i, gradient in enumerate(gradients):
+            by_group.setdefault(self.groups[gradient.name], []).append(i)
+        for index, members in by_group.items():
+            group = self.optimizer.param_groups[index]
+            chosen, own = [gradients[i] for i in members], [slots[i] for i in members]
+            tensors, options = self._tensors(group, chosen), self._options(group, self.steps[index])
+            if self.error_feedback:
+                self._cast_with_feedback(group, tensors, options, chosen, words, own)
+            else:
+                bits.cast(tensors, options, words, own)
+
+    def _tensors(self, group: dict[str, Any], gradients: Sequence[Gradient]) -> Tensors:
+        tensors = Tensors([], [], [], [], [], [], [])
+        for name, param, flat, start in gradients:
+            tensors.params.append(param)
+            tensors.grads.append(flat)
+            tensors.ordinals.append(self.ordinals[name])
+            tensors.offsets.append(start)
+            key = name if start == 0 else f"{name}@{start}"
+            state = self.state.setdefault(key, {})
+            if group["momentum"] > 0:
+                if "exp_avg" not in state:
+                    state.update(buffers.new_momentum(flat, group["state_dtype"]))
+                tensors.exp_avgs.append(state["exp_avg"])
+                if "exp_avg_scale" in state:
+                    tensors.scales.append(state["exp_avg_scale"])
+            if group["dither"] > 0 and group["dither_scale"] == "relative":
+                if "mean_square" not in state:
+                    state["mean_square"] = torch.zeros((), device=flat.device)
+                tensors.mean_squares.append(state["mean_square"])
+            if self.error_feedback and "residual" not in state:
+                state["residual"] = torch.zeros_like(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
+        return tensors
+
+    def _options(self, group: dict[str, Any], step: int) -> Options:
+        count = torch.tensor(step)
+        sigma = dither_std(count, group["dither"], group["dither_decay"]) * self._sigma_factor
+        return Options(
+            step=count,
+            rate=0.0,
+            decay=1.0,
+            coupled_weight_decay=decays(0.0, group["weight_decay"], group["decoupled_weight_decay"])[1],
+            momentum=group["momentum"],
+            state_dtype=group["state_dtype"],
+            dither=Dither("pre", sigma) if group["dither"] > 0 else None,
+            seed=worker_seed(group["seed"], self.rank),
+            maximize=group["maximize"],
+            sums=None,
+            sums_applied=False,
+        )
+
+    def _cast_with_feedback(
+        self,
+        group: dict[str, Any],
+        tensors: Tensors,
+        options: Options,
+        gradients: Sequence[Gradient],
+        words: Tensor,
+        slots: Sequence[Slot],
+    ) -> None:
+        for i, (gradient, slot) in enumerate(zip(gradients, slots, strict=True)):
+            one = select(tensors, [i])
+            g = -gradient.flat if options.maximize else gradient.flat
+            residual = self.state[gradient.name]["residual"]
+            if options.coupled_weight_decay:
+                g = g.to(residual.dtype).add(gradient.param.to(residual.dtype), alpha=options.coupled_weight_decay)
+            corrected = buffers.update_entry(one, 0, g, options) + residual
+            plain = options._replace(momentum=0.0, maximize=False, coupled_weight_decay=0.0)
+            bits.cast(one._replace(grads=[corrected], exp_avgs=[], scales=[]), plain, words, [slot])
+            residual.copy_(corrected)
+            bits.spread(words, None, [slot], [corrected])
+            residual.sub_(corrected, alpha=float(residual.abs().mean()))
+
+    def slots(self, gradients: Sequence[Gradient]) -> tuple[list[Slot], int]:
+        """Where the bits of each gradient go, side by side from word 0, and the number of words."""
+        out, first = [], 0
+        for name, _, flat, start in gradients:
+            out.append(Slot(first, Segment(self.ordinals[name], start, flat.numel())))
+            first += bits.word_count(flat.numel())
+        return out, first
+
+    def state_dict(self) -> dict[str, Any]:
+        """The worker's state: tensors by parameter name, and how many votes each param_group has taken part in."""
+        return {
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "steps": list(self.steps),
+            "state": {name: dict(state) for name, state in self.state.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` of the same rank gave.
+
+        Raises:
+            ValueError: it is another rank's, of another number of workers, or of other parameters.
+        """
+        if state["world_size"] != self.world_size:
+            raise ValueError(
+                f"this vote was saved by {state['world_size']} workers and there are {self.world_size} now: gather the "
+                "states of all ranks and pass them through signstep.distributed.resplit"
+            )
+        if state["rank"] != self.rank:
+            raise ValueError(f"this is the vote's state of rank {state['rank']}, and this is rank {self.rank}")
+        if len(state["steps"]) != len(self.steps):
+            raise ValueError(
+                f"this vote was saved with {len(state['steps'])} param_groups, the optimizer has {len(self.steps)}"
+            )
+        sizes = {name: p.numel() for p, name in self.names.items()}
+        unknown = sorted({name.partition("@")[0] for name in state["state"]} - sizes.keys())
+        if unknown:
+            raise ValueError(f"this vote was saved with parameters that the model has not: {', '.join(unknown)}")
+        for name, tensors in state["state"].items():
+            if "@" not in name and "exp_avg" in tensors and tensors["exp_avg"].numel() > sizes[name]:
+                raise ValueError(
+                    f"the momentum of {name} was saved with {tensors['exp_avg'].numel()} elements, the parameter has "
+                    f"{sizes[name]}: load the state of this model"
+                )
+        devices = {name: p.device for p, name in self.names.items()}
+        self.steps = list(state["steps"])
+        self.state = {
+            name: {key: x.to(devices[name.partition("@")[0]], copy=True) for key, x in tensors.items()}
+            for name, tensors in state["state"].items()
+        }
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """A dense tensor's elements as DDP lays out its gradient, 1-D: in the order of its memory."""
+    if x.is_contiguous():
+        return x.detach().view(-1)
+    strides = sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1)
+    dense = all(s == math.prod(n for _, n in strides[:i]) for i, (s, _) in enumerate(strides))
+    return x.detach().as_strided((x.numel(),), (1,)) if dense else x.detach().reshape(-1)
+
+
+def resplit(states: Sequence[Mapping[str, Any]], world_size: int) -> list[dict[str, Any]]:
+    """The states of all old workers as those of another number of workers.
+
+    Every new worker starts from the mean of the old workers' momenta and residuals, so their mean over workers, which
+    is what the vote is about, is what it was. 8-bit momentum is left out, and starts from 0.
+
+    Args:
+        states: `state_dict` of every old rank, in any order.
+        world_size: number of workers from now on.
+
+    Returns:
+        For each new rank, what `load_state_dict` takes.
+
+    Raises:
+        ValueError: a rank's state is missing or there twice.
+
+    Example:
+        >>> old = [{"rank": r, "world_size": 2, "steps": [5], "state": {"w": {"exp_avg": torch.ones(3) * r}}}
+        ...        for r in (0, 1)]
+        >>> new = resplit(old, 3)
+        >>> len(new), new[2]["state"]["w"]["exp_avg"].tolist()
+        (3, [0.5, 0.5, 0.5])
+    """
+    ranks = sorted(state["rank"] for state in states)
+    expected = states[0]["world_size"] if states else 0
+    if not states or ranks != list(range(expected)):
+        raise ValueError(f"resplit needs the state of each of the {expected} ranks once, got those of {ranks}")
+    merged: dict[str, dict[str, Tensor]] = {}
+    for name in dict.fromkeys(name for state in states for name in state["state"]):
+        entries = [state["state"][name] for state in states if name in state["state"]]
+        kept = [key for key in entries[0] if key != "exp_avg_scale" and entries[0][key].is_floating_point()]
+        merged[name] = {}
+        for key in kept:
+            total = torch.stack([e[key].to(torch.float64) for e in entries]).sum(0) / len(states)
+            merged[name][key] = total.to(entries[0][key].dtype)
+    return [
+        {
+            "rank": rank,
+            "world_size": world_size,
+            "steps": list(states[0]["steps"]),
+            "state": {name: {key: x.clone() for key, x in tensors.items()} for name, tensors in merged.items()},
+        }
+        for rank in range(world_size)
+    ]

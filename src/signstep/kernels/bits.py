@@ -1,0 +1,171 @@
+"""One bit per coordinate: what a worker casts, how ballots are counted, and how the result becomes numbers again.
+
+Element e of a slot (a parameter, or a run of its elements) is bit e % 64 of word e // 64 of its words, 1 for up; words
+are int64, and a slot begins at a word, so bits beyond its last element are never used. One bit has no third value:
+
+- a momentum of exactly 0 casts a coin, stream `ZERO_COINS` of the worker's own seed;
+- a tie of an even number of voters is a coin, stream `TIE_COINS` of the seed that all workers share.
+
+The coin of element e of parameter p at step k is bit e % 128 of the Philox block with counter (e // 128, k, p, stream).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from signstep.kernels import momentum as buffers
+from signstep.kernels import reference
+from signstep.kernels.engine import Options, Tensors, sigmas
+from signstep.kernels.reference import TIE_COINS, ZERO_COINS, Segment
+
+WORD = 64
+
+
+class Slot(NamedTuple):
+    """Where the bits of a run of elements are."""
+
+    first: int
+    """The first word."""
+    segment: Segment
+
+
+def word_count(elements: int) -> int:
+    """Words that hold a bit for each element."""
+    return -(-elements // WORD)
+
+
+def pack(up: Tensor) -> Tensor:
+    """Bits as words: bool [n] to int64 [ceil(n / 64)], the last filled up with zeros."""
+    padded = torch.nn.functional.pad(up.reshape(-1), (0, -up.numel() % WORD)).view(-1, WORD)
+    return (padded.to(torch.int64) << torch.arange(WORD, device=up.device)).sum(dim=1)
+
+
+def bits(words: Tensor, size: int) -> Tensor:
+    """The inverse of `pack`: int64 [ceil(size / 64)] to bool [size]."""
+    return ((words[:, None] >> torch.arange(WORD, device=words.device)) & 1).flatten()[:size].bool()
+
+
+def coins(segment: Segment, stream: int, *, seed: int, step: Tensor, device: torch.device) -> Tensor:
+    """A fair coin for every element of a segment, bool [size]."""
+    (words,) = reference.blocks([segment], 128, stream, seed, step, device)
+    each = torch.stack([(w[:, None] >> torch.arange(32, device=device)) & 1 for w in words], dim=1).flatten()
+    return each.narrow(0, segment.start % 128, segment.size).bool()
+
+
+def cast(tensors: Tensors, options: Options, words: Tensor, slots: Sequence[Slot]) -> None:
+    """The worker's side of Algorithm 1: momentum, dither and sign of each tensor, as bits instead of a step.
+
+    Args:
+        tensors: gradients and momentum; params are read, and only where coupled weight decay wants them.
+        options: as of a step; rate and decay are not used, and sums must be None. `seed` is the worker's own.
+        words: int64 [W], in which the words of each slot are written.
+        slots: for each tensor, where its bits go and which elements they are.
+    """
+    for i, (param, grad) in enumerate(zip(tensors.params, tensors.grads, strict=True)):
+        if options.maximize:
+            grad = -grad
+        if options.coupled_weight_decay != 0:
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            grad = grad.to(wide).add(param.to(wide), alpha=options.coupled_weight_decay)
+        m = buffers.update_entry(tensors, i, grad, options)
+        segment = slots[i].segment
+        direction = m
+        if options.dither is not None:
+            (direction,) = reference.directions(
+                [m],
+                sigmas(options.dither, tensors.mean_squares[i : i + 1], 1),
+                [segment],
+                seed=options.seed,
+                step=options.step,
+                position="pre",
+            )
+        if tensors.mean_squares:
+            tensors.mean_squares[i].copy_(buffers.mean_square(m))
+        up = direction.reshape(-1) > 0
+        zero = m.reshape(-1) == 0
+        if zero.any():
+            coin = coins(segment, ZERO_COINS, seed=options.seed, step=options.step, device=m.device)
+            up = torch.where(zero, coin, up)
+        words[slots[i].first : slots[i].first + word_count(segment.size)] = pack(up)
+
+
+def count(
+    ballots: Tensor,
+    voters: Sequence[int],
+    slots: Sequence[Slot],
+    *,
+    seed: int,
+    step: Tensor,
+    ties: Tensor | None = None,
+) -> Tensor:
+    """The majority of the ballots, by carry-save addition of bit planes: 64 coordinates at a time.
+
+    Args:
+        ballots: int64 [M, W], one worker's words in a row; who abstains from a slot has zeros there.
+        voters: for each slot, how many workers vote in it; 0 leaves its words 0.
+        slots: what the words hold; none may overlap, and words outside all slots stay 0.
+        seed: shared by all workers, of the coin that decides a tie.
+        step: 0-dim int64 tensor.
+        ties: int64 [W] in which ties are marked instead, their majority being 0; None: ties are decided by coins.
+
+    Returns:
+        int64 [W].
+    """
+    planes: list[Tensor] = []
+    for row in ballots:
+        carry = row
+        for i, plane in enumerate(planes):
+            planes[i], carry = plane ^ carry, plane & carry
+        planes.append(carry)
+    planes = planes[: len(ballots).bit_length()]
+    out = torch.zeros_like(ballots[0])
+    if ties is not None:
+        ties.zero_()
+    for slot, number in zip(slots, voters, strict=True):
+        if number == 0:
+            continue
+        words = slice(slot.first, slot.first + word_count(slot.segment.size))
+        above, equal = torch.zeros_like(out[words]), torch.full_like(out[words], -1)
+        for i in reversed(range(len(planes))):
+            plane = planes[i][words]
+            if (number // 2) >> i & 1:
+                equal &= plane
+            else:
+                above |= equal & plane
+                equal &= ~plane
+        if number % 2 == 0:
+            tied = equal & pack(torch.ones(slot.segment.size, dtype=torch.bool, device=out.device))
+            if ties is not None:
+                ties[words] = tied
+            elif tied.any():
+                above |= tied & pack(coins(slot.segment, TIE_COINS, seed=seed, step=step, device=out.device))
+        out[words] = above
+    return out
+
+
+def spread(
+    words: Tensor, ties: Tensor | None, slots: Sequence[Slot], outs: Sequence[Tensor], sums: Tensor | None = None
+) -> None:
+    """Write the votes as numbers: +1 where a bit is 1, -1 where it is 0, 0 where a tie is marked.
+
+    Args:
+        words: int64 [W].
+        ties: int64 [W], or None where there are none.
+        slots: for each tensor of outs, where its bits are.
+        outs: 1-D, any float dtype, one element per bit; overwritten.
+        sums: float64 [len(outs), 2], written: with v the votes, <v, g> and ||g||^2 of what outs held before; None: not
+            wanted.
+    """
+    for i, (slot, out) in enumerate(zip(slots, outs, strict=True)):
+        own = slice(slot.first, slot.first + word_count(slot.segment.size))
+        votes = bits(words[own], slot.segment.size).to(out.dtype) * 2 - 1
+        if ties is not None:
+            votes = votes.masked_fill_(bits(ties[own], slot.segment.size), 0)
+        if sums is not None:
+            wide = out.to(torch.float64)
+            sums[i, 0], sums[i, 1] = wide @ votes.to(torch.float64), wide @ wide
+        out.copy_(votes)

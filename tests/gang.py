@@ -1,0 +1,109 @@
+"""Ranks for tests: processes that keep their gloo group and run one module-level function after another."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "signstep.distributed", "signstep.optim.hybrid"])
+GROUP_TIMEOUT = 60
+"""Seconds after which a collective that not all ranks have called fails."""
+
+
+def _serve(rank: int, size: int, store: str, path: list[str], pipe: Connection) -> None:
+    sys.path[:] = path
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=GROUP_TIMEOUT)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            break
+        try:
+            torch.manual_seed(0)
+            pipe.send((function(*arguments), None))
+        except BaseException:
+            pipe.send((None, traceback.format_exc()))
+    os._exit(0)
+
+
+class Gang:
+    """`size` ranks with one default group."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.store = tempfile.mktemp(prefix="gang-")
+        ends = [CONTEXT.Pipe() for _ in range(size)]
+        self.pipes = [mine for mine, _ in ends]
+        self.processes = [
+            CONTEXT.Process(target=_serve, args=(rank, size, self.store, sys.path, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(ends)
+        ]
+        for process, (_, theirs) in zip(self.processes, ends, strict=True):
+            process.start()
+            theirs.close()
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 100) -> list[Any]:
+        """What the function returns on each rank; an AssertionError with the tracebacks if it fails on any."""
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        answers: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        end = time.monotonic() + timeout
+        while len(answers) + len(errors) < self.size:
+            open_ = [p for i, p in enumerate(self.pipes) if i not in answers and i not in errors]
+            ready = wait(open_, timeout=max(0.0, end - time.monotonic()))
+            if not ready:
+                missing = [i for i in range(self.size) if i not in answers and i not in errors]
+                self.stop()
+                raise AssertionError(f"ranks {missing} have not answered after {timeout} s; {errors}")
+            for pipe in ready:
+                rank = self.pipes.index(pipe)
+                try:
+                    answer, error = pipe.recv()
+                except EOFError:
+                    answer, error = None, "the process has died"
+                if error is None:
+                    answers[rank] = answer
+                else:
+                    errors[rank] = error
+        if errors:
+            self.stop()
+            raise AssertionError("\n".join(f"rank {rank}: {error}" for rank, error in sorted(errors.items())))
+        return [answers[rank] for rank in range(self.size)]
+
+    def stop(self) -> None:
+        """End the processes; the next `gang` of this size starts new ones."""
+        _GANGS.pop(self.size, None)
+        for process in self.processes:
+            process.kill()
+
+
+_GANGS: dict[int, Gang] = {}
+
+
+def gang(size: int) -> Gang:
+    """The ranks of this test process, started on first use."""
+    if size not in _GANGS:
+        _GANGS[size] = Gang(size)
+    return _GANGS[size]
+
+
+@atexit.register
+def _stop_all() -> None:
+    for each in list(_GANGS.values()):
+        each.stop()

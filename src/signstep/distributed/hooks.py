@@ -110,7 +110,15 @@ class GradientHook(ABC):
         if self._stream is None:
             threading.Thread(target=_work, args=(self._jobs, weakref.ref(self)), daemon=True).start()
         weakref.finalize(self, self._jobs.put, None)
-        model.register_comm_hook(None, self._hook)
+        self._model = model
+
+    def attach(self) -> None:
+        """Register the hook: the last thing that a constructor does, as DDP takes one hook and never gives it back.
+
+        Raises:
+            RuntimeError: the model has a communication hook already.
+        """
+        self._model.register_comm_hook(None, self._hook)
 
     @abstractmethod
     def reduce(self, bucket: Bucket) -> None:

@@ -148,8 +148,8 @@ class MajorityVote(GradientHook):
         error_feedback: each worker adds to its momentum what its earlier signs left out, see `Worker`.
         nonfinite: what a gradient that is not finite does. "raise": backward raises on all ranks, with rank and
             parameter. "abstain": that worker has no vote on that parameter, and its momentum stays as it is. "skip":
-            the gradients become NaN on all ranks, so that a GradScaler skips the step. Default: "skip" with a
-            grad_scaler, else "raise".
+            the gradients become NaN on all ranks, so that a GradScaler skips the step; what was finite stays in its
+            worker's momentum. Default: "skip" with a grad_scaler, else "raise".
         dither_workers: "independent": every worker's noise has the optimizer's sigma; "scaled": sigma sqrt(M), which
             keeps the range in which the expected vote is linear in the momentum.
         grad_scaler: of a loop with float16 autocast: gradients are divided by its scale before they enter the momentum.
@@ -208,6 +208,7 @@ class MajorityVote(GradientHook):
         self._sums = self._no_sums()
         self._power: Any = None
         optimizer.register_step_pre_hook(self._check_steps)
+        self.attach()
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(len(self.optimizer.param_groups), 2, dtype=torch.float64, device=self.device)

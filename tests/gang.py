@@ -57,8 +57,13 @@ class Gang:
             process.start()
             theirs.close()
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 100) -> list[Any]:
-        """What the function returns on each rank; an AssertionError with the tracebacks if it fails on any."""
+    def run(
+        self, function: Callable[..., Any], *arguments: Any, timeout: float = 100, victim: int | None = None
+    ) -> list[Any]:
+        """What the function returns on each rank; an AssertionError with the tracebacks if it fails on any.
+
+        The victim is a rank that must die meanwhile, and answers None.
+        """
         for pipe in self.pipes:
             pipe.send((function, arguments))
         answers: dict[int, Any] = {}
@@ -76,13 +81,14 @@ class Gang:
                 try:
                     answer, error = pipe.recv()
                 except EOFError:
-                    answer, error = None, "the process has died"
+                    answer, error = None, None if rank == victim else "the process has died"
                 if error is None:
                     answers[rank] = answer
                 else:
                     errors[rank] = error
-        if errors:
+        if errors or victim is not None:
             self.stop()
+        if errors:
             raise AssertionError("\n".join(f"rank {rank}: {error}" for rank, error in sorted(errors.items())))
         return [answers[rank] for rank in range(self.size)]
 

@@ -13,10 +13,10 @@ import threading
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -85,8 +85,8 @@ class GradientHook(ABC):
             rank that has died. After that the hook, like the process group, is of no more use.
     """
 
-    attack: Any = None
-    """For tests and studies: called with each bucket before it is reduced, see `signstep.distributed.attacks`."""
+    attack: Callable[[Sequence[Entry]], Sequence[Entry]] | None = None
+    """For tests and studies: what this rank does to each bucket's entries first, see `signstep.distributed.attacks`."""
 
     def __init__(self, model: DistributedDataParallel) -> None:
         if not isinstance(model, DistributedDataParallel):
@@ -94,7 +94,9 @@ class GradientHook(ABC):
                 f"{type(self).__name__}: expected a model wrapped in DistributedDataParallel, got "
                 f"{type(model).__name__}; wrap it first (for fully_shard see signstep.distributed.fsdp)"
             )
-        self.names: Mapping[Tensor, str] = {p: name for name, p in model.module.named_parameters() if p.requires_grad}
+        # A compiled module puts its own prefix before every name.
+        named = model.module.named_parameters()
+        self.names: Mapping[Tensor, str] = {p: n.removeprefix("_orig_mod.") for n, p in named if p.requires_grad}
         self.device = next(iter(self.names)).device
         self.group = own_group(model.process_group, self.device)
         self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -169,7 +171,7 @@ class GradientHook(ABC):
             try:
                 with torch.no_grad():
                     if self.attack is not None:
-                        self.attack(bucket)
+                        bucket = replace(bucket, entries=self.attack(bucket.entries))
                     self.reduce(bucket)
                 return
             except BaseException as error:

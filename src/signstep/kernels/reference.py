@@ -9,7 +9,7 @@ and the counter (block, k, p, stream),
 so U depends on nothing else: not on the device, the order of the tensors, how a tensor is sharded or which steps ran
 before. The low 24 bits matter only where the top 8 tie with the threshold's, 1 decision in 256; a fast engine draws
 them only there. Stream 2 has the bytes that round the momentum, laid out as stream 0; streams 3 and 4 have the
-coins of `signstep.kernels.bits`. Indices are modulo 2^32.
+coins of `signstep.kernels.bits`; 256 and 257 seed the rounding of compressors. Indices are modulo 2^32.
 """
 
 from __future__ import annotations

@@ -333,8 +333,9 @@ def torchrun(config: RunConfig, out: Path, *options: str) -> subprocess.Popen[st
 
 
 @pytest.mark.slow
-def test_two_workers(tmp_path: Path) -> None:
-    config = tiny(subset=480, epochs=4, **HYBRID)
+@pytest.mark.parametrize("reduce", [{}, {"reduce": "vote", "workers": 2}], ids=["mean", "vote"])
+def test_two_workers(reduce: dict[str, Any], tmp_path: Path) -> None:
+    config = tiny(subset=480, epochs=4, **HYBRID, **reduce)
     whole = torchrun(config, tmp_path / "whole")
     _, said = whole.communicate()
     assert whole.returncode == 0, said

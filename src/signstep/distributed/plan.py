@@ -18,6 +18,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from signstep.distributed.compressors import METHODS as COMPRESSORS
+from signstep.distributed.compressors import EFSign
+
 __all__ = [
     "METHODS",
     "Cost",
@@ -119,6 +122,15 @@ def _power_sgd(gradients: Gradients, workers: int) -> float:
     return 8 * sent * (workers - 1) / workers
 
 
+def _compressed(label: str, key: str) -> Method:
+    compressor = EFSign(two_sided=True) if key == "one-bit-adam" else COMPRESSORS[key]()
+    return Method(
+        label,
+        lambda gradients, workers: gradients.parameters * compressor.bytes_per_parameter(workers),
+        2 if compressor.two_sided else 1,
+    )
+
+
 METHODS = {
     "ddp-fp32": Method("DDP, fp32", _all_reduce(32)),
     "bf16": Method("DDP, bf16", _all_reduce(16)),
@@ -128,6 +140,13 @@ METHODS = {
     "vote-dithered": Method("vote, dithered", _all_reduce(1), 2),
     "vote-abstain": Method("vote, ties abstain", _all_reduce(1.5), 2),
     "vote-ef": Method("vote, error feedback", _all_reduce(1), 2),
+    "ef-sign": _compressed("EF-SignSGD", "ef-sign"),
+    "ef-sign-two-sided": _compressed("EF-SignSGD, two-sided", "ef-sign-two-sided"),
+    "one-bit-sgd": _compressed("1-bit SGD", "one-bit-sgd"),
+    "one-bit-adam": _compressed("1-bit Adam", "one-bit-adam"),
+    "terngrad": _compressed("TernGrad", "terngrad"),
+    "qsgd": _compressed("QSGD, 4 bits", "qsgd"),
+    "top-k": _compressed("Top-K, 1 %", "top-k"),
 }
 """Every method by its key, the same as in `signstep bench comm`."""
 

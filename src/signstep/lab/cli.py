@@ -1,4 +1,4 @@
-"""The command `signstep`: data, train, sweep, reproduce, report, demo, bench.
+"""The command `signstep`: data, train, sweep, reproduce, report, demo, bench, plan.
 
     signstep data get cifar10
     signstep train --dataset cifar10 --optimizer signsgd --lr 1e-3
@@ -16,6 +16,7 @@ import argparse
 import io
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Collection, Sequence
@@ -132,6 +133,8 @@ class Train:
     """
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    vote: bool = False
+    """Short for --reduce vote: workers that torchrun has started vote with one bit per weight."""
     preset: str | None = None
     """Start from a row of an experiment, as in table1/pre-0.1."""
     scale: Scale = "cpu"
@@ -157,12 +160,13 @@ class Train:
 
         _check_minutes(self.max_minutes)
         _check_folder(self.data)
+        config = replace(self.config, reduce="vote") if self.vote else self.config
         first = os.environ.get("RANK", "0") == "0"
         if first:
-            _say_where([self.config.dataset], self.data)
+            _say_where([config.dataset], self.data)
         started = time.monotonic()
         status = train(
-            self.config,
+            config,
             self.out,
             data=self.data,
             device=self.device,
@@ -172,7 +176,7 @@ class Train:
         )
         if not first:
             return 0
-        path = self.out / f"{self.config.hash}.jsonl"
+        path = self.out / f"{config.hash}.jsonl"
         if status == "stopped":
             _say(f"stopped; the same command goes on with {path}")
             limit = self.max_minutes is not None and time.monotonic() - started >= 60 * self.max_minutes
@@ -365,11 +369,9 @@ class Demo:
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchStep:
     """Time a step beside other optimizers and the speed of memory, in one process, and compare with the targets."""
 
-    what: Annotated[Literal["step"], tyro.conf.Positional] = "step"
-    """What to time."""
     workload: tuple[Workload, ...] = WORKLOADS
     """Whose parameters."""
     dtype: DType = "float32"
@@ -418,7 +420,130 @@ class Bench:
     def _command(self, device: str) -> str:
         options = ["--workload", *dict.fromkeys(self.workload), "--dtype", self.dtype, "--device", device]
         options += ["--rounds", str(self.rounds), "--millions", f"{self.millions:g}", "--out", str(self.out)]
-        return shlex.join(["signstep", "bench", self.what, *options])
+        return shlex.join(["signstep", "bench", "step", *options])
+
+
+@dataclass(frozen=True)
+class BenchComm:
+    """Time a step over the network with every way to reduce gradients, and count the bytes that are sent.
+
+    As root on Linux every rank gets a network namespace and a link of the given rate; else all share the loopback
+    interface.
+    """
+
+    rates: tuple[str, ...] = ()
+    """Of the links: 10mbit, 1gbit, ...; none: not shaped; loopback: without namespaces. Default: 10mbit 100mbit 1gbit
+    none as root on Linux, else loopback."""
+    ranks: tuple[int, ...] = (2, 4, 8)
+    """Numbers of processes."""
+    methods: tuple[str, ...] = ()
+    """Which ones; default: all. Ratios need ddp-fp32."""
+    params: tuple[str, ...] = ("4e6", "resnet18")
+    """Whose gradients: resnet18, or so many parameters in six tensors."""
+    rounds: int = 9
+    """Times that every method is timed, in turn, at most; slow cells have fewer, at least 3."""
+    seconds: float = 20.0
+    """After which no further round of a cell begins."""
+    max_minutes: float = 40.0
+    """Give up after this many minutes."""
+    out: Path | None = None
+    """Folder to write bench-comm.json, .md and figures to, after every cell."""
+
+    def run(self) -> int:
+        from signstep.lab import bench_comm, bench_comm_report
+        from signstep.lab.bench_comm_methods import METHODS
+
+        _check_minutes(self.max_minutes)
+        plan = bench_comm.Plan(
+            rates=tuple(dict.fromkeys(self.rates)) or bench_comm.default_rates(),
+            ranks=tuple(dict.fromkeys(self.ranks)),
+            methods=tuple(dict.fromkeys(self.methods)) or tuple(METHODS),
+            workloads=tuple(bench_comm.Workload.of(each) for each in dict.fromkeys(self.params)),
+            rounds=self.rounds,
+            seconds=self.seconds,
+        )
+        options = ["--rates", *plan.rates, "--ranks", *map(str, plan.ranks), "--methods", *plan.methods]
+        options += ["--params", *(each.key for each in plan.workloads), "--rounds", str(self.rounds)]
+        options += ["--seconds", f"{self.seconds:g}", "--max-minutes", f"{self.max_minutes:g}", "--out", str(self.out)]
+        command = shlex.join(["signstep", "bench", "comm", *options])
+        messages, console = Console(stderr=True), Console()
+
+        def done(result: bench_comm.Result) -> None:
+            bench_comm_report.show(console, result)
+            if self.out is not None:
+                bench_comm_report.write(result, self.out, command)
+
+        # As Ctrl-C does, so that what has been set up is taken down.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with messages.status("") as status:
+            say = status.update if messages.is_terminal else messages.print
+            result = bench_comm.run(plan, minutes=self.max_minutes, done=done, say=say)
+        for line in result.left_out:
+            console.print(f"not measured: {line}", highlight=False)
+        for note in bench_comm_report.notes(result):
+            console.print(note, highlight=False)
+        if self.out is not None:
+            _say(f"written: {self.out}")
+        return 0
+
+
+_Bench = Annotated[BenchStep, tyro.conf.subcommand("step")] | Annotated[BenchComm, tyro.conf.subcommand("comm")]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure what a step costs: the computation (step), or the communication (comm)."""
+
+    what: Annotated[_Bench, tyro.conf.arg(name="")] = field(default_factory=BenchStep)
+
+    def run(self) -> int:
+        return self.what.run()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predict bytes and time of a step over the network with every method, and what a vote is worth."""
+
+    params: float = 11e6
+    """Parameters of the model."""
+    workers: int = 16
+    """Workers that train it together."""
+    bandwidth: str = "100mbit"
+    """Of each worker's link, each way."""
+    step_ms: float = 80.0
+    """Milliseconds of a step without communication."""
+    latency_ms: float = 0.0
+    """Of one collective, in milliseconds."""
+    check: Path | None = None
+    """Instead, compare the model with this bench-comm.json of signstep bench comm."""
+
+    def run(self) -> int:
+        from signstep.distributed.plan import Cost, Gradients, bits_per_second
+        from signstep.lab import plan_report
+
+        console = Console()
+        if self.check is not None:
+            plan_report.show_check(console, plan_report.check(self.check))
+            return 0
+        for option, good in (
+            ("params", 1 <= self.params <= 1e15),
+            ("workers", 1 <= self.workers <= 1000),
+            ("step-ms", 0 <= self.step_ms < float("inf")),
+            ("latency-ms", 0 <= self.latency_ms < float("inf")),
+        ):
+            if not good:
+                value = getattr(self, option.replace("-", "_"))
+                raise BadInput(f"--{option} {value:g}: out of range; see signstep plan --help")
+        try:
+            bandwidth = bits_per_second(self.bandwidth)
+        except ValueError as error:
+            raise BadInput(f"--bandwidth {error}") from error
+        cost = Cost(self.workers, bandwidth, self.step_ms / 1e3, self.latency_ms / 1e3)
+        plan_report.show_costs(console, Gradients.square(int(self.params)), cost)
+        plan_report.show_votes(console, self.workers)
+        for note in plan_report.NOTES:
+            console.print(note, highlight=False)
+        return 0
 
 
 _Command = (
@@ -429,14 +554,19 @@ _Command = (
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
 )
 
 
 def _preset(arguments: Sequence[str]) -> RunConfig:
-    """The defaults of `signstep train`: those of its --preset, if it has one, and the learning rate of --optimizer."""
+    """The defaults of `signstep train`: those of its --preset, if it has one, the learning rate of --optimizer, and for
+    a vote or the like torchrun's number of workers.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--preset", "--scale", "--recipe", "--dataset", "--optimizer"):
         parser.add_argument(option)
+    parser.add_argument("--vote", action="store_true")
+    parser.add_argument("--reduce", default="mean")
     known = parser.parse_known_args(list(arguments))[0]
     config = RunConfig()
     if known.preset is not None:
@@ -448,6 +578,8 @@ def _preset(arguments: Sequence[str]) -> RunConfig:
         config = experiment.row(key).config(dataset)
     if known.optimizer in get_args(Optimizer) and known.optimizer != config.optimizer:
         config = replace(config, lr=experiments.default_lr(known.optimizer))
+    if (known.vote or known.reduce != "mean") and "WORLD_SIZE" in os.environ:
+        config = replace(config, workers=int(os.environ["WORLD_SIZE"]))
     return config
 
 
@@ -459,7 +591,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if arguments[:1] == ["train"]:
             default = Train(config=_preset(arguments[1:]))
-            command: Data | Train | Sweep | Reproduce | Report | Demo | Bench = tyro.cli(
+            command: Data | Train | Sweep | Reproduce | Report | Demo | Bench | Plan = tyro.cli(
                 Train, args=arguments[1:], default=default, prog="signstep train", config=_TYRO
             )
         else:

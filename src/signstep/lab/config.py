@@ -17,6 +17,9 @@ from signstep.lab.errors import BadInput
 
 Dataset = Literal["cifar10", "cifar100", "fashion-mnist", "mnist", "digits"]
 Optimizer = Literal["sgd", "adam", "adamw", "signsgd", "hybrid"]
+Reduce = Literal[
+    "mean", "bf16", "powersgd", "vote", "ef-sign", "ef-sign-two-sided", "one-bit-sgd", "qsgd", "terngrad", "top-k"
+]
 
 _SIGN_ONLY = (
     "dither",
@@ -87,6 +90,12 @@ class RunConfig:
     sgd_momentum: float | None = None
     """SGD's momentum after the switch; None: 0."""
 
+    # workers
+    reduce: Reduce = "mean"
+    """How the workers' gradients become one: their mean, in fewer bits, or the majority vote of a sign method."""
+    workers: int | None = None
+    """Number of workers, on which the result of a reduction other than mean depends; set from torchrun's."""
+
     # recipe
     epochs: int = 200
     """Times that the run goes through its training images."""
@@ -136,6 +145,10 @@ class RunConfig:
             raise BadInput(f"subset={self.subset!r}: expected a positive number of images, or none for all")
         if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(self.milestones):
             raise BadInput(f"milestones={self.milestones!r}: expected rising shares of the run, each in (0, 1)")
+        if self.reduce == "vote" and self.optimizer not in ("signsgd", "hybrid"):
+            raise BadInput(f"reduce='vote': workers vote with signs, choose optimizer signsgd or hybrid, not {self.optimizer}")
+        if self.reduce != "mean" and self.workers is None:
+            raise BadInput(f"reduce={self.reduce!r}: start the run's workers with torchrun --nproc-per-node N -m signstep")
         refused: tuple[str, ...] = ()
         if self.optimizer not in ("signsgd", "hybrid"):
             refused += _SIGN_ONLY

@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from signstep.lab import checkpoint, models, runs
+from signstep.lab import checkpoint, models, reductions, runs
 from signstep.lab.batches import Batches
 from signstep.lab.checkpoint import CheckpointError, RunBusy
 from signstep.lab.config import RunConfig
 from signstep.lab.display import Display
+from signstep.lab.errors import BadInput
 from signstep.lab.recipe import build_optimizer, likely_cause, lr_factor, require_bf16_on_cpu, require_compiler
 from signstep.lab.workers import StopRequest, Workers
 
@@ -160,7 +161,16 @@ class _Run:
         if config.compile:
             require_compiler(device.type)
             torch.compiler.reset()  # else many runs in one process reach the limit on recompilations
-        self.network = workers.wrap(torch.compile(self.model) if config.compile else self.model)  # type: ignore[arg-type]
+        self.network: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        self.reduction = None
+        if config.workers is not None and config.workers != workers.size:
+            raise BadInput(
+                f"workers={config.workers}: there are {workers.size}, and the result of reduce={config.reduce!r} depends "
+                "on it; start as many with torchrun"
+            )
+        if workers.size > 1 or config.workers is not None:
+            self.network = wrapped = workers.wrap(self.network)
+            self.reduction = reductions.attach(config.reduce, wrapped, self.optimizer)
 
         self.step = 0
         self.began, self.began_at = time.perf_counter(), 0  # this epoch's time and first step in this process
@@ -257,12 +267,14 @@ class _Run:
     def save(self, path: Path) -> None:
         """Write the checkpoint, from rank 0, unless the weights are no longer finite: then the last good one stays."""
         history = self.workers.total(self.history)
+        reduction = self.workers.gather(None if self.reduction is None else self.reduction.state_dict())
         if self.workers.rank == 0 and all(p.isfinite().all() for p in self.model.parameters()):
             state = {
                 "config": self.config.to_dict(),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
+                "reduction": reduction,
                 "step": self.step,
                 "history": history,
                 "events": self.events,
@@ -274,6 +286,8 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if self.reduction is not None:
+            self.reduction.load_state_dict(state["reduction"][self.workers.rank])
         self.step, self.events = state["step"], state["events"]
         self.began_at = self.step
         if self.workers.rank == 0:

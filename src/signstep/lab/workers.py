@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -64,10 +64,8 @@ class Workers:
             return cls(0, 1, chosen)
         return cls(dist.get_rank(), dist.get_world_size(), chosen)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module) -> nn.parallel.DistributedDataParallel:
         """`model` with gradients averaged over the workers in its backward pass."""
-        if self.size == 1:
-            return model
         on_gpu = self.device.type == "cuda"
         return nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if on_gpu else None)
 
@@ -92,6 +90,14 @@ class Workers:
         mine: list[T] = []
         self.from_first(lambda: mine.append(compute()))
         return mine[0] if mine else compute()
+
+    def gather(self, value: T) -> list[T]:
+        """On rank 0 every rank's value; elsewhere nothing."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.gather_object(value, values if self.rank == 0 else None)
+        return values if self.rank == 0 else []
 
     def total(self, tensor: Tensor) -> Tensor:
         """Sum of `tensor` over the workers; the input is left as it is."""

@@ -1,0 +1,254 @@
+"""The cost model: its formulas, the expected vote against simulation and theory, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from signstep.distributed.plan import (
+    FRAMING,
+    METHODS,
+    Cost,
+    Gradients,
+    accuracy,
+    bits_per_second,
+    colluders_survived,
+    expected_vote,
+    linear_slope,
+    outside,
+    predict,
+)
+from signstep.lab import bench_comm_methods
+from signstep.lab.cli import main
+
+SNR = st.floats(0, 4)
+WORKERS = st.integers(1, 60)
+
+
+@given(st.integers(1, 10**9))
+def test_square_matrices_have_as_many_parameters(count: int) -> None:
+    gradients = Gradients.square(count)
+    assert gradients.parameters == count
+    assert all(1 <= side <= 1000 for shape in gradients.shapes for side in shape)
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("1bit", 1), ("10kbit", 1e4), ("100Mbit", 1e8), ("2.5gbit", 2.5e9), (" 1gbit ", 1e9)]
+)
+def test_rates(text: str, rate: float) -> None:
+    assert bits_per_second(text) == rate
+
+
+@pytest.mark.parametrize("text", ["", "10", "0mbit", "-1mbit", "10mbps", "1e3mbit", "nanbit", "tenmbit"])
+def test_what_is_no_rate(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a rate such as 100mbit"):
+        bits_per_second(text)
+
+
+@given(st.integers(1, 10**8), st.integers(1, 300))
+def test_bytes_of_the_collectives(count: int, workers: int) -> None:
+    gradients = Gradients.square(count)
+    share = (workers - 1) / workers
+    expected = {"ddp-fp32": 8, "bf16": 4, "int8-sum": 2, "vote": 1 / 4, "vote-dithered": 1 / 4, "vote-ef": 1 / 4}
+    expected |= {"vote-abstain": 3 / 8}
+    for key, each_way in expected.items():
+        assert METHODS[key].payload(gradients, workers) == pytest.approx(each_way * count * share)
+    # One sided error feedback sends everything to everybody, with a scale of 4 bytes per 1024 elements.
+    one_way = count * (workers - 1) * (1 / 8 + 4 / 1024)
+    assert METHODS["ef-sign"].payload(gradients, workers) == pytest.approx(one_way)
+    assert METHODS["ef-sign-two-sided"].payload(gradients, workers) == pytest.approx(one_way * 2 / workers)
+    assert METHODS["top-k"].payload(gradients, workers) == pytest.approx(0.08 * count * (workers - 1))
+
+
+def test_powersgd_sends_factors_of_large_matrices_and_all_of_small_ones() -> None:
+    payload = METHODS["powersgd"].payload
+    assert payload(Gradients(((512, 256, 3, 3),)), 4) == 8 * 2 * (512 + 256 * 9) * 3 / 4
+    assert payload(Gradients(((512,), (4, 4), ())), 4) == 8 * (512 + 16 + 1) * 3 / 4
+    # 2 (64 + 3) 2 = 268 of 192 elements: nothing would be saved.
+    assert payload(Gradients(((64, 3),)), 2) == 8 * 192 / 2
+
+
+def test_methods_are_those_of_the_benchmark() -> None:
+    assert METHODS.keys() == bench_comm_methods.METHODS.keys()
+    assert next(iter(METHODS)) == bench_comm_methods.PEER
+
+
+@given(st.integers(1, 10**8), st.integers(1, 64), st.floats(1e5, 1e11), st.floats(0, 10), st.floats(0, 0.1))
+def test_predictions(count: int, workers: int, bandwidth: float, step: float, latency: float) -> None:
+    gradients, cost = Gradients.square(count), Cost(workers, bandwidth, step, latency)
+    for method in METHODS.values():
+        found = predict(method, gradients, cost)
+        waits = method.collectives * gradients.buckets * latency if workers > 1 else 0.0
+        assert found.communication == pytest.approx(8 * FRAMING * found.payload / bandwidth + waits)
+        assert found.best == max(step, found.communication)
+        assert found.worst == pytest.approx(step + found.communication)
+        assert (found.communication == 0) == (workers == 1 or found.payload == 0)
+
+
+def test_no_workers_is_an_error() -> None:
+    with pytest.raises(ValueError, match="workers=0: expected at least 1"):
+        predict(METHODS["vote"], Gradients.square(10), Cost(0, 1e8, 0.0))
+    with pytest.raises(ValueError, match="no more attackers"):
+        expected_vote(0.1, 3, flipping=2, colluding=2)
+
+
+@pytest.mark.parametrize(
+    ("snr", "workers", "flipping", "colluding"),
+    [
+        (0.0, 5, 0, 0),
+        (0.05, 101, 0, 0),
+        (0.3, 1, 0, 0),
+        (0.3, 4, 0, 0),
+        (0.5, 15, 3, 0),
+        (0.5, 16, 0, 3),
+        (1.0, 12, 2, 3),
+        (2.0, 8, 4, 0),
+        (math.inf, 9, 4, 0),
+        (math.inf, 8, 0, 4),
+    ],
+)
+def test_expected_vote_is_that_of_drawn_votes(snr: float, workers: int, flipping: int, colluding: int) -> None:
+    """50 000 elections: five standard errors of a mean of votes in {-1, 0, 1} are at most 0.0224."""
+    elections, generator = 50_000, torch.Generator().manual_seed(0)
+    noise = torch.randn(elections, workers, generator=generator)
+    signs = torch.ones_like(noise) if snr == math.inf else (snr + noise).sign()
+    signs[:, :flipping] *= -1
+    signs[:, flipping : flipping + colluding] = -1
+    votes = signs.sum(dim=1).sign()
+    error = 5 * float(votes.std()) / math.sqrt(elections)
+    expected = expected_vote(snr, workers, flipping=flipping, colluding=colluding)
+    assert float(votes.mean()) == pytest.approx(expected, abs=max(error, 1e-9))
+    assert error < 0.0225
+
+
+def test_numbers_of_the_theory_notes() -> None:
+    assert [round(expected_vote(0.3, m), 3) for m in (1, 15, 101)] == [0.236, 0.654, 0.984]
+    assert round(expected_vote(0.1, 15), 3) == 0.247
+    assert [round(expected_vote(0.1, 15, flipping=f), 3) for f in (3, 6)] == [0.150, 0.050]
+    assert round(expected_vote(0.1, 15, colluding=3), 3) == -0.440
+    assert [round(linear_slope(m), 2) for m in (1, 15, 101)] == [0.80, 2.51, 6.41]
+
+
+@given(SNR, WORKERS)
+def test_an_even_number_of_workers_is_worth_one_fewer(snr: float, workers: int) -> None:
+    odd = workers - 1 + workers % 2
+    assert expected_vote(snr, odd + 1) == pytest.approx(expected_vote(snr, odd), abs=1e-9)
+
+
+@given(SNR, WORKERS, st.floats(0, 1))
+def test_expected_vote_rises_with_the_ratio_and_attackers_lower_it(snr: float, workers: int, more: float) -> None:
+    value = expected_vote(snr, workers)
+    assert -1e-9 <= value <= 1 + 1e-9
+    assert expected_vote(snr + more, workers) >= value - 1e-9
+    flipped = expected_vote(snr, workers, flipping=1)
+    assert expected_vote(snr, workers, colluding=1) - 1e-9 <= flipped <= value + 1e-9
+    # Half of them flip: by symmetry nothing is left.
+    assert expected_vote(snr, 2 * workers, flipping=workers) == pytest.approx(0, abs=1e-9)
+
+
+@given(WORKERS)
+def test_slope_at_zero(workers: int) -> None:
+    assert linear_slope(workers) == pytest.approx(expected_vote(1e-5, workers) / 1e-5, rel=1e-4)
+
+
+@given(st.floats(0.01, 3), WORKERS)
+def test_colluders_survived(snr: float, workers: int) -> None:
+    share, count = colluders_survived(snr, workers)
+    q = accuracy(snr)
+    assert (1 - share) * q == pytest.approx(0.5)
+    if count > 0:
+        assert expected_vote(snr, workers, colluding=count) > 0
+    assert expected_vote(snr, workers, colluding=count + 1 if count < workers else count) <= 1e-9
+
+
+def test_few_colluders_are_survived_for_every_share_below_the_limit() -> None:
+    """At many workers the number approaches the share."""
+    share, count = colluders_survived(1.0, 1000)
+    assert count / 1000 == pytest.approx(share, abs=0.005)
+
+
+@given(st.floats(0.1, 10), st.floats(1, 2), st.floats(0.01, 20))
+def test_outside(low: float, ratio: float, measured: float) -> None:
+    found = outside(measured, low, low * ratio)
+    assert (found == 0) == (low <= measured <= low * ratio)
+    assert found >= -1
+    assert (found < 0) == (measured < low)
+
+
+def test_the_command_shows_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "--params", "11e6", "--workers", "15", "--bandwidth", "100mbit", "--step-ms", "80"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(method.label.partition(",")[0] in printed for method in METHODS.values())
+    assert "82,133,333" in printed  # 8 n 14 / 15
+    assert "Expected vote of 15 workers; slope at 0: 2.51" in printed
+    assert "7 of 15" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bandwidth", "fast"], "--bandwidth fast: expected a rate such as 100mbit or 1gbit"),
+        (["--params", "0"], "--params 0: out of range; see signstep plan --help"),
+        (["--params", "nan"], "--params nan: out of range; see signstep plan --help"),
+        (["--workers", "0"], "--workers 0: out of range; see signstep plan --help"),
+        (["--step-ms", "-1"], "--step-ms -1: out of range; see signstep plan --help"),
+        (["--latency-ms", "inf"], "--latency-ms inf: out of range; see signstep plan --help"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", *arguments])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"signstep: {message}\n"
+
+
+def record(rate: str, bits: float | None, seconds: float) -> dict[str, object]:
+    """One cell of bench-comm.json, of fp32 DDP on two ranks."""
+    spread = {"median": seconds, "low": seconds, "high": seconds}
+    methods = {"ddp-fp32": {"seconds": spread, "bytes_sent": 4.04e6}}
+    return {"workload": "1e6", "ranks": 2, "rate": rate, "bits_per_second": bits, "methods": methods}
+
+
+def test_the_model_is_checked_against_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """4 MB at 100 Mbit/s are 320 ms, and with frames 334.6; 20 ms more with nothing overlapped."""
+    path = tmp_path / "bench-comm.json"
+    workload = {"title": "small", "shapes": [[1000, 1000]]}
+    free, slow, slower = record("none", None, 0.02), record("100mbit", 1e8, 0.34), record("10mbit", 1e7, 6.7317)
+    path.write_text(json.dumps({"workloads": {"1e6": workload}, "cells": [free, slow, slower]}))
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "--check", str(path)])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "335–355" in printed
+    assert "time: 1 of 2 predictions hold; error median 50.0 %, largest +100 % (1e6, 2 ranks, 10mbit" in printed
+    assert "bytes: median +1.0 %, from +1.0 to +1.0 %" in printed
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not what signstep bench comm writes"),
+        ("{}", "not what signstep bench comm writes"),
+        ('{"cells": [{"rate": 3}]}', "not what signstep bench comm writes"),
+        ('{"cells": []}', "a prediction needs the same workload and ranks at a rate and at the rate none"),
+    ],
+)
+def test_a_record_that_cannot_be_checked(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bench-comm.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "--check", str(path)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"signstep: --check {path}: ")
+    assert message in error

@@ -1,0 +1,79 @@
+"""A small training by majority vote that torchrun starts: resumable, and killed on request. Used by test_faults.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from signstep import SignSGD
+from signstep.distributed import MajorityVote
+
+STEPS = 40
+
+
+def main() -> None:
+    """Train STEPS steps; with --kill-rank, that rank dies by SIGKILL after --kill-after seconds of training, once."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kill-rank", type=int, default=-1)
+    parser.add_argument("--kill-after", type=float, default=0.0)
+    parser.add_argument("--timeout", type=float, default=20.0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=arguments.timeout))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(50, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 10))
+    model = DistributedDataParallel(net, bucket_cap_mb=0.1)
+    optimizer = SignSGD(model.parameters(), lr=1e-3, dither=1e-6)
+    vote = MajorityVote(model, optimizer)
+    saved = arguments.folder / "checkpoint.pt"
+    first = 0
+    if saved.exists():
+        state = torch.load(saved, weights_only=True)
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        vote.load_state_dict(state["votes"][rank])
+        first = state["step"]
+    died = arguments.folder / "died"
+    if rank == arguments.kill_rank and not died.exists():
+        died.touch()
+        threading.Timer(arguments.kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    try:
+        for step in range(first, STEPS):
+            generator = torch.Generator().manual_seed(step * size + rank)
+            x = torch.randn(16, 50, generator=generator)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), x[:, :10].argmax(1)).backward()
+            optimizer.step()
+            if step % 5 == 4:
+                votes: list[dict[str, object]] = [{}] * size
+                dist.all_gather_object(votes, vote.state_dict())
+                if rank == 0:
+                    state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
+                    state |= {"votes": votes, "step": step + 1}
+                    torch.save(state, saved.with_suffix(".tmp"))
+                    os.replace(saved.with_suffix(".tmp"), saved)
+            time.sleep(0.01)
+    except RuntimeError as error:
+        (arguments.folder / f"error-{rank}-{first}").write_text(str(error))
+        raise
+    result = {"first": first, "flat": torch.cat([p.detach().flatten() for p in net.parameters()])}
+    torch.save(result, arguments.folder / f"done-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -312,3 +312,18 @@ def test_a_signal_stops_cleanly_and_the_same_command_goes_on(
         lines = path.read_text().splitlines()
         assert json.loads(lines[0])["event"] == "start"
     assert not list(records.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--vote"], "reduce='vote': workers vote with signs, choose optimizer signsgd or hybrid, not sgd"),
+        (["--vote", "--optimizer", "signsgd"], "reduce='vote': start the run's workers with torchrun"),
+        (["--reduce", "ef-sign"], "reduce='ef-sign': start the run's workers with torchrun"),
+    ],
+)
+def test_a_reduction_needs_workers(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--dataset", "digits", *options])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err

@@ -146,9 +146,13 @@ class RunConfig:
         if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(self.milestones):
             raise BadInput(f"milestones={self.milestones!r}: expected rising shares of the run, each in (0, 1)")
         if self.reduce == "vote" and self.optimizer not in ("signsgd", "hybrid"):
-            raise BadInput(f"reduce='vote': workers vote with signs, choose optimizer signsgd or hybrid, not {self.optimizer}")
+            raise BadInput(
+                f"reduce='vote': workers vote with signs, choose optimizer signsgd or hybrid, not {self.optimizer}"
+            )
         if self.reduce != "mean" and self.workers is None:
-            raise BadInput(f"reduce={self.reduce!r}: start the run's workers with torchrun --nproc-per-node N -m signstep")
+            raise BadInput(
+                f"reduce={self.reduce!r}: start the run's workers with torchrun --nproc-per-node N -m signstep"
+            )
         refused: tuple[str, ...] = ()
         if self.optimizer not in ("signsgd", "hybrid"):
             refused += _SIGN_ONLY

@@ -165,8 +165,8 @@ class _Run:
         self.reduction = None
         if config.workers is not None and config.workers != workers.size:
             raise BadInput(
-                f"workers={config.workers}: there are {workers.size}, and the result of reduce={config.reduce!r} depends "
-                "on it; start as many with torchrun"
+                f"workers={config.workers}: there are {workers.size}, and the result of reduce={config.reduce!r} "
+                "depends on it; start as many with torchrun"
             )
         if workers.size > 1 or config.workers is not None:
             self.network = wrapped = workers.wrap(self.network)

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -97,6 +98,7 @@ class Gang:
         _GANGS.pop(self.size, None)
         for process in self.processes:
             process.kill()
+        Path(self.store).unlink(missing_ok=True)
 
 
 _GANGS: dict[int, Gang] = {}

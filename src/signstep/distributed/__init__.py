@@ -1,5 +1,7 @@
 """One bit per coordinate over torch.distributed: majority vote and compressed gradients for DDP and FSDP2."""
 
+from typing import TYPE_CHECKING, Any
+
 from signstep.distributed.compressors import (
     QSGD,
     CompressedGradients,
@@ -11,8 +13,12 @@ from signstep.distributed.compressors import (
     TopK,
 )
 from signstep.distributed.hooks import Bucket, CollectiveError, Entry, GradientHook
+from signstep.distributed.simulation import SimulatedVote
 from signstep.distributed.vote import MajorityVote
 from signstep.distributed.worker import resplit
+
+if TYPE_CHECKING:
+    from signstep.distributed.fsdp import FSDPMajorityVote
 
 __all__ = [
     "QSGD",
@@ -22,11 +28,22 @@ __all__ = [
     "Compressor",
     "EFSign",
     "Entry",
+    "FSDPMajorityVote",
     "GradientHook",
     "MajorityVote",
     "OneBitAdam",
     "OneBitSGD",
+    "SimulatedVote",
     "TernGrad",
     "TopK",
     "resplit",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # torch's FSDP takes a second to import.
+    if name == "FSDPMajorityVote":
+        from signstep.distributed.fsdp import FSDPMajorityVote
+
+        return FSDPMajorityVote
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

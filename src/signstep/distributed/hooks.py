@@ -122,6 +122,9 @@ class GradientHook(ABC):
         """
         self._model.register_comm_hook(None, self._hook)
 
+    def begin(self) -> None:  # noqa: B027
+        """What comes before a backward's first bucket, while nothing is being reduced; not on a rank that has joined."""
+
     @abstractmethod
     def reduce(self, bucket: Bucket) -> None:
         """Write into bucket.buffer what all ranks agree on.
@@ -148,6 +151,7 @@ class GradientHook(ABC):
         task = torch._C._current_graph_task_id()
         if task not in (-1, self._backward):  # -1: outside of backward, on a rank that has joined
             self._backward = task
+            self.begin()
             Variable._execution_engine.queue_callback(self._after_backward)
         if self._stream is not None:
             return self._on_stream(opened)

@@ -88,19 +88,16 @@ def hold(
         incoming = outgoing
     all_flags = incoming[:, share:].cpu().contiguous().view(torch.uint8)[:, : len(flags)]
 
-    result = torch.zeros(2 if keep_ties else 1, share, dtype=torch.int64, device=device)
     voters = (all_flags == PRESENT).sum(dim=0).tolist()
-    by_coin: dict[tuple[int, int], list[int]] = {}
-    for i, key in enumerate(zip(seeds, steps, strict=True)):
-        by_coin.setdefault(key, []).append(i)
-    ties = torch.zeros_like(result[0]) if keep_ties else None
-    for (seed, step), members in by_coin.items():
-        own = [(cut, voters[i]) for i in members if (cut := _cut(slots[i], rank * share, share)) is not None]
-        chosen, numbers = [cut for cut, _ in own], [number for _, number in own]
-        counted = bits.count(incoming[:, :share], numbers, chosen, seed=seed, step=torch.tensor(step), ties=ties)
-        result[0] |= counted
-        if ties is not None:
-            result[1] |= ties
+    cuts = [(i, cut) for i, slot in enumerate(slots) if (cut := _cut(slot, rank * share, share)) is not None]
+    result = tally(
+        incoming[:, :share],
+        [voters[i] for i, _ in cuts],
+        [cut for _, cut in cuts],
+        seeds=[seeds[i] for i, _ in cuts],
+        steps=[steps[i] for i, _ in cuts],
+        keep_ties=keep_ties,
+    )
     gathered = result[None]
     if size > 1:
         flat = torch.empty(size * result.numel(), dtype=torch.int64, device=device)
@@ -108,6 +105,37 @@ def hold(
         gathered = flat.view(size, *result.shape)
     elected = gathered[:, 0].reshape(-1)
     return Election(elected, gathered[:, 1].reshape(-1) if keep_ties else None, all_flags)
+
+
+def tally(
+    ballots: Tensor,
+    voters: Sequence[int],
+    slots: Sequence[Slot],
+    *,
+    seeds: Sequence[int],
+    steps: Sequence[int],
+    keep_ties: bool,
+) -> Tensor:
+    """Count the ballots of slots that may differ in the seed and the step of their coins; arguments as of `hold`.
+
+    Args:
+        ballots: int64 [M, W].
+        voters: for each slot, how many workers vote in it.
+
+    Returns:
+        int64 [1, W], the majority; with keep_ties [2, W], the second row marking ties.
+    """
+    result = torch.zeros(2 if keep_ties else 1, ballots.shape[1], dtype=torch.int64, device=ballots.device)
+    by_coin: dict[tuple[int, int], list[int]] = {}
+    for i, key in enumerate(zip(seeds, steps, strict=True)):
+        by_coin.setdefault(key, []).append(i)
+    ties = torch.zeros_like(result[0]) if keep_ties else None
+    for (seed, step), members in by_coin.items():
+        numbers, chosen = [voters[i] for i in members], [slots[i] for i in members]
+        result[0] |= bits.count(ballots, numbers, chosen, seed=seed, step=torch.tensor(step), ties=ties)
+        if ties is not None:
+            result[1] |= ties
+    return result
 
 
 def _cut(slot: Slot, first: int, share: int) -> Slot | None:
@@ -119,6 +147,103 @@ def _cut(slot: Slot, first: int, share: int) -> Slot | None:
     skipped = (begin - slot.first) * WORD
     size = min(slot.segment.size - skipped, (end - begin) * WORD)
     return Slot(begin - first, Segment(slot.segment.parameter, slot.segment.start + skipped, size))
+
+
+class Ballot(NamedTuple):
+    """What a worker has cast on some parameters."""
+
+    words: Tensor
+    """int64 [W]; zeros where the worker abstains."""
+    flags: list[int]
+    """For each parameter."""
+    slots: list[Slot]
+    """Where its bits are."""
+
+
+def fill(worker: Worker, entries: Sequence[Entry], *, finite: bool) -> Ballot:
+    """Take a worker's gradients into its momentum, and cast.
+
+    Args:
+        worker: whose state changes.
+        entries: parameters that vote.
+        finite: all gradients are known to be; where not (or their squares are not), each is looked at.
+    """
+    gradients = [Gradient(e.name, in_memory_order(e.param), e.flat) for e in entries]
+    slots, size = worker.slots(gradients)
+    flags = [PRESENT if e.present else ABSENT for e in entries]
+    if not finite:
+        flags = [NOT_FINITE if f and not e.flat.isfinite().all() else f for f, e in zip(flags, entries, strict=True)]
+    words = torch.zeros(size, dtype=torch.int64, device=entries[0].flat.device)
+    casting = [i for i, flag in enumerate(flags) if flag == PRESENT]
+    worker.cast([gradients[i] for i in casting], words, [slots[i] for i in casting])
+    return Ballot(words, flags, slots)
+
+
+def accept(worker: Worker, entries: Sequence[Entry], ballot: Ballot, election: Election) -> tuple[set[int], Tensor]:
+    """Write the result over a worker's gradients, and 0 where nobody has voted.
+
+    Returns:
+        The param_groups in which somebody has, and float64 [param_groups, 2]: in the hybrid's, <v, g> and
+        ||g||^2 of this worker's gradients g where it has voted.
+    """
+    groups = worker.optimizer.param_groups
+    hybrid = isinstance(worker.optimizer, HybridSignSGD)
+    device = entries[0].flat.device
+    sums = torch.zeros(len(entries), 2, dtype=torch.float64, device=device) if hybrid else None
+    by_group = torch.zeros(len(groups), 2, dtype=torch.float64, device=device)
+    elected = (election.flags == PRESENT).any(dim=0).tolist()
+    voted = set()
+    bits.spread(election.words, election.ties, ballot.slots, [e.flat for e in entries], sums)
+    for i, entry in enumerate(entries):
+        index = worker.groups[entry.name]
+        if not elected[i]:
+            entry.flat.zero_()
+            continue
+        voted.add(index)
+        if sums is not None and ballot.flags[i] == PRESENT:
+            # What is averaged is -g under maximize, as in one process.
+            by_group[index, 0] += -sums[i, 0] if groups[index]["maximize"] else sums[i, 0]
+            by_group[index, 1] += sums[i, 1]
+    return voted, by_group
+
+
+def nonfinite_found(flags: Tensor, entries: Sequence[Entry]) -> str | None:
+    """Whose gradient is not finite, as a sentence; None if all are."""
+    found = (flags == NOT_FINITE).nonzero().tolist()
+    if not found:
+        return None
+    rank, i = found[0]
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return (
+        f"the gradient of {entries[i].name} on rank {rank} is not finite{more}: lower the learning rate, or "
+        'pass nonfinite="abstain" to leave such a worker out, or grad_scaler for float16'
+    )
+
+
+def give_up_momentum(worker: Worker, param: Tensor) -> Tensor | None:
+    """Free a parameter's momentum when its group has switched to SGD.
+
+    Returns:
+        It, float32 in the parameter's shape; None where SGD does not go on with it.
+    """
+    name = worker.names[param]
+    state = worker.state.pop(name, {})
+    group = worker.optimizer.param_groups[worker.groups[name]]
+    if group["sgd_momentum"] == 0 or param in worker.optimizer.state:
+        return None
+    momentum = torch.zeros_like(param, dtype=torch.float32)
+    if "exp_avg" in state:
+        in_memory_order(momentum).copy_(buffers.read(state["exp_avg"], state.get("exp_avg_scale")))
+    return momentum
+
+
+def start_sgd(worker: Worker, param: Tensor, mean: Tensor) -> None:
+    """SGD's momentum starts from the mean of the workers'."""
+    group = worker.optimizer.param_groups[worker.groups[worker.names[param]]]
+    kept = buffers.new_momentum(param, group["state_dtype"])
+    if kept["exp_avg"].is_floating_point():  # 8 bits start from 0
+        kept["exp_avg"].copy_(mean)
+    worker.optimizer.state[param] = kept
 
 
 class MajorityVote(GradientHook):
@@ -207,17 +332,28 @@ class MajorityVote(GradientHook):
         self._skip = False
         self._sums = self._no_sums()
         self._power: Any = None
-        optimizer.register_step_pre_hook(self._check_steps)
         self.attach()
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(len(self.optimizer.param_groups), 2, dtype=torch.float64, device=self.device)
 
+    def begin(self) -> None:
+        """Votes are numbered by the optimizer's steps; a step may have been left out, as by a GradScaler."""
+        for index, (group, votes) in enumerate(zip(self.optimizer.param_groups, self.worker.steps, strict=True)):
+            taken = int(group["step"])
+            if group.get("phase", "sign") == "sign" and not votes - 1 <= taken <= votes:
+                raise RuntimeError(
+                    f"param_group {index} has taken {taken} steps and {votes} votes: load vote.state_dict() together "
+                    "with the optimizer's, after MajorityVote was made, and step once per backward"
+                )
+            self.worker.steps[index] = taken
+
     def reduce(self, bucket: Bucket) -> None:
         """Vote on what is in the sign phase, average the rest."""
-        if self.grad_scaler is not None:
-            bucket.buffer.mul_(1.0 / self.grad_scaler.get_scale())
         voting = [e for e in bucket.entries if self.worker.votes(e.name)]
+        if self.grad_scaler is not None:
+            for entry in voting:  # the scaler unscales what is averaged
+                entry.flat.mul_(1.0 / self.grad_scaler.get_scale())
         if voting:
             self._vote(voting, finite=bool(bucket.buffer.dot(bucket.buffer).isfinite()))
         averaged = [e for e in bucket.entries if not self.worker.votes(e.name)]
@@ -227,59 +363,30 @@ class MajorityVote(GradientHook):
             self._end_round()
 
     def _vote(self, entries: Sequence[Entry], finite: bool) -> None:
-        worker, groups = self.worker, self.optimizer.param_groups
-        gradients = [Gradient(e.name, in_memory_order(e.param), e.flat) for e in entries]
-        slots, size = worker.slots(gradients)
-        flags = [PRESENT if e.present else ABSENT for e in entries]
-        if not finite:  # or so large that its square is not
-            flags = [
-                NOT_FINITE if f and not e.flat.isfinite().all() else f for f, e in zip(flags, entries, strict=True)
-            ]
-        words = torch.zeros(size, dtype=torch.int64, device=self.device)
-        casting = [i for i, flag in enumerate(flags) if flag == PRESENT]
-        worker.cast([gradients[i] for i in casting], words, [slots[i] for i in casting])
+        worker = self.worker
+        ballot = fill(worker, entries, finite=finite)
         indices = [worker.groups[e.name] for e in entries]
         election = hold(
-            words,
-            flags,
-            slots,
+            ballot.words,
+            ballot.flags,
+            ballot.slots,
             group=self.group,
-            seeds=[groups[i]["seed"] for i in indices],
+            seeds=[self.optimizer.param_groups[i]["seed"] for i in indices],
             steps=[worker.steps[i] for i in indices],
             keep_ties=self.ties == "abstain",
         )
-        self._refuse_nonfinite(election.flags, entries)
-
-        sums = None
-        if isinstance(self.optimizer, HybridSignSGD):
-            sums = torch.zeros(len(entries), 2, dtype=torch.float64, device=self.device)
-        elected = (election.flags == PRESENT).any(dim=0).tolist()
-        bits.spread(election.words, election.ties, slots, [e.flat for e in entries], sums)
-        for i, (entry, index) in enumerate(zip(entries, indices, strict=True)):
-            if not elected[i]:
-                entry.flat.zero_()
-                continue
-            self._voted.add(index)
-            if sums is not None and flags[i] == PRESENT:
-                # What is averaged is -g under maximize, as in one process.
-                self._sums[index] += sums[i] * torch.tensor([-1.0 if groups[index]["maximize"] else 1.0, 1.0])
+        # What `nonfinite` says is done on all ranks alike.
+        found = nonfinite_found(election.flags, entries) if self.nonfinite != "abstain" else None
+        if found is not None:
+            self._skip = True
+            if self.nonfinite == "raise":
+                raise CollectiveError(found)
+        voted, sums = accept(worker, entries, ballot, election)
+        self._voted |= voted
+        self._sums += sums
         if self._skip:
             for entry in entries:
                 entry.flat.fill_(torch.nan)
-
-    def _refuse_nonfinite(self, flags: Tensor, entries: Sequence[Entry]) -> None:
-        """Do what `nonfinite` says, on all ranks alike."""
-        found = (flags == NOT_FINITE).nonzero().tolist()
-        if not found or self.nonfinite == "abstain":
-            return
-        self._skip = True
-        if self.nonfinite == "raise":
-            rank, i = found[0]
-            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise CollectiveError(
-                f"the gradient of {entries[i].name} on rank {rank} is not finite{more}: lower the learning rate, or "
-                'pass nonfinite="abstain" to leave such a worker out, or grad_scaler for float16'
-            )
 
     def _average(self, bucket: Bucket, entries: Sequence[Entry]) -> None:
         for entry in entries:
@@ -299,20 +406,13 @@ class MajorityVote(GradientHook):
 
     def _hand_over(self, entry: Entry) -> None:
         """After the switch: SGD's momentum starts from the mean of the workers', and theirs is freed."""
-        state = self.worker.state.pop(entry.name, {})
-        group = self.optimizer.param_groups[self.worker.groups[entry.name]]
-        if group["sgd_momentum"] == 0 or entry.param in self.optimizer.state:
+        mean = give_up_momentum(self.worker, entry.param)
+        if mean is None:
             return
-        mean = torch.zeros_like(entry.param, dtype=torch.float32)
-        if "exp_avg" in state:
-            in_memory_order(mean).copy_(buffers.read(state["exp_avg"], state.get("exp_avg_scale")))
         mean /= self.world_size
         if self.world_size > 1:
             dist.all_reduce(mean, group=self.group)
-        kept = buffers.new_momentum(entry.param, group["state_dtype"])
-        if kept["exp_avg"].is_floating_point():  # 8 bits start from 0
-            kept["exp_avg"].copy_(mean)
-        self.optimizer.state[entry.param] = kept
+        start_sgd(self.worker, entry.param, mean)
 
     def _power_sgd(self, bucket: Bucket) -> Tensor:
         from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
@@ -334,16 +434,6 @@ class MajorityVote(GradientHook):
             for index in self._voted:
                 self.worker.steps[index] += 1
         self._voted, self._skip = set(), False
-
-    def _check_steps(self, optimizer: object, *_: object) -> None:
-        for index, (group, votes) in enumerate(zip(self.optimizer.param_groups, self.worker.steps, strict=True)):
-            taken = int(group["step"])
-            in_sign_phase = group.get("phase", "sign") == "sign"
-            if in_sign_phase and not taken <= votes <= taken + 1:
-                raise RuntimeError(
-                    f"param_group {index} has taken {taken} steps and {votes} votes: load vote.state_dict() together "
-                    "with the optimizer's, after MajorityVote was made"
-                )
 
     def state_dict(self) -> dict[str, Any]:
         """The rank's own state, with the momentum of its own gradients by parameter name: save it per rank."""

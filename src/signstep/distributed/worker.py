@@ -165,8 +165,7 @@ class Worker:
             tensors.grads.append(flat)
             tensors.ordinals.append(self.ordinals[name])
             tensors.offsets.append(start)
-            key = name if start == 0 else f"{name}@{start}"
-            state = self.state.setdefault(key, {})
+            state = self.state.setdefault(_key(name, start), {})
             if group["momentum"] > 0:
                 if "exp_avg" not in state:
                     state.update(buffers.new_momentum(flat, group["state_dtype"]))
@@ -210,7 +209,7 @@ class Worker:
         for i, (gradient, slot) in enumerate(zip(gradients, slots, strict=True)):
             one = select(tensors, [i])
             g = -gradient.flat if options.maximize else gradient.flat
-            residual = self.state[gradient.name]["residual"]
+            residual = self.state[_key(gradient.name, gradient.start)]["residual"]
             if options.coupled_weight_decay:
                 g = g.to(residual.dtype).add(gradient.param.to(residual.dtype), alpha=options.coupled_weight_decay)
             corrected = buffers.update_entry(one, 0, g, options) + residual
@@ -270,6 +269,11 @@ class Worker:
             name: {key: x.to(devices[name.partition("@")[0]], copy=True) for key, x in tensors.items()}
             for name, tensors in state["state"].items()
         }
+
+
+def _key(name: str, start: int) -> str:
+    """Of a run of a parameter in a worker's state."""
+    return name if start == 0 else f"{name}@{start}"
 
 
 def in_memory_order(x: Tensor) -> Tensor:

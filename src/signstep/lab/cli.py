@@ -1,4 +1,4 @@
-"""The command `signstep`: data, train, sweep, reproduce, report, demo, bench, plan.
+"""The command `signstep`: data, train, sweep, reproduce, report, demo, bench, plan, study.
 
     signstep data get cifar10
     signstep train --dataset cifar10 --optimizer signsgd --lr 1e-3
@@ -603,6 +603,32 @@ class Plan:
         return 0
 
 
+@dataclass(frozen=True)
+class Study:
+    """Measure what a vote is worth: against Byzantine workers (byzantine), and by dither (vote-curve)."""
+
+
+def _study(arguments: Sequence[str]) -> int:
+    """`signstep study`: each study has its options beside its code, which takes its time to import."""
+    from signstep.lab import byzantine, vote_curve
+
+    options: byzantine.Options | vote_curve.Options = tyro.cli(
+        Annotated[byzantine.Options, tyro.conf.subcommand("byzantine")]
+        | Annotated[vote_curve.Options, tyro.conf.subcommand("vote-curve")],
+        args=arguments,
+        prog="signstep study",
+        config=_TYRO,
+    )
+    if isinstance(options, byzantine.Options):
+        _check_minutes(options.max_minutes)
+        _check_folder(options.data)
+        byzantine.run(options, command=byzantine.command_of(options), say=_say)
+    else:
+        vote_curve.run(options, command=shlex.join(["signstep", "study", *arguments]), say=_say)
+    _say(f"written: {options.out}")
+    return 0
+
+
 _Command = (
     Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Train, tyro.conf.subcommand("train")]
@@ -612,6 +638,7 @@ _Command = (
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Study, tyro.conf.subcommand("study")]
 )
 
 
@@ -648,12 +675,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if arguments[:1] == ["train"]:
             default = Train(config=_preset(arguments[1:]))
-            command: Data | Train | Sweep | Reproduce | Report | Demo | Bench | Plan = tyro.cli(
-                Train, args=arguments[1:], default=default, prog="signstep train", config=_TYRO
-            )
+            code = tyro.cli(Train, args=arguments[1:], default=default, prog="signstep train", config=_TYRO).run()
+        elif arguments[:1] == ["study"]:
+            code = _study(arguments[1:])
         else:
             command = tyro.cli(_Command, args=arguments, prog="signstep", description=__doc__, config=_TYRO)
-        code = command.run()
+            assert not isinstance(command, Study)  # see above
+            code = command.run()
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         code = _INTERRUPTED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
@@ -300,11 +301,11 @@ class SignSGD(Optimizer):
         on_host = not isinstance(lr, Tensor) or lr.device.type == "cpu"
         if group["capturable"] or not on_host or lr != 0:
             return False
-        return not any(g.any() for g in batch.grads)
+        return not any(_of_all_ranks(g.any()) for g in batch.grads)
 
     def _step_group(self, group: dict[str, Any], batch: Tensors) -> None:
         sums = self._new_sums(group)
-        self._step_params(group, batch, sums)
+        self._step_params(group, local_tensors(batch) if self.takes_votes else batch, sums)
         self._finish_step(group, sums)
 
     def _new_sums(self, group: dict[str, Any]) -> Tensor | None:
@@ -433,6 +434,29 @@ def decays(lr: float | Tensor, weight_decay: float, decoupled: bool) -> tuple[fl
     if not decoupled:
         return 1.0, weight_decay
     return (1 - lr * weight_decay if weight_decay != 0 else 1.0), 0.0
+
+
+def _of_all_ranks(x: Tensor) -> Tensor:
+    """A number that a sharded tensor was reduced to, over all shards."""
+    whole: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x
+    return whole
+
+
+def local_tensors(tensors: Tensors) -> Tensors:
+    """Of every tensor that is sharded along its first dimension, the shard of this rank; others as they are."""
+
+    def local(x: Any) -> Any:
+        return x.to_local() if hasattr(x, "to_local") else x
+
+    def begin(p: Any) -> int:
+        if not hasattr(p, "to_local"):
+            return 0
+        rows = -(-p.shape[0] // p.device_mesh.size())
+        return int(min(rows * p.device_mesh.get_local_rank(), p.shape[0]) * math.prod(p.shape[1:]))
+
+    offsets = [offset + begin(p) for p, offset in zip(tensors.params, tensors.offsets, strict=True)]
+    columns: list[Any] = [[local(x) for x in column] for column in tensors[:5]]
+    return Tensors(*[*columns, tensors.ordinals, offsets])
 
 
 def _wide(x: Tensor, param: Tensor | None = None) -> Tensor:

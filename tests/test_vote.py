@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,7 @@ from signstep.distributed import CollectiveError, MajorityVote, resplit
 from signstep.distributed.worker import in_memory_order, worker_seed
 from signstep.kernels import bits, reference
 from signstep.kernels.reference import TIE_COINS, ZERO_COINS, Segment
+from signstep.optim import attach_to_backward
 from signstep.optim.dither import dither_std
 
 
@@ -249,6 +252,91 @@ def _join() -> None:
             model(-torch.ones(1, 5)).sum().backward()
             optimizer.step()
     assert torch.equal(net.weight, torch.full((1, 5), 3.0)), net.weight
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_join_leaves_all_ranks_at_the_same_step(hybrid: bool) -> None:
+    """Three epochs with uneven batches: counts, phases and weights stay equal."""
+    gang(2).run(_epochs_with_join, hybrid)
+
+
+def _epochs_with_join(hybrid: bool) -> None:
+    net = _net("linear")
+    model = DistributedDataParallel(net)
+    options = {"lr": 1e-3, "dither": 1e-4}
+    optimizer = (
+        HybridSignSGD(model.parameters(), switch_step=8, calibration="ratio", **options)
+        if hybrid
+        else SignSGD(model.parameters(), **options)
+    )
+    MajorityVote(model, optimizer)
+    for epoch in range(3):
+        with model.join():
+            for step in range(2 + 2 * dist.get_rank()):
+                x, y = _batch("linear", 10 * epoch + step)
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        group = optimizer.param_groups[0]
+        states = _share([group["step"].clone(), torch.tensor(float(group.get("calibrated_lr", 0)))])
+        assert states[0][0] == 4 * (epoch + 1) or hybrid
+        assert torch.equal(states[0][1], states[1][1])  # type: ignore[arg-type]
+        assert len({str(getattr(optimizer, "phase", "sign"))}) == 1
+        assert _equal_everywhere(net)
+
+
+def test_a_round_without_voters_is_a_step_without_a_move() -> None:
+    gang(2).run(_nobody)
+
+
+def _nobody() -> None:
+    for hybrid in (False, True):
+        net = nn.Linear(4, 1, bias=False)
+        nn.init.zeros_(net.weight)
+        model = DistributedDataParallel(net)
+        optimizer = (HybridSignSGD if hybrid else SignSGD)(model.parameters(), lr=1.0)
+        MajorityVote(model, optimizer, nonfinite="abstain")
+        for scale in (torch.nan, 1.0, torch.nan, 1.0):
+            optimizer.zero_grad()
+            (model(torch.ones(1, 4)).sum() * scale).backward()
+            optimizer.step()
+        assert torch.equal(net.weight, torch.full((1, 4), -2.0)), net.weight
+
+
+def test_a_closed_hook_refuses_and_a_dropped_one_is_freed() -> None:
+    gang(2).run(_closed)
+
+
+def _closed() -> None:
+    model = DistributedDataParallel(nn.Linear(3, 1))
+    optimizer = SignSGD(model.parameters())
+    vote = MajorityVote(model, optimizer)
+    model(torch.ones(1, 3)).sum().backward()
+    vote.close()
+    vote.close()
+    with pytest.raises(RuntimeError, match="MajorityVote has been closed: wrap the module anew"):
+        model(torch.ones(1, 3)).sum().backward()
+    alive = [weakref.ref(x) for x in (model, vote)]
+    del model, optimizer, vote
+    gc.collect()
+    assert [x() for x in alive] == [None, None]
+
+
+def test_momentum_of_another_size_is_refused() -> None:
+    gang(1).run(_short)
+
+
+def _short() -> None:
+    model, optimizer, vote = _vote()
+    x, y = _batch("linear", 0)
+    F.cross_entropy(model(x), y).backward()
+    state = vote.state_dict()
+    state["state"]["0.weight"]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"exp_avg of 0\.weight was saved with 3 elements, the parameter has 407"):
+        vote.load_state_dict(state)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(RuntimeError, match="add_param_group after MajorityVote"):
+        F.cross_entropy(model(x), y).backward()
 
 
 def test_dtypes_groups_and_strangers() -> None:
@@ -552,6 +640,11 @@ def _refusals() -> dict[str, str]:
         "wrapped in DistributedDataParallel": lambda: MajorityVote(net, sign()),  # type: ignore[arg-type]
         "needs SignSGD or HybridSignSGD, got Adam": lambda: MajorityVote(model, adam),  # type: ignore[arg-type]
         "Invalid ties: 'coin'": lambda: MajorityVote(model, sign(), ties="coin"),
+        "Invalid nonfinite: 'skip' without grad_scaler": lambda: MajorityVote(model, sign(), nonfinite="skip"),
+        "1 parameters that are not the model's": lambda: MajorityVote(
+            model, SignSGD([*model.parameters(), nn.Parameter(torch.ones(1))])
+        ),
+        "instead of attach_to_backward": lambda: MajorityVote(model, attach_to_backward(nn.Linear(2, 2), {})),
         "Invalid nonfinite: 'ignore'": lambda: MajorityVote(model, sign(), nonfinite="ignore"),
         "Invalid after_switch": lambda: MajorityVote(model, sign(), after_switch="fp8"),
         "Invalid dither_workers": lambda: MajorityVote(model, sign(), dither_workers="shared"),
@@ -571,7 +664,7 @@ def _refusals() -> dict[str, str]:
     try:
         MajorityVote(model, sign())
     except RuntimeError as error:
-        said["can only be called once"] = str(error)
+        said["has a communication hook already"] = str(error)
     return said
 
 

@@ -32,6 +32,7 @@ from signstep.distributed.vote import (
     Ballot,
     accept,
     all_gather,
+    check_options,
     hold,
     nonfinite_found,
     tally,
@@ -244,13 +245,7 @@ class FSDPMajorityVote:
         grad_scaler: GradScaler | None = None,
         replicate_group: dist.ProcessGroup | None = None,
     ) -> None:
-        nonfinite = nonfinite or ("raise" if grad_scaler is None else "skip")
-        for option, value, allowed in (
-            ("ties", ties, ("random", "abstain")),
-            ("nonfinite", nonfinite, ("raise", "abstain", "skip")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"Invalid {option}: {value!r}, expected one of {', '.join(map(repr, allowed))}")
+        nonfinite = check_options(ties, nonfinite, scaled=grad_scaler is not None)
         if error_feedback and replicate_group is not None:
             raise ValueError(
                 "Invalid error_feedback: True with replicate_group, where no rank has what a worker's sign leaves out"

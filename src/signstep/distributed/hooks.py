@@ -26,7 +26,7 @@ from torch.autograd import Variable
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Bucket", "Entry", "GradientHook", "own_group"]
+__all__ = ["Bucket", "CollectiveError", "Entry", "GradientHook", "own_group"]
 
 
 class Entry(NamedTuple):
@@ -52,6 +52,8 @@ class Bucket:
     is_last: bool
     """The last one of this backward."""
     original: GradBucket
+    joined: bool
+    """This rank has no more batches and is inside `model.join()`: its gradients are zeros."""
 
 
 def own_group(group: dist.ProcessGroup | None, device: torch.device) -> dist.ProcessGroup:
@@ -79,10 +81,15 @@ class GradientHook(ABC):
     Args:
         model: wrapped in DistributedDataParallel, with no other communication hook. Its process group is copied.
 
+    Attributes:
+        names: names of the parameters that require a gradient, by parameter.
+        group: the workers, a copy of the model's process group; rank and world_size: in it.
+
     Raises:
         TypeError: the model is not wrapped in DistributedDataParallel.
-        RuntimeError: in backward, on every rank, what went wrong in `reduce`: the message of a `CollectiveError`, or a
-            rank that has died. After that the hook, like the process group, is of no more use.
+        RuntimeError: the model has a communication hook already. In backward, on every rank: what went wrong in
+            `reduce`, as the message of a `CollectiveError` or as a rank that has died; after that the hook, like the
+            process group, is of no more use.
     """
 
     attack: Callable[[Sequence[Entry]], Sequence[Entry]] | None = None
@@ -93,6 +100,11 @@ class GradientHook(ABC):
             raise TypeError(
                 f"{type(self).__name__}: expected a model wrapped in DistributedDataParallel, got "
                 f"{type(model).__name__}; wrap it first (for fully_shard see signstep.distributed.fsdp)"
+            )
+        if model._comm_hooks:
+            raise RuntimeError(
+                f"{type(self).__name__}: this DistributedDataParallel has a communication hook already, and takes one: "
+                "wrap the module anew"
             )
         # A compiled module puts its own prefix before every name.
         named = model.module.named_parameters()
@@ -106,24 +118,21 @@ class GradientHook(ABC):
         self._seen: tuple[weakref.ref[Tensor], int] | None = None
         self._handles = [p.register_post_accumulate_grad_hook(self._reached.add) for p in self.names]  # type: ignore[no-untyped-call]
         first = next(iter(self.names))
-        self._handles.append(first.register_hook(lambda _: self._warn_of_second_backward(first)))  # type: ignore[no-untyped-call]
+        own = weakref.ref(self)
+        self._handles.append(first.register_hook(lambda _: _warn_of_second_backward(own(), first)))  # type: ignore[no-untyped-call]
+        self._closed = False
         self._jobs: queue.SimpleQueue[tuple[Bucket, Future[Tensor]] | None] = queue.SimpleQueue()
         self._stream = torch.Stream(self.device) if self.device.type == "cuda" else None
         if self._stream is None:
             threading.Thread(target=_work, args=(self._jobs, weakref.ref(self)), daemon=True).start()
         weakref.finalize(self, self._jobs.put, None)
-        self._model = model
 
-    def attach(self) -> None:
-        """Register the hook: the last thing that a constructor does, as DDP takes one hook and never gives it back.
-
-        Raises:
-            RuntimeError: the model has a communication hook already.
-        """
-        self._model.register_comm_hook(None, self._hook)
+    def attach(self, model: DistributedDataParallel) -> None:
+        """Register the hook: the last thing that a constructor does, as DDP takes one hook and never gives it back."""
+        model.register_comm_hook(None, self._hook)
 
     def begin(self) -> None:  # noqa: B027
-        """What comes before a backward's first bucket, while nothing is being reduced; not on a rank that has joined."""
+        """What comes before a backward's first bucket, while nothing is reduced; not on a rank that has joined."""
 
     @abstractmethod
     def reduce(self, bucket: Bucket) -> None:
@@ -133,13 +142,22 @@ class GradientHook(ABC):
         """
 
     def close(self) -> None:
-        """Stop watching the parameters, when the model is not going to be trained any more."""
+        """Give back the thread and the process group, when the model is not going to be trained any more.
+
+        A collective: every rank calls it. A later backward raises.
+        """
+        if self._closed:
+            return
+        self._closed = True
         for handle in self._handles:
             handle.remove()
         self._jobs.put(None)
+        dist.destroy_process_group(self.group)
 
     def _hook(self, state: object, bucket: GradBucket) -> Future[Tensor]:
         self._raise_failure()
+        if self._closed:
+            raise RuntimeError(f"{type(self).__name__} has been closed: wrap the module anew to train it")
         params = bucket.parameters()
         ends = list(itertools.accumulate(p.numel() for p in params))
         buffer = bucket.buffer()
@@ -147,9 +165,10 @@ class GradientHook(ABC):
         for p, end in zip(params, ends, strict=True):
             entries.append(Entry(self.names[p], p, buffer[end - p.numel() : end], p in self._reached))
             self._reached.discard(p)
-        opened = Bucket(buffer, entries, bucket.index(), bucket.is_last(), bucket)
         task = torch._C._current_graph_task_id()
-        if task not in (-1, self._backward):  # -1: outside of backward, on a rank that has joined
+        joined = task == -1  # outside of backward
+        opened = Bucket(buffer, entries, bucket.index(), bucket.is_last(), bucket, joined)
+        if not joined and task != self._backward:
             self._backward = task
             self.begin()
             Variable._execution_engine.queue_callback(self._after_backward)
@@ -201,27 +220,33 @@ class GradientHook(ABC):
                 "for the one that stopped first"
             ) from self._failure
 
-    def _warn_of_second_backward(self, p: Tensor) -> None:
-        if self._seen is None or torch._C._current_graph_task_id() == self._backward:
-            return
-        grad, version = self._seen
-        if p.grad is not None and grad() is p.grad and p.grad._version == version:
-            warnings.warn(
-                f"{type(self).__name__}: backward again without zero_grad(): the last reduction is taken for a part of "
-                "the gradient; call zero_grad() after step(), and accumulate gradients inside no_sync()",
-                stacklevel=2,
-            )
-
 
 class CollectiveError(RuntimeError):
     """What all ranks raise together, as they all know of it."""
+
+
+def _warn_of_second_backward(hook: "GradientHook | None", p: Tensor) -> None:
+    if hook is None or hook._seen is None or torch._C._current_graph_task_id() == hook._backward:
+        return
+    grad, version = hook._seen
+    if p.grad is not None and grad() is p.grad and p.grad._version == version:
+        warnings.warn(
+            f"{type(hook).__name__}: backward again without zero_grad(): the last reduction is taken for a part of the "
+            "gradient; call zero_grad() after step(), and accumulate gradients inside no_sync()",
+            stacklevel=2,
+        )
 
 
 def _work(jobs: "queue.SimpleQueue[tuple[Bucket, Future[Tensor]] | None]", owner: "weakref.ref[GradientHook]") -> None:
     while (job := jobs.get()) is not None:
         bucket, future = job
         hook = owner()
+        failure = None
         if hook is not None:
             hook._run(bucket)
+            failure = hook._failure
         del hook
-        future.set_result(bucket.buffer)
+        if bucket.joined and failure is not None:  # there is no end of backward that would raise it
+            future.set_exception(RuntimeError(str(failure)))  # type: ignore[arg-type]  # torch's annotation is wrong
+        else:
+            future.set_result(bucket.buffer)

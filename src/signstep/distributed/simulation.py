@@ -24,6 +24,7 @@ from signstep.distributed.vote import (
     PRESENT,
     Election,
     accept,
+    check_options,
     fill,
     give_up_momentum,
     nonfinite_found,
@@ -170,13 +171,7 @@ class SimulatedVote(_Simulation):
         attacks: Mapping[int, Attack] | None = None,
     ) -> None:
         super().__init__(model, world_size, attacks=attacks)
-        for option, value, allowed in (
-            ("ties", ties, ("random", "abstain")),
-            ("nonfinite", nonfinite, ("raise", "abstain")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"Invalid {option}: {value!r}, expected one of {', '.join(map(repr, allowed))}")
-        self.optimizer, self.ties, self.nonfinite = optimizer, ties, nonfinite
+        self.optimizer, self.ties, self.nonfinite = optimizer, ties, check_options(ties, nonfinite, scaled=False)
         names = {p: name for name, p in self.params.items()}
         self.workers = [
             Worker(optimizer, names, rank, world_size, dither_workers=dither_workers, error_feedback=error_feedback)
@@ -199,6 +194,9 @@ class SimulatedVote(_Simulation):
             ValueError: not as many as workers, or of other parameters.
             CollectiveError: a gradient is not finite, under ``nonfinite="raise"``.
         """
+        steps = [int(group["step"]) for group in self.optimizer.param_groups]
+        for worker in self.workers:
+            worker.steps = list(steps)
         everyone = self._entries(gradients)
         present = [any(e.present for e in column) for column in zip(*everyone, strict=True)]
         voting = [self.workers[0].votes(name) for name in self.params]
@@ -243,7 +241,7 @@ class SimulatedVote(_Simulation):
         for worker in self.workers:
             for index in voted:
                 worker.steps[index] += 1
-        if isinstance(self.optimizer, HybridSignSGD) and voted:
+        if isinstance(self.optimizer, HybridSignSGD):
             self.optimizer.voted_sums = list((sums / self.world_size).unbind())
 
     def _hand_over(self, p: Tensor) -> None:

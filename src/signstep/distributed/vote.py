@@ -246,6 +246,26 @@ def start_sgd(worker: Worker, param: Tensor, mean: Tensor) -> None:
     worker.optimizer.state[param] = kept
 
 
+def check_options(ties: str, nonfinite: str | None, *, scaled: bool) -> str:
+    """What `nonfinite` stands for, by default "skip" in a loop with a GradScaler and "raise" in another.
+
+    Raises:
+        ValueError: an unknown name, or one that does not go with a GradScaler or goes with nothing else.
+    """
+    nonfinite = nonfinite or ("skip" if scaled else "raise")
+    for option, value, allowed in (
+        ("ties", ties, ("random", "abstain")),
+        ("nonfinite", nonfinite, ("raise", "abstain", "skip")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"Invalid {option}: {value!r}, expected one of {', '.join(map(repr, allowed))}")
+    if nonfinite == "skip" and not scaled:
+        raise ValueError("Invalid nonfinite: 'skip' without grad_scaler, which alone skips a step; use 'abstain'")
+    if nonfinite == "abstain" and scaled:
+        raise ValueError("Invalid nonfinite: 'abstain' with grad_scaler, which would never lower its scale; use 'skip'")
+    return nonfinite
+
+
 class MajorityVote(GradientHook):
     r"""Train a DDP model by majority vote: one bit per coordinate each way.
 
@@ -274,12 +294,17 @@ class MajorityVote(GradientHook):
         nonfinite: what a gradient that is not finite does. "raise": backward raises on all ranks, with rank and
             parameter. "abstain": that worker has no vote on that parameter, and its momentum stays as it is. "skip":
             the gradients become NaN on all ranks, so that a GradScaler skips the step; what was finite stays in its
-            worker's momentum. Default: "skip" with a grad_scaler, else "raise".
+            worker's momentum. With a grad_scaler it is "skip" or "raise", by default "skip"; else "raise" or "abstain",
+            by default "raise".
         dither_workers: "independent": every worker's noise has the optimizer's sigma; "scaled": sigma sqrt(M), which
             keeps the range in which the expected vote is linear in the momentum.
         grad_scaler: of a loop with float16 autocast: gradients are divided by its scale before they enter the momentum.
         after_switch: how gradients are averaged in the SGD phase of HybridSignSGD: "mean" (all-reduce), "bf16" or
-            "powersgd" (rank 2, with error feedback; Vogels et al. 2019, arXiv 1905.13727).
+            "powersgd" (rank 2, with error feedback; Vogels et al. 2019, arXiv 1905.13727; what it keeps between steps
+            is not saved).
+
+    Attributes:
+        worker: this rank's `signstep.distributed.worker.Worker`; names, group, rank, world_size: see `GradientHook`.
 
     Raises:
         TypeError, ValueError: a model, optimizer or option that does not fit, one sentence.
@@ -309,14 +334,9 @@ class MajorityVote(GradientHook):
         grad_scaler: GradScaler | None = None,
         after_switch: str = "mean",
     ) -> None:
-        nonfinite = nonfinite or ("raise" if grad_scaler is None else "skip")
-        for option, value, allowed in (
-            ("ties", ties, ("random", "abstain")),
-            ("nonfinite", nonfinite, ("raise", "abstain", "skip")),
-            ("after_switch", after_switch, ("mean", "bf16", "powersgd")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"Invalid {option}: {value!r}, expected one of {', '.join(map(repr, allowed))}")
+        nonfinite = check_options(ties, nonfinite, scaled=grad_scaler is not None)
+        if after_switch not in ("mean", "bf16", "powersgd"):
+            raise ValueError(f"Invalid after_switch: {after_switch!r}, expected one of 'mean', 'bf16', 'powersgd'")
         super().__init__(model)
         self.worker = Worker(
             optimizer,
@@ -332,16 +352,19 @@ class MajorityVote(GradientHook):
         self._skip = False
         self._sums = self._no_sums()
         self._power: Any = None
-        self.attach()
+        self.attach(model)
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(len(self.optimizer.param_groups), 2, dtype=torch.float64, device=self.device)
 
     def begin(self) -> None:
         """Votes are numbered by the optimizer's steps; a step may have been left out, as by a GradScaler."""
-        for index, (group, votes) in enumerate(zip(self.optimizer.param_groups, self.worker.steps, strict=True)):
+        groups = self.optimizer.param_groups
+        if len(groups) != len(self.worker.steps):
+            raise RuntimeError("add_param_group after MajorityVote was made: the group has no vote; add it before")
+        for index, (group, votes) in enumerate(zip(groups, self.worker.steps, strict=True)):
             taken = int(group["step"])
-            if group.get("phase", "sign") == "sign" and not votes - 1 <= taken <= votes:
+            if group.get("phase", "sign") == "sign" and abs(votes - taken) > 1:
                 raise RuntimeError(
                     f"param_group {index} has taken {taken} steps and {votes} votes: load vote.state_dict() together "
                     "with the optimizer's, after MajorityVote was made, and step once per backward"
@@ -357,10 +380,12 @@ class MajorityVote(GradientHook):
         if voting:
             self._vote(voting, finite=bool(bucket.buffer.dot(bucket.buffer).isfinite()))
         averaged = [e for e in bucket.entries if not self.worker.votes(e.name)]
-        if averaged:
-            self._average(bucket, averaged)
+        for own in (False, True):  # strangers, then those that have switched
+            chosen = [e for e in averaged if (e.name in self.worker.groups) == own]
+            if chosen:
+                self._average(bucket, chosen, self.after_switch if own else "mean")
         if bucket.is_last:
-            self._end_round()
+            self._end_round(bucket.joined)
 
     def _vote(self, entries: Sequence[Entry], finite: bool) -> None:
         worker = self.worker
@@ -388,16 +413,16 @@ class MajorityVote(GradientHook):
             for entry in entries:
                 entry.flat.fill_(torch.nan)
 
-    def _average(self, bucket: Bucket, entries: Sequence[Entry]) -> None:
+    def _average(self, bucket: Bucket, entries: Sequence[Entry], how: str) -> None:
         for entry in entries:
             if entry.name in self.worker.groups:
                 self._hand_over(entry)
-        if self.after_switch == "powersgd" and len(entries) == len(bucket.entries):
+        if how == "powersgd" and len(entries) == len(bucket.entries):
             bucket.buffer.copy_(self._power_sgd(bucket))
             return
         whole = bucket.buffer if len(entries) == len(bucket.entries) else torch.cat([e.flat for e in entries])
         mean = whole / self.world_size
-        if self.after_switch == "bf16":
+        if how == "bf16":
             mean = mean.to(torch.bfloat16)
         if self.world_size > 1:
             dist.all_reduce(mean, group=self.group)
@@ -423,16 +448,22 @@ class MajorityVote(GradientHook):
             )
         return powersgd.powerSGD_hook(self._power, bucket.original).wait()
 
-    def _end_round(self) -> None:
+    def _end_round(self, joined: bool) -> None:
         """After the last bucket: the calibration's sums, and the count of votes."""
-        if isinstance(self.optimizer, HybridSignSGD) and self._voted:
-            if self.world_size > 1:
+        sums = None
+        if isinstance(self.optimizer, HybridSignSGD):
+            if self.world_size > 1 and self._voted:  # by all ranks alike
                 dist.all_reduce(self._sums, group=self.group)
-            self.optimizer.voted_sums = list((self._sums / self.world_size).unbind())
+            sums = self.optimizer.voted_sums = list((self._sums / self.world_size).unbind())
         self._sums = self._no_sums()
         if not self._skip:
             for index in self._voted:
                 self.worker.steps[index] += 1
+                if joined:  # the others step their optimizers now
+                    group = self.optimizer.param_groups[index]
+                    like = group["step"] if sums is None else group["lr_ratio"]
+                    own = None if sums is None else sums[index].to(like.device, like.dtype)
+                    self.optimizer._finish_step(group, own)
         self._voted, self._skip = set(), False
 
     def state_dict(self) -> dict[str, Any]:
@@ -441,4 +472,11 @@ class MajorityVote(GradientHook):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load this rank's state, after the optimizer's; ValueError for another rank's or another world size's."""
+        for p, name in self.names.items():
+            for key, x in state["state"].get(name, {}).items():
+                if key in ("exp_avg", "residual") and x.numel() != p.numel():
+                    raise ValueError(
+                        f"the {key} of {name} was saved with {x.numel()} elements, the parameter has {p.numel()}: load "
+                        "the state of this model"
+                    )
         self.worker.load_state_dict(state)

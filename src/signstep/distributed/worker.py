@@ -94,9 +94,12 @@ class Worker:
         self.state: dict[str, dict[str, Tensor]] = {}
         self.groups: dict[str, int] = {}
         self.ordinals: dict[str, int] = {}
+        if optimizer.steps_in_backward:
+            raise ValueError("a vote comes after backward: build the optimizer itself instead of attach_to_backward")
+        for group in optimizer.param_groups:
+            self._check(group)
         ordinal = 0
         for index, group in enumerate(optimizer.param_groups):
-            self._check(group)
             for p in group["params"]:
                 if p in self.names:
                     name = self.names[p]
@@ -113,6 +116,12 @@ class Worker:
         for option in ("capturable", "differentiable"):
             if group[option]:
                 raise ValueError(f"Invalid {option}: True, a vote cannot be so; leave it out")
+        strangers = sum(p.requires_grad and p not in self.names for p in group["params"])
+        if strangers:
+            raise ValueError(
+                f"the optimizer has {strangers} parameters that are not the model's, which would move by their sign "
+                "alone: give them an optimizer of their own"
+            )
         if any(p.is_complex() for p in group["params"]):
             raise ValueError("a vote takes real parameters: keep a complex one as torch.view_as_real of itself")
         if self.error_feedback and group["state_dtype"] in buffers.STOCHASTIC:

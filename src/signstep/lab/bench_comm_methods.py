@@ -91,7 +91,7 @@ class PowerSGD(GradientHook):
         self._state = powersgd.PowerSGDState(
             self.group, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=2, warm_start=True
         )
-        self.attach()
+        self.attach(model)
 
     def reduce(self, bucket: Bucket) -> None:
         """The mean of low-rank approximations."""

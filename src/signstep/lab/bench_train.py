@@ -2,7 +2,8 @@
 
 Every rank trains in a network namespace of its own whose link has the given rate (see `netns`), by the same
 `signstep train` that anyone calls. Seconds are those of training, without start-up and evaluation; bytes are the
-interface's own count, without start-up but with evaluation's few. A finished run is kept and not trained again.
+interface's own count of all of it: of training, of the weights that DDP sends at the start, of evaluation, and of the
+last checkpoint, for which the first rank gathers what the others keep. A finished run is kept and not trained again.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ def run(
         bits = bits_per_second(rate)
     except ValueError as error:
         raise BadInput(f"--rate {error}") from error
-    folder = out / f"{NAME}-runs"
+    folder = out / "runs" / f"{rate}-{ranks}"
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
     with netns.Network(ranks) as network:
@@ -190,7 +191,7 @@ def run(
             for key in methods:
                 config = config_of(key, seed, ranks, epochs, subset)
                 record = folder / f"{config.hash}.jsonl"
-                kept = folder / f"{config.hash}-{rate}-{ranks}.json"
+                kept = folder / f"{config.hash}.json"
                 if not kept.exists():
                     say(f"{METHODS[key].label}, seed {seed}: {ranks} ranks at {rate}")
                     # A run that was cut short has lost the count of its bytes.
@@ -238,7 +239,7 @@ def show(console: Console, samples: Sequence[Sample]) -> None:
 
 def write(samples: Sequence[Sample], out: Path, *, command: str, target: float, rate: str, ranks: int) -> list[Path]:
     """Write bench-train.json and .md."""
-    first = runs.read_run(next(iter(sorted((out / f"{NAME}-runs").glob("*.jsonl")))))
+    first = runs.read_run(next(iter(sorted((out / "runs" / f"{rate}-{ranks}").glob("*.jsonl")))))
     record = {
         "command": command,
         "environment": first.start["environment"],

@@ -343,7 +343,7 @@ class Mean(GradientHook):
 
     def __init__(self, model: DistributedDataParallel) -> None:
         super().__init__(model)
-        self.attach()
+        self.attach(model)
 
     def reduce(self, bucket: Bucket) -> None:
         """All-reduce."""
@@ -431,7 +431,7 @@ def write(out: Path, command: str) -> list[Path]:
     record = {
         "commands": made,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "environment": environment(torch.device("cpu"), 1),
+        "environment": next(iter(measured.values()))["environment"],
         "final": [dataclasses.asdict(p) for p in final],
         "learning_rates": [dataclasses.asdict(p) for p in tuned],
     }
@@ -502,10 +502,10 @@ def _table(rows: Sequence[Point]) -> list[str]:
 def _markdown(
     final: Sequence[Point], tuned: Sequence[Point], record: dict[str, Any], measured: Mapping[str, dict[str, Any]]
 ) -> str:
-    made = record["environment"]
+    made = next(iter(measured.values()))["environment"]
     out = [f"# {_TITLE}", ""]
     out += [f"- `{each}`" for each in record["commands"]]
-    out += ["", f"{record['date']}, {made['cpu']}, torch {made['torch']}, signstep {made['signstep']}", ""]
+    out += ["", f"{record['date']}, {made['cpu']}, {made['threads']} thread(s), torch {made['torch']}", ""]
     for real in (False, True):
         chosen = [p for p in final if p.real == real]
         if not chosen:
@@ -525,7 +525,15 @@ def _markdown(
         network = f"{config['dataset']}, ResNet-8, width {config['width']:g}, imagenet stem"
         length = f"{config['epochs']} epochs ({steps} steps)"
         how = "momentum 0.9, cosine schedule; vote: SignSGD, mean: SGD"
-        out += [f"## {title}", "", f"{network}; {length}; {batch}; {how}.", "", *_table(chosen), ""]
+        if real:
+            note = "Colluding: the attacker pushes in one random direction, as it cannot know the others' gradients."
+        else:
+            overlap = 100 * one["worker_blocks"] / one["blocks"]
+            note = (
+                f"Two workers have {overlap:.0f} % of their images in common on average, so honest workers agree more "
+                "than with batches of their own. Colluding: attackers send the negated mean of the honest gradients."
+            )
+        out += [f"## {title}", "", f"{network}; {length}; {batch}; {how}. {note}", "", *_table(chosen), ""]
         grid = [p for p in tuned if p.real == real]
         words = ", ".join(f"{p.method} {p.lr:g}: {p.accuracies[0]:.2f} %" for p in grid)
         out += [f"Learning rates, without attackers, on held-out training images: {words}.", ""]

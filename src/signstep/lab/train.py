@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from signstep.distributed import CollectiveError
 from signstep.lab import checkpoint, models, reductions, runs
 from signstep.lab.batches import Batches
 from signstep.lab.checkpoint import CheckpointError, RunBusy
@@ -163,7 +165,7 @@ class _Run:
             torch.compiler.reset()  # else many runs in one process reach the limit on recompilations
         self.network: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
         self.reduction = None
-        if config.workers is not None and config.workers != workers.size:
+        if config.workers is not None and (config.workers != workers.size or not dist.is_initialized()):
             raise BadInput(
                 f"workers={config.workers}: there are {workers.size}, and the result of reduce={config.reduce!r} "
                 "depends on it; start as many with torchrun"
@@ -189,7 +191,10 @@ class _Run:
         logits = self.logits(self.network, x)
         loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        except CollectiveError as error:  # on all workers
+            raise _NotFinite(f"step {self.step + 1} (of {self.total_steps}): {error}") from error
         self.optimizer.step()
         self.scheduler.step()
         self.history[0, index] = loss.detach() / self.workers.size

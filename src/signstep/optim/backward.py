@@ -67,6 +67,7 @@ def attach_to_backward(model: torch.nn.Module, optimizer_options: Mapping[str, A
     optimizer_class = HybridSignSGD if own & optimizer_options.keys() else SignSGD
     optimizer = optimizer_class(params, **optimizer_options)
     optimizer.add_param_group = _refuse_group  # type: ignore[method-assign]
+    optimizer.steps_in_backward = True
     stepper = _Stepper(optimizer)
     for ordinal, p in enumerate(optimizer.param_groups[0]["params"]):
         p.register_post_accumulate_grad_hook(functools.partial(stepper.step_parameter, ordinal))

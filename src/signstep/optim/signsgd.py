@@ -84,6 +84,9 @@ class SignSGD(Optimizer):
         >>> optimizer.step()
     """
 
+    steps_in_backward = False
+    """Parameters move inside backward, see `signstep.optim.attach_to_backward`."""
+
     takes_votes = False
     """Gradients are what workers have elected (`signstep.distributed`): only their sign counts, and momentum, dither
     and coupled weight decay have been applied on the workers' side."""

@@ -263,7 +263,7 @@ class CompressedGradients(GradientHook):
             if compressor.two_sided:
                 own = own_blocks(p.numel(), self._firsts[name], self.world_size, self.rank)
                 self.server[name] = torch.zeros(len(own), BLOCK, device=self.device)
-        self.attach()
+        self.attach(model)
 
     def reduce(self, bucket: Bucket) -> None:
         """Replace the gradients by the mean of what all workers have made of theirs."""

@@ -285,3 +285,94 @@ def test_tensors_that_the_library_cannot_read_take_the_plain_way() -> None:
     beyond = [Slot(5, Segment(0, 0, 20))]
     assert native.count(torch.zeros(2, 1, dtype=torch.int64), [2], beyond, seed=0, step=STEP) is None
     assert not native.spread(words, None, [Slot(0, Segment(0, 0, 200))], [torch.zeros(200)])
+
+
+@NATIVE
+@pytest.mark.parametrize("own_threads", [False, True])
+def test_results_do_not_depend_on_threads(own_threads: bool) -> None:
+    """Three pieces or more in each call."""
+    start = case([200_003, 70, 140_000], torch.float32, None, 0.9, 0.01, True)
+    slots, width = slots_of([200_003, 70, 140_000], start.offsets, gap=1)
+    options = request(momentum=0.9, dither=Dither("pre", torch.tensor(0.3)))
+    ballots = torch.randint(-(2**63), 2**63 - 1, (9, width), generator=torch.Generator().manual_seed(1))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            tensors, words = copied(start), torch.zeros(width, dtype=torch.int64)
+            assert native.cast(tensors, options, words, slots, own_threads=own_threads)
+            counted = native.count(ballots, [9, 8, 8], slots, seed=1, step=STEP, own_threads=own_threads)
+            assert counted is not None
+            outs, sums = [g.clone() for g in tensors.grads], torch.zeros(3, 2, dtype=torch.float64)
+            assert native.spread(counted, words, slots, outs, sums, own_threads=own_threads)
+            results.append([words, *tensors.exp_avgs, *tensors.mean_squares, counted, *outs, sums])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sigma", [None, 0.0, 0.5, math.inf, math.nan])
+def test_momenta_that_are_not_finite_or_underflow(sigma: float | None, dtype: torch.dtype) -> None:
+    """1e-60 is 0 once it is a float32, in which dither decides: it casts a coin then, not always the same vote."""
+    values = torch.tensor([0.0, -0.0, 1e-60, 1e-45, -1e-45, 1.0, -1.0, 3e38, math.inf, -math.inf, math.nan] * 60)
+    m = values.double().to(dtype)
+    if dtype == torch.float64:
+        m[2::11] = 1e-60
+    slots = [Slot(0, Segment(1, 77, len(m)))]
+    options = request(dither=None if sigma is None else Dither("pre", torch.tensor(sigma)))
+    tensors, expected = Tensors([m], [m], [], [], [], [1], [77]), torch.zeros(len(m) // 64 + 1, dtype=torch.int64)
+    bits.reference_cast(tensors, options, expected, slots)
+    ups = bits.bits(expected, len(m)).view(60, 11)
+    assert 0 < ups[:, 0].sum() < 60
+    if sigma is not None and dtype == torch.float64:
+        assert 0 < ups[:, 2].sum() < 60
+    assert not ups[:, 10].any()
+    for isa in ISAS:
+        words = torch.zeros_like(expected)
+        assert native.cast(tensors, options, words, slots, isa=isa)
+        assert torch.equal(words, expected), isa
+
+
+@settings(max_examples=30)
+@given(
+    start=st.sampled_from([0, 1, 64, 100, 128 * 2**31 - 70, 2**40 + 3]),
+    sizes=st.tuples(st.integers(1, 700), st.integers(1, 700)),
+    sigma=st.sampled_from([None, 0.3]),
+)
+def test_a_parameter_cut_in_two_has_the_same_bits(start: int, sizes: tuple[int, int], sigma: float | None) -> None:
+    """Cast with noise and coins at zeros, counted with coins at ties, wherever the cut and the first element are."""
+    cut, size = sizes[0], sum(sizes)
+    generator = torch.Generator().manual_seed(size)
+    m = torch.randn(size, generator=generator)
+    m[torch.rand(size, generator=generator) < 0.3] = 0
+    ballots = torch.rand(4, size, generator=generator) < 0.5
+    options = request(dither=None if sigma is None else Dither("pre", torch.tensor(sigma)))
+
+    def outcome(first: int, count: int) -> Tensor:
+        part, slots = m[first : first + count], [Slot(0, Segment(2, start + first, count))]
+        words = torch.zeros(bits.word_count(count), dtype=torch.int64)
+        bits.cast(Tensors([part], [part], [], [], [], [2], [start + first]), options, words, slots)
+        rows = torch.stack([bits.pack(b[first : first + count]) for b in ballots])
+        counted = bits.count(rows, [4], slots, seed=3, step=STEP)
+        return torch.stack([bits.bits(words, count), bits.bits(counted, count)])
+
+    assert torch.equal(torch.cat([outcome(0, cut), outcome(cut, size - cut)], dim=1), outcome(0, size))
+
+
+@NATIVE
+@pytest.mark.parametrize("workers", [65534, 65535])
+def test_as_many_workers_as_there_may_be(workers: int) -> None:
+    """One vote more or less than half, and just half."""
+    ballots = torch.zeros(workers, 1, dtype=torch.int64)
+    for element, ups in enumerate([0, workers // 2 - 1, workers // 2, workers // 2 + 1, workers]):
+        ballots[:ups] |= 1 << element
+    slots = [Slot(0, Segment(0, 0, 5))]
+    for isa in ISAS:
+        ties = torch.zeros(1, dtype=torch.int64)
+        counted = native.count(ballots, [workers], slots, seed=0, step=STEP, ties=ties, isa=isa)
+        assert counted is not None
+        assert counted.tolist() == [0b11000]
+        assert ties.tolist() == [0b00100 if workers % 2 == 0 else 0]
+    assert native.count(torch.zeros(65536, 1, dtype=torch.int64), [65536], slots, seed=0, step=STEP) is None

@@ -1,6 +1,6 @@
-// Steps random tensors with every option, several times each: under ASan to find wrong addresses, under TSan with threads of
-// the library's own to find races. Every buffer is a heap block of exactly the tensor's size, so that one byte too far is an
-// error; and every instruction set and number of threads must give the same bytes.
+// Steps random tensors with every option, several times each, and casts, counts and spreads ballots: under ASan to find wrong
+// addresses, under TSan with threads of the library's own to find races. Every buffer is a heap block of exactly the tensor's
+// size, so that one byte too far is an error; and every instruction set and number of threads must give the same bytes.
 
 #include <cmath>
 #include <cstdio>
@@ -19,6 +19,7 @@ using Bytes = std::vector<unsigned char>;
 struct Case {
   int dtype, state_dtype;  // state_dtype -1: no momentum
   bool relative;
+  bool ballot;  // signs as bits instead of steps
   signstep_options options;
   std::vector<int64_t> sizes;
 };
@@ -60,18 +61,20 @@ Bytes run(const Case& c, int isa, int threads) {
   const size_t count = c.sizes.size();
   std::vector<Bytes> params, grads, exp_avgs;
   std::vector<std::vector<float>> scales;
+  std::vector<std::vector<uint64_t>> words;
   std::vector<float> mean_squares(count, 0.5f);
   std::vector<signstep_tensor> tensors;
   for (const int64_t size : c.sizes) {
-    params.push_back(numbers(random, size, c.dtype));
+    params.push_back(numbers(random, c.ballot && c.options.coupled_decay == 0 ? 0 : size, c.dtype));
     grads.push_back(numbers(random, size, c.dtype));
     exp_avgs.emplace_back(c.state_dtype < 0 ? 0 : size_t(size * bytes_of(c.state_dtype)));
     scales.emplace_back(c.state_dtype == SIGNSTEP_INT8 ? size_t((size + 255) / 256) : 0);
+    words.emplace_back(c.ballot ? size_t((size + 63) / 64) : 0);
   }
   const auto address = [](const auto& v) { return v.empty() ? 0 : int64_t(reinterpret_cast<uintptr_t>(v.data())); };
   for (size_t i = 0; i < count; ++i) {
     tensors.push_back({address(params[i]), address(grads[i]), address(exp_avgs[i]), address(scales[i]),
-                       c.relative ? int64_t(reinterpret_cast<uintptr_t>(&mean_squares[i])) : 0, c.sizes[i],
+                       c.relative ? int64_t(reinterpret_cast<uintptr_t>(&mean_squares[i])) : 0, address(words[i]), c.sizes[i],
                        int64_t(i) * 37, int64_t(i), c.dtype, c.state_dtype < 0 ? c.dtype : c.state_dtype});
   }
   signstep_options options = c.options;
@@ -91,10 +94,62 @@ Bytes run(const Case& c, int isa, int threads) {
     keep(params[i].data(), params[i].size());
     keep(exp_avgs[i].data(), exp_avgs[i].size());
     keep(scales[i].data(), scales[i].size() * sizeof(float));
+    keep(words[i].data(), words[i].size() * sizeof(uint64_t));
   }
   // Sums of approximations of erf, and of products that an instruction set may fuse, agree but for rounding.
   if (c.options.sums != SIGNSTEP_SUMS_OF_EXPECTED_SIGN) keep(sums.data(), sums.size() * sizeof(double));
   keep(mean_squares.data(), mean_squares.size() * sizeof(float));
+  return out;
+}
+
+// The majority of so many ballots, ties by coins and marked, and votes with their sums in every dtype.
+Bytes count_and_spread(int64_t rows, int isa, int threads) {
+  std::mt19937_64 random(8);
+  const std::vector<int64_t> sizes = {0, 1, 64, 65, 1000, 8192 + 63, 65536 + 4097};
+  std::vector<signstep_slot> slots;
+  int64_t width = 0;
+  for (const int64_t size : sizes) {
+    const int64_t ordinal = int64_t(slots.size());
+    slots.push_back({width, size, ordinal * 37, ordinal, rows - (ordinal == 1 ? rows : ordinal % 2)});
+    width += (size + 63) / 64;
+  }
+  // Rows that are not adjacent, the last of them ending with the block.
+  const size_t words = size_t(width);
+  std::vector<uint64_t> ballots(size_t(rows * width + (rows - 1) * 3)), majority(words), ties(words);
+  for (uint64_t& word : ballots) word = random();
+  signstep_options options = {};
+  options.seed = 0xFEDCBA9876543210u;
+  options.step = 5;
+  options.isa = isa;
+  options.threads = threads;
+  Bytes out;
+  const auto keep = [&out](const void* from, size_t size) {
+    const auto* bytes = static_cast<const unsigned char*>(from);
+    out.insert(out.end(), bytes, bytes + size);
+  };
+  for (uint64_t* const marks : {static_cast<uint64_t*>(nullptr), ties.data()}) {
+    if (signstep_count(ballots.data(), rows, width + 3, slots.data(), int64_t(slots.size()), &options, majority.data(),
+                       marks)) {
+      std::abort();
+    }
+    keep(majority.data(), majority.size() * sizeof(uint64_t));
+  }
+  keep(ties.data(), ties.size() * sizeof(uint64_t));
+  for (int dtype = SIGNSTEP_FLOAT32; dtype <= SIGNSTEP_FLOAT16; ++dtype) {
+    std::vector<Bytes> tensors;
+    std::vector<signstep_spread> outs;
+    for (const signstep_slot& slot : slots) tensors.push_back(numbers(random, slot.size, dtype));
+    for (size_t i = 0; i < slots.size(); ++i) {
+      outs.push_back({slots[i].word, slots[i].size, int64_t(reinterpret_cast<uintptr_t>(tensors[i].data())), dtype});
+    }
+    std::vector<double> sums(2 * slots.size());
+    for (double* const wanted : {sums.data(), static_cast<double*>(nullptr)}) {
+      const uint64_t* marks = wanted == nullptr ? nullptr : ties.data();
+      if (signstep_spread_votes(majority.data(), marks, outs.data(), int64_t(outs.size()), &options, wanted)) std::abort();
+      for (const Bytes& tensor : tensors) keep(tensor.data(), tensor.size());
+    }
+    keep(sums.data(), sums.size() * sizeof(double));
+  }
   return out;
 }
 
@@ -109,17 +164,19 @@ int main(int argc, char** argv) {
   for (int dtype = SIGNSTEP_FLOAT32; dtype < dtypes; ++dtype) {
     for (int state : {-1, dtype, int(SIGNSTEP_FLOAT32), int(SIGNSTEP_BFLOAT16_STOCHASTIC), int(SIGNSTEP_INT8)}) {
       for (int position = SIGNSTEP_CLEAN; position <= SIGNSTEP_GRADIENT; ++position) {
-        for (int variant = 0; variant < 4; ++variant) {
-          Case c{dtype, state, variant % 2 == 1, {}, {0, 1, 255, 257, 1031, 65536 + 257}};
+        for (int variant = 0; variant < 8; ++variant) {
+          const bool ballot = variant >= 4;
+          if (ballot && (position > SIGNSTEP_PRE || variant % 3 != 1)) continue;
+          Case c{dtype, state, variant % 2 == 1, ballot, {}, {0, 1, 255, 257, 1031, 65536 + 257}};
           c.options.rate = 0.01;
-          c.options.decay = variant == 2 ? 0.9 : 1;
-          c.options.coupled_decay = variant == 3 ? 0.1 : 0;
-          c.options.gradient_weight = variant == 3 ? 0.7 : 0.1;
+          c.options.decay = variant % 4 == 2 ? 0.9 : 1;
+          c.options.coupled_decay = variant % 4 == 3 ? 0.1 : 0;
+          c.options.gradient_weight = variant % 4 == 3 ? 0.7 : 0.1;
           c.options.sigma = 0.3;
           c.options.seed = 0xFEDCBA9876543210u;
-          c.options.maximize = variant == 1;
+          c.options.maximize = variant % 4 == 1;
           c.options.position = position;
-          c.options.sums = variant % 3;
+          c.options.sums = ballot ? int(SIGNSTEP_NO_SUMS) : variant % 3;
           const Bytes first = run(c, isas[0], 1);
           for (const int isa : isas) {
             for (const int threads : {1, 4}) {
@@ -135,8 +192,20 @@ int main(int argc, char** argv) {
       }
     }
   }
+  for (const int64_t rows : {1, 4, 7, 8, 9, 70}) {
+    const Bytes first = count_and_spread(rows, isas[0], 1);
+    for (const int isa : isas) {
+      for (const int threads : {1, 4}) {
+        if (count_and_spread(rows, isa, threads) != first) {
+          std::printf("%d ballots: instruction set %d with %d threads differs\n", int(rows), isa, threads);
+          return 1;
+        }
+      }
+    }
+    ++cases;
+  }
   // Two callers at once, as two optimizers in two Python threads.
-  Case c{SIGNSTEP_FLOAT32, SIGNSTEP_FLOAT32, true, {}, {200000, 77}};
+  Case c{SIGNSTEP_FLOAT32, SIGNSTEP_FLOAT32, true, false, {}, {200000, 77}};
   c.options.rate = c.options.sigma = 0.1;
   c.options.decay = 1;
   c.options.gradient_weight = 0.1;

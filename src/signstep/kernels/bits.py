@@ -7,18 +7,21 @@ are int64, and a slot begins at a word, so bits beyond its last element are neve
 - a tie of an even number of voters is a coin, stream `TIE_COINS` of the seed that all workers share.
 
 The coin of element e of parameter p at step k is bit e % 128 of the Philox block with counter (e // 128, k, p, stream).
+
+`cast`, `count` and `spread` are computed by the native library on CPUs, by Triton on GPUs, and wherever these cannot by
+plain torch, whose `reference_cast`, `reference_count` and `reference_spread` define all the bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from signstep.kernels import momentum as buffers
-from signstep.kernels import reference
+from signstep.kernels import native, reference
 from signstep.kernels.engine import Options, Tensors, sigmas
 from signstep.kernels.reference import TIE_COINS, ZERO_COINS, Segment
 
@@ -56,6 +59,16 @@ def coins(segment: Segment, stream: int, *, seed: int, step: Tensor, device: tor
     return each.narrow(0, segment.start % 128, segment.size).bool()
 
 
+def _triton(x: Tensor) -> Any:
+    """The module of kernels for a tensor's GPU, which has `pack`, `count` and `spread`; None if there is none."""
+    if x.device.type != "cuda":
+        return None
+    # Imported on use: Triton is not everywhere, and takes its time.
+    from signstep.kernels import triton_bits
+
+    return triton_bits if triton_bits.unavailable() is None else None
+
+
 def cast(tensors: Tensors, options: Options, words: Tensor, slots: Sequence[Slot]) -> None:
     """The worker's side of Algorithm 1: momentum, dither and sign of each tensor, as bits instead of a step.
 
@@ -65,32 +78,49 @@ def cast(tensors: Tensors, options: Options, words: Tensor, slots: Sequence[Slot
         words: int64 [W], in which the words of each slot are written.
         slots: for each tensor, where its bits go and which elements they are.
     """
-    for i, (param, grad) in enumerate(zip(tensors.params, tensors.grads, strict=True)):
-        if options.maximize:
-            grad = -grad
-        if options.coupled_weight_decay != 0:
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            grad = grad.to(wide).add(param.to(wide), alpha=options.coupled_weight_decay)
-        m = buffers.update_entry(tensors, i, grad, options)
-        segment = slots[i].segment
-        direction = m
-        if options.dither is not None:
-            (direction,) = reference.directions(
-                [m],
-                sigmas(options.dither, tensors.mean_squares[i : i + 1], 1),
-                [segment],
-                seed=options.seed,
-                step=options.step,
-                position="pre",
-            )
-        if tensors.mean_squares:
-            tensors.mean_squares[i].copy_(buffers.mean_square(m))
-        up = direction.reshape(-1) > 0
-        zero = m.reshape(-1) == 0
+    if native.cast(tensors, options, words, slots):
+        return
+    engine = _triton(words)
+    if engine is None:
+        reference_cast(tensors, options, words, slots)
+        return
+    for i, (first, segment) in enumerate(slots):
+        direction = _direction(tensors, options, i, segment)
+        engine.pack(direction, words[first:], segment, seed=options.seed, step=options.step)
+
+
+def reference_cast(tensors: Tensors, options: Options, words: Tensor, slots: Sequence[Slot]) -> None:
+    """`cast` in plain torch, which defines it."""
+    for i, (first, segment) in enumerate(slots):
+        direction = _direction(tensors, options, i, segment).reshape(-1)
+        up, zero = direction > 0, direction == 0
         if zero.any():
-            coin = coins(segment, ZERO_COINS, seed=options.seed, step=options.step, device=m.device)
+            coin = coins(segment, ZERO_COINS, seed=options.seed, step=options.step, device=direction.device)
             up = torch.where(zero, coin, up)
-        words[slots[i].first : slots[i].first + word_count(segment.size)] = pack(up)
+        words[first : first + word_count(segment.size)] = pack(up)
+
+
+def _direction(tensors: Tensors, options: Options, i: int, segment: Segment) -> Tensor:
+    """What the bits of a tensor are the signs of, with the new gradient in its momentum."""
+    param, grad = tensors.params[i], tensors.grads[i]
+    if options.maximize:
+        grad = -grad
+    if options.coupled_weight_decay != 0:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grad = grad.to(wide).add(param.to(wide), alpha=options.coupled_weight_decay)
+    direction = m = buffers.update_entry(tensors, i, grad, options)
+    if options.dither is not None:
+        (direction,) = reference.directions(
+            [m],
+            sigmas(options.dither, tensors.mean_squares[i : i + 1], 1),
+            [segment],
+            seed=options.seed,
+            step=options.step,
+            position="pre",
+        )
+    if tensors.mean_squares:
+        tensors.mean_squares[i].copy_(buffers.mean_square(m))
+    return direction
 
 
 def count(
@@ -115,13 +145,31 @@ def count(
     Returns:
         int64 [W].
     """
+    out = native.count(ballots, voters, slots, seed=seed, step=step, ties=ties)
+    if out is not None:
+        return out
+    engine = _triton(ballots)
+    counted = reference_count if engine is None else engine.count
+    return counted(ballots, voters, slots, seed=seed, step=step, ties=ties)
+
+
+def reference_count(
+    ballots: Tensor,
+    voters: Sequence[int],
+    slots: Sequence[Slot],
+    *,
+    seed: int,
+    step: Tensor,
+    ties: Tensor | None = None,
+) -> Tensor:
+    """`count` in plain torch, which defines it."""
     planes: list[Tensor] = []
-    for row in ballots:
+    for number, row in enumerate(ballots, 1):
         carry = row
         for i, plane in enumerate(planes):
             planes[i], carry = plane ^ carry, plane & carry
-        planes.append(carry)
-    planes = planes[: len(ballots).bit_length()]
+        if number.bit_length() > len(planes):
+            planes.append(carry)
     out = torch.zeros_like(ballots[0])
     if ties is not None:
         ties.zero_()
@@ -160,6 +208,16 @@ def spread(
         sums: float64 [len(outs), 2], written: with v the votes, <v, g> and ||g||^2 of what outs held before; None: not
             wanted.
     """
+    if native.spread(words, ties, slots, outs, sums):
+        return
+    engine = _triton(words)
+    (reference_spread if engine is None else engine.spread)(words, ties, slots, outs, sums)
+
+
+def reference_spread(
+    words: Tensor, ties: Tensor | None, slots: Sequence[Slot], outs: Sequence[Tensor], sums: Tensor | None = None
+) -> None:
+    """`spread` in plain torch, which defines it."""
     for i, (slot, out) in enumerate(zip(slots, outs, strict=True)):
         own = slice(slot.first, slot.first + word_count(slot.segment.size))
         votes = bits(words[own], slot.segment.size).to(out.dtype) * 2 - 1

@@ -1,4 +1,4 @@
-"""The native engine: the step of all tensors of a group in one pass over memory, in C++ (csrc/), for CPUs.
+"""The native engine: the step of all tensors of a group in one pass over memory, in C++ (csrc/), for CPUs; and ballots.
 
 The library knows nothing of torch: it gets addresses and sizes by ctypes, so one build serves every version. Its
 threads are those of torch's own OpenMP pool where torch has one, as many as torch.get_num_threads().
@@ -10,17 +10,26 @@ import ctypes
 import functools
 import sys
 from array import array
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from signstep.kernels.engine import Options, Tensors
 from signstep.kernels.layout import laid_out
+from signstep.kernels.momentum import BLOCK
 
-_ABI = 1
+if TYPE_CHECKING:
+    from signstep.kernels.bits import Slot
+
+_ABI = 2
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _STATE_DTYPES = {torch.float32: 0, torch.bfloat16: 4, torch.int8: 5}
 _CLEAN, _PRE, _POST, _GRADIENT = range(4)
+_MOST_ROWS = (1 << 16) - 1
 _POSITIONS = {"pre": _PRE, "post": _POST}
 ISAS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
 """Instruction sets by name, as the library numbers them."""
@@ -67,7 +76,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         )
     if library.signstep_abi() != _ABI:
         return None, f"signstep's native library {path} is of another version: install signstep again"
-    library.signstep_step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Options), ctypes.c_void_p]
+    address, number, options = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Options)
+    library.signstep_step.argtypes = [address, number, options, address]
+    library.signstep_count.argtypes = [address, number, number, address, number, options, address, address]
+    library.signstep_spread_votes.argtypes = [address, address, address, number, options, address]
     return library, None
 
 
@@ -98,27 +110,38 @@ def _parallel() -> int | None:
     return None
 
 
+def _request(isa: str, own_threads: bool, options: Options | None = None) -> _Options:
+    """What all calls are asked for, and what a step and a ballot have in common."""
+    request = _Options(
+        isa=ISAS[isa], threads=torch.get_num_threads(), parallel=None if own_threads else _parallel(), position=_CLEAN
+    )
+    if options is not None:
+        request.coupled_decay = options.coupled_weight_decay
+        request.gradient_weight = 1 - options.momentum
+        request.seed = options.seed
+        request.step = int(options.step)
+        request.maximize = options.maximize
+        if options.dither is not None:
+            request.position = _POSITIONS[options.dither.position]
+            request.sigma = float(options.dither.sigma)
+    return request
+
+
+def _run(function: Callable[..., int], *arguments: object) -> None:
+    if function(*arguments):
+        raise MemoryError("signstep: no memory for the list of work; nothing was changed")
+
+
 def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: bool = False) -> None:
-    """One step of all tensors, in place; `isa` and `own_threads` are for tests and benchmarks."""
+    """One step of all tensors, in place; `isa` and `own_threads`, here and below, are for tests and benchmarks."""
     library, reason = _load()
     if library is None:
         raise RuntimeError(reason)
-    position = _CLEAN if options.dither is None else _POSITIONS[options.dither.position]
-    request = _Options(
-        rate=float(options.rate),
-        decay=float(options.decay),
-        coupled_decay=options.coupled_weight_decay,
-        gradient_weight=1 - options.momentum,
-        sigma=0.0 if options.dither is None else float(options.dither.sigma),
-        seed=options.seed,
-        step=int(options.step),
-        maximize=options.maximize,
-        position=_GRADIENT if options.gradient_step else position,
-        sums=0 if options.sums is None else 1 + options.sums_applied,
-        isa=ISAS[isa],
-        threads=torch.get_num_threads(),
-        parallel=None if own_threads else _parallel(),
-    )
+    request = _request(isa, own_threads, options)
+    request.rate, request.decay = float(options.rate), float(options.decay)
+    if options.gradient_step:
+        request.position = _GRADIENT
+    request.sums = 0 if options.sums is None else 1 + options.sums_applied
     count = len(tensors.params)
     sums = None if options.sums is None else torch.empty(count, 3, dtype=torch.float64)
     with laid_out(tensors, options) as rows:
@@ -126,11 +149,160 @@ def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: 
         for row in rows:
             dtype = _DTYPES[row.param.dtype]
             state_dtype = dtype if options.state_dtype is None else _STATE_DTYPES[options.state_dtype]
-            table.extend((*row.addresses(), row.param.numel(), row.offset, row.ordinal, dtype, state_dtype))
-        failed = library.signstep_step(
-            table.buffer_info()[0], count, ctypes.byref(request), None if sums is None else sums.data_ptr()
-        )
-        if failed:
-            raise MemoryError("signstep: no memory for the step's list of work; nothing was changed")
+            table.extend((*row.addresses(), 0, row.param.numel(), row.offset, row.ordinal, dtype, state_dtype))
+        at = table.buffer_info()[0]
+        _run(library.signstep_step, at, count, request, None if sums is None else sums.data_ptr())
     if sums is not None and options.sums is not None:
         options.sums.add_(sums[:, :2].sum(dim=0).to(options.sums.device, options.sums.dtype))
+
+
+# --- bits, see kernels/bits.py ---------------------------------------------------------------------------------------
+#
+# Each of these says that it has done nothing if a tensor is not as the library takes it to be: plain torch takes all,
+# or says what is wrong. One call may be of a hundred small tensors, so what is done per tensor is little.
+
+
+def _readable(x: Tensor, dtype: torch.dtype, size: int) -> bool:
+    """Whether memory at a tensor's address is that many numbers of a dtype."""
+    return (
+        x.dtype is dtype
+        and x.numel() == size
+        and x.is_cpu
+        and x.is_contiguous()
+        and (type(x) is Tensor or type(x) is Parameter)
+        and not x.is_neg()
+    )
+
+
+def _inside(first: int, size: int, width: int) -> bool:
+    """Whether words of as many bits begin and end within so many words."""
+    return first >= 0 and 64 * (width - first) >= size
+
+
+def cast(
+    tensors: Tensors,
+    options: Options,
+    words: Tensor,
+    slots: Sequence[Slot],
+    *,
+    isa: str = "best",
+    own_threads: bool = False,
+) -> bool:
+    """`signstep.kernels.bits.cast` if the library can."""
+    library, _ = _load()
+    width = words.numel()
+    if library is None or not _readable(words, torch.int64, width):
+        return False
+    table, base = array("q"), words.data_ptr()
+    coupled = options.coupled_weight_decay != 0
+    momentum, scales, squares = tensors.exp_avgs, tensors.scales, tensors.mean_squares
+    for i, (grad, (first, segment), offset, ordinal) in enumerate(
+        zip(tensors.grads, slots, tensors.offsets, tensors.ordinals, strict=True)
+    ):
+        dtype, size = grad.dtype, segment.size
+        state = options.state_dtype or dtype
+        if (
+            dtype not in _DTYPES
+            or segment != (ordinal, offset, size)
+            or not _inside(first, size, width)
+            or not _readable(grad, dtype, size)
+            or (momentum and not _readable(momentum[i], state, size))
+            or (scales and not _readable(scales[i], torch.float32, -(-size // BLOCK)))
+            or (squares and not _readable(squares[i], torch.float32, 1))
+            or (coupled and not _readable(tensors.params[i], dtype, size))
+        ):
+            return False
+        table.extend(
+            (
+                tensors.params[i].data_ptr() if coupled else 0,
+                grad.data_ptr(),
+                momentum[i].data_ptr() if momentum else 0,
+                scales[i].data_ptr() if scales else 0,
+                squares[i].data_ptr() if squares else 0,
+                base + 8 * first,
+                size,
+                offset,
+                ordinal,
+                _DTYPES[dtype],
+                _DTYPES[dtype] if options.state_dtype is None else _STATE_DTYPES[state],
+            )
+        )
+    request = _request(isa, own_threads, options)
+    _run(library.signstep_step, table.buffer_info()[0], len(tensors.grads), request, None)
+    # The library wrote behind autograd's back.
+    torch.autograd.graph.increment_version([words, *momentum, *scales, *squares])
+    return True
+
+
+def count(
+    ballots: Tensor,
+    voters: Sequence[int],
+    slots: Sequence[Slot],
+    *,
+    seed: int,
+    step: Tensor,
+    ties: Tensor | None = None,
+    isa: str = "best",
+    own_threads: bool = False,
+) -> Tensor | None:
+    """`signstep.kernels.bits.count` if the library can."""
+    library, _ = _load()
+    rows, width = ballots.shape
+    if (
+        library is None
+        or not 1 <= rows <= _MOST_ROWS
+        or not _readable(ballots[0], torch.int64, width)
+        or (ties is not None and not _readable(ties, torch.int64, width))
+    ):
+        return None
+    table = array("q")
+    for (first, (parameter, start, size)), number in zip(slots, voters, strict=True):
+        if not _inside(first, size, width):
+            return None
+        table.extend((first, size, start, parameter, number))
+    out = torch.zeros(width, dtype=torch.int64)
+    if ties is not None:
+        ties.zero_()
+    request = _request(isa, own_threads)
+    request.seed, request.step = seed, int(step)
+    _run(
+        library.signstep_count,
+        *(ballots.data_ptr(), rows, ballots.stride(0), table.buffer_info()[0], len(slots), request),
+        *(out.data_ptr(), None if ties is None else ties.data_ptr()),
+    )
+    return out
+
+
+def spread(
+    words: Tensor,
+    ties: Tensor | None,
+    slots: Sequence[Slot],
+    outs: Sequence[Tensor],
+    sums: Tensor | None = None,
+    *,
+    isa: str = "best",
+    own_threads: bool = False,
+) -> bool:
+    """`signstep.kernels.bits.spread` if the library can."""
+    library, _ = _load()
+    width = words.numel()
+    if (
+        library is None
+        or not _readable(words, torch.int64, width)
+        or (ties is not None and not _readable(ties, torch.int64, width))
+        or (sums is not None and not _readable(sums, torch.float64, 2 * len(outs)))
+    ):
+        return False
+    table = array("q")
+    for (first, (_, _, size)), out in zip(slots, outs, strict=True):
+        dtype = out.dtype
+        if dtype not in _DTYPES or not _inside(first, size, width) or not _readable(out, dtype, size):
+            return False
+        table.extend((first, size, out.data_ptr(), _DTYPES[dtype]))
+    _run(
+        library.signstep_spread_votes,
+        *(words.data_ptr(), None if ties is None else ties.data_ptr(), table.buffer_info()[0], len(outs)),
+        *(_request(isa, own_threads), None if sums is None else sums.data_ptr()),
+    )
+    torch.autograd.graph.increment_version([*outs, *([] if sums is None else [sums])])
+    return True

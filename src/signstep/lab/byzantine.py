@@ -178,7 +178,7 @@ def run(options: Options, *, command: str, say: Callable[[str], None] = print) -
         if workers.rank == 0:
             _put_json(path, record)
             say(f"{_describe(case)}: {record['accuracy']:.2f} %, {record['cpu_seconds']} s")
-    if workers.rank == 0:
+    if workers.rank == 0 and measured:
         for path in write(options.out, command):
             say(f"written: {path}")
 

@@ -13,9 +13,13 @@ namespace SIGNSTEP_ISA {
 
 #include "numbers.h"
 #include "noise.h"
+#include "masks.h"
 #include "decide.h"
 
 namespace {
+
+// Of what is called once per tile by more than one caller, which would else not be compiled for each.
+#define INLINE __attribute__((always_inline)) inline
 
 using Options = signstep_options;
 
@@ -126,23 +130,55 @@ inline W moved(W param, W direction, const Options& o) {
   return fused(W(-o.rate), direction, param * W(o.decay));
 }
 
-// Elements whose top 8 bits tie with the threshold's wait here until there are enough for a vector: 24 more bits decide,
-// and the parameter is set once more, from its old value.
+// Where the decisions of a tensor go: its parameters, which each moves ...
 template <class T, class W>
-struct Ties {
+struct Moves {
+  struct Place {
+    T* param;
+    T before;
+  };
   const Options& o;
+  T* param;  // of the tile
+
+  Place place(int i) const { return {param + i, param[i]}; }
+
+  void settle(const Place& place, float m, bool up) const {
+    const W direction = W(up ? 1 : -1) + W(m - m);
+    *place.param = narrow<T, W>(moved(W(widen(place.before)), direction, o));
+  }
+};
+
+// ... or bits, 0 where m is not finite.
+struct Bits {
+  struct Place {
+    uint64_t* word;
+    int bit;
+  };
+  uint64_t* words;  // of the tile
+
+  Place place(int i) const { return {words + i / 64, i % 64}; }
+
+  void settle(const Place& place, float m, bool up) const {
+    const uint64_t bit = uint64_t(1) << place.bit;
+    *place.word = (*place.word & ~bit) | (up && m - m == 0 ? bit : 0);
+  }
+};
+
+// Elements whose top 8 bits tie with the threshold's wait here until there are enough for a vector: 24 more bits decide,
+// and what was decided is set once more.
+template <class Target>
+struct Ties {
+  Target target;
   const Key& key;
   float sigma;
   int count = 0;
-  T* where[LANES + TILE];
-  T param[LANES + TILE];
+  typename Target::Place place[LANES + TILE];
   float m[LANES + TILE];
   uint32_t top[LANES + TILE];
   uint64_t element[LANES + TILE];
 
-  void add(T* address, float momentum, uint8_t byte, uint64_t index) {
-    where[count] = address;
-    param[count] = *address;
+  void add(const typename Target::Place& at, float momentum, uint8_t byte, uint64_t index) {
+    place[count] = at;
     m[count] = momentum;
     top[count] = uint32_t(byte) << 24;
     element[count++] = index;
@@ -154,8 +190,7 @@ struct Ties {
     for (; first + LANES <= count || (end && first < count); first += LANES) vector(first);
     if (first == 0) return;
     for (int i = first; i < count; ++i) {
-      where[i - first] = where[i], param[i - first] = param[i], m[i - first] = m[i];
-      top[i - first] = top[i], element[i - first] = element[i];
+      place[i - first] = place[i], m[i - first] = m[i], top[i - first] = top[i], element[i - first] = element[i];
     }
     count = count > first ? count - first : 0;
   }
@@ -176,9 +211,7 @@ struct Ties {
       const float tail = 0.5f / reciprocal_erfc(x);
       const float difference = (x > 0 ? 1.0f - tail : tail) - float(u) * 0x1p-32f;
       const bool clear = difference > CLOSE || difference < -CLOSE;
-      const bool up = clear ? difference > 0 : exactly_up(u, m[i], sigma);
-      const W direction = W(up ? 1 : -1) + W(m[i] - m[i]);
-      *where[i] = narrow<T, W>(moved(W(widen(param[i])), direction, o));
+      target.settle(place[i], m[i], clear ? difference > 0 : exactly_up(u, m[i], sigma));
     }
   }
 };
@@ -189,22 +222,21 @@ inline const float* as_float(const double* m, int n, float* buffer) {
   return buffer;
 }
 
+inline uint64_t lowest(int n) { return n < 64 ? (uint64_t(1) << n) - 1 : ~uint64_t(0); }
+
 // sign(m + xi), +1 exactly when U < T = floor(2^32 Phi(m / sigma)): the sign of up. What ties has none worth the name yet.
-template <class T, class W>
-void decide_tile(Tile<W>& tile, const W* m, int n, uint64_t element, T* param, Ties<T, W>& ties, Ahead* ahead) {
-  const uint8_t* top = tile.top.fill(element, n, ties.key, TOP_BITS, ahead[0]);
-  float buffer[sizeof(W) == sizeof(float) ? 1 : TILE];
-  const float* mf = as_float(m, n, buffer);
+template <class Target>
+INLINE void decide_tile(const float* m, int n, uint64_t element, Bytes& random, int16_t* up, Ties<Target>& ties, Ahead* ahead) {
+  const uint8_t* top = random.fill(element, n, ties.key, TOP_BITS, ahead[0]);
   const float inverse = 1.0f / ties.sigma;
   for (int first = 0; first < n; first += GROUP) {
     ahead[1].template fetch<GROUP>();
     ahead[2].template fetch<GROUP>();
     // To the end of the group, also beyond n: what is there is not used.
-    uint64_t bits = decide(mf + first, top + first, inverse, tile.up + first);
-    if (n - first < GROUP) bits &= (uint64_t(1) << (n - first)) - 1;
+    uint64_t bits = decide(m + first, top + first, inverse, up + first) & lowest(n - first);
     for (; bits != 0; bits &= bits - 1) {
       const int i = first + __builtin_ctzll(bits);
-      if (mf[i] != 0) ties.add(param + i, mf[i], top[i], element + i);
+      if (m[i] != 0) ties.add(ties.target.place(i), m[i], top[i], element + i);
     }
   }
 }
@@ -300,7 +332,7 @@ void apply(T* __restrict param, int n, const Options& o, Direction direction) {
 
 // Momentum, in the form in which it is kept, and as m.
 template <class T, class W>
-const W* update(const signstep_tensor& t, int64_t first, int n, const W* g, W weight, uint64_t element, const Key& key,
+INLINE const W* update(const signstep_tensor& t, int64_t first, int n, const W* g, W weight, uint64_t element, const Key& key,
                 Tile<W>& tile) {
   if (t.exp_avg == 0) return g;
   if (t.state_dtype == t.dtype) {
@@ -341,40 +373,49 @@ inline int bytes_of_state(int64_t state_dtype, int otherwise) {
   }
 }
 
+// What the direction of a tile is taken of. sums: null, or to which this tile's are added.
+template <class T, class W>
+INLINE const W* advance(const signstep_tensor& t, const Options& o, int64_t first, int n, float sigma, const Key& key,
+                        Tile<W>& tile, Sums<W>* sums) {
+  const T* grad = reinterpret_cast<const T*>(t.grad) + first;
+  const W* g = n == TILE && !o.maximize && o.coupled_decay == 0 ? in_place<W>(grad) : nullptr;
+  if (g == nullptr) {
+    const int64_t param = t.param + first * int64_t(sizeof(T));  // no pointer before it is known to be one
+    load_gradient(grad, reinterpret_cast<const T*>(param), n, o, tile.g);
+    g = tile.g;
+  }
+  const W* m = update<T>(t, first, n, g, W(o.gradient_weight), uint64_t(t.offset + first), key, tile);
+  if (sums != nullptr) {
+    // What is not full is in the tile.
+    for (int i = n; i < TILE; ++i) tile.g[i] = tile.m[i] = 0;
+    if (o.sums == SIGNSTEP_SUMS_OF_EXPECTED_SIGN && o.position == SIGNSTEP_PRE) {
+      sums->add_expected_calibration(m, g, sigma);
+    } else if (o.sums != SIGNSTEP_NO_SUMS) {
+      sums->add_calibration(m, g);
+    }
+    if (t.mean_square != 0) sums->add_moment(m);
+  }
+  return m;
+}
+
 template <class T, class W>
 void step(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end, float sigma, double* sums) {
   Tile<W> tile;
   Sums<W> total;
   const Key key = {uint32_t(o.seed), uint32_t(o.seed >> 32), uint32_t(o.step), uint32_t(t.ordinal)};
-  Ties<T, W> ties = {o, key, sigma};
+  Ties<Moves<T, W>> ties = {{o, nullptr}, key, sigma};
+  float narrowed[sizeof(W) == sizeof(float) ? 1 : TILE];
   const int state_bytes = bytes_of_state(t.state_dtype, sizeof(T));
-  const bool expected = o.sums == SIGNSTEP_SUMS_OF_EXPECTED_SIGN && o.position == SIGNSTEP_PRE;
   for (int64_t first = begin; first < end; first += TILE) {
     const int n = int(end - first < TILE ? end - first : TILE);
     const uint64_t element = uint64_t(t.offset + first);
-    T* param = reinterpret_cast<T*>(t.param) + first;
-    const T* grad = reinterpret_cast<const T*>(t.grad) + first;
+    T* param = ties.target.param = reinterpret_cast<T*>(t.param) + first;
     Ahead ahead[3] = {ahead_of(t.grad, first, sizeof(T)), ahead_of(t.param, first, sizeof(T)),
                       ahead_of(t.exp_avg, first, state_bytes)};
     if (o.position != SIGNSTEP_PRE) {
       for (Ahead& stream : ahead) stream.fetch<TILE>();
     }
-    const W* g = n == TILE && !o.maximize && o.coupled_decay == 0 ? in_place<W>(grad) : nullptr;
-    if (g == nullptr) {
-      load_gradient(grad, param, n, o, tile.g);
-      g = tile.g;
-    }
-    const W* m = update<T>(t, first, n, g, W(o.gradient_weight), element, key, tile);
-    if (sums != nullptr) {
-      // What is not full is in the tile.
-      for (int i = n; i < TILE; ++i) tile.g[i] = tile.m[i] = 0;
-      if (expected) {
-        total.add_expected_calibration(m, g, sigma);
-      } else if (o.sums != SIGNSTEP_NO_SUMS) {
-        total.add_calibration(m, g);
-      }
-      if (t.mean_square != 0) total.add_moment(m);
-    }
+    const W* m = advance<T>(t, o, first, n, sigma, key, tile, sums == nullptr ? nullptr : &total);
     if (o.position == SIGNSTEP_CLEAN) {
       apply<T, W>(param, n, o, [m](int i) { return unit_step(bits_of(float(m[i])), m[i]); });
     } else if (o.position == SIGNSTEP_GRADIENT) {
@@ -386,7 +427,7 @@ void step(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end
       draw_noise(tile, n, element, key, sigma);
       apply<T, W>(param, n, o, [m, &tile](int i) { return W(post_direction(float(m[i]), float(tile.noise[i]))); });
     } else {
-      decide_tile(tile, m, n, element, param, ties, ahead);
+      decide_tile(as_float(m, n, narrowed), n, element, tile.top, tile.up, ties, ahead);
       apply<T, W>(param, n, o, [m, up = tile.up](int i) { return W(unit_step(uint32_t(int32_t(up[i])), float(m[i]))); });
       ties.resolve(first + TILE >= end);
     }
@@ -394,14 +435,70 @@ void step(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end
   if (sums != nullptr) total.write(sums);
 }
 
+// The signs of a tile as words: up(first) says which of 64 elements are up, and a coin where m is 0.
+template <class W, class Up>
+void pack(const W* m, int n, uint64_t element, const Key& key, uint64_t* words, Up up) {
+  uint64_t zeros[TILE / 64], any = 0;
+  for (int i = 0; i < n; i += 64) {
+    zeros[i / 64] = where<Is::ZERO>(m + i) & lowest(n - i);
+    any |= zeros[i / 64];
+    words[i / 64] = up(i) & ~zeros[i / 64] & lowest(n - i);
+  }
+  if (any == 0) return;
+  Coins<TILE / 64> coins;
+  coins.fill(element, (n + 63) / 64, key, ZERO_COINS);
+  for (int i = 0; i < n; i += 64) words[i / 64] |= coins[i / 64] & zeros[i / 64];
+}
+
+// The worker's side of Algorithm 1: what would move a parameter is a bit.
+template <class T, class W>
+void cast(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end, float sigma, double* sums) {
+  Tile<W> tile;
+  Sums<W> total;
+  const Key key = {uint32_t(o.seed), uint32_t(o.seed >> 32), uint32_t(o.step), uint32_t(t.ordinal)};
+  Ties<Bits> ties = {{nullptr}, key, sigma};
+  float narrowed[sizeof(W) == sizeof(float) ? 1 : TILE];
+  const int state_bytes = bytes_of_state(t.state_dtype, sizeof(T));
+  for (int64_t first = begin; first < end; first += TILE) {
+    const int n = int(end - first < TILE ? end - first : TILE);
+    const uint64_t element = uint64_t(t.offset + first);
+    uint64_t* words = ties.target.words = reinterpret_cast<uint64_t*>(t.bits) + first / 64;
+    Ahead ahead[3] = {ahead_of(t.grad, first, sizeof(T)), ahead_of(t.param, first, sizeof(T)),
+                      ahead_of(t.exp_avg, first, state_bytes)};
+    if (o.position != SIGNSTEP_PRE) {
+      for (Ahead& stream : ahead) stream.fetch<TILE>();
+    }
+    const W* m = advance<T>(t, o, first, n, sigma, key, tile, sums == nullptr ? nullptr : &total);
+    if (o.position == SIGNSTEP_CLEAN) {
+      pack(m, n, element, key, words, [m](int i) { return where<Is::POSITIVE>(m + i); });
+      continue;
+    }
+    const float* mf = as_float(m, n, narrowed);
+    if (sigma != sigma) {
+      pack(mf, n, element, key, words, [](int) { return uint64_t(0); });
+    } else {
+      decide_tile(mf, n, element, tile.top, tile.up, ties, ahead);
+      pack(mf, n, element, key, words,
+           [mf, up = tile.up](int i) { return not_negative(up + i) & where<Is::FINITE>(mf + i); });
+      ties.resolve(first + TILE >= end);
+    }
+  }
+  if (sums != nullptr) total.write(sums);
+}
+
+template <class T, class W>
+void step_or_cast(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end, float sigma, double* sums) {
+  return t.bits == 0 ? step<T, W>(t, o, begin, end, sigma, sums) : cast<T, W>(t, o, begin, end, sigma, sums);
+}
+
 }  // namespace
 
 void chunk(const signstep_tensor& t, const signstep_options& o, int64_t begin, int64_t end, float sigma, double* sums) {
   switch (t.dtype) {
-    case SIGNSTEP_FLOAT32: return step<float, float>(t, o, begin, end, sigma, sums);
-    case SIGNSTEP_FLOAT64: return step<double, double>(t, o, begin, end, sigma, sums);
-    case SIGNSTEP_BFLOAT16: return step<Bfloat16, float>(t, o, begin, end, sigma, sums);
-    case SIGNSTEP_FLOAT16: return step<Float16, float>(t, o, begin, end, sigma, sums);
+    case SIGNSTEP_FLOAT32: return step_or_cast<float, float>(t, o, begin, end, sigma, sums);
+    case SIGNSTEP_FLOAT64: return step_or_cast<double, double>(t, o, begin, end, sigma, sums);
+    case SIGNSTEP_BFLOAT16: return step_or_cast<Bfloat16, float>(t, o, begin, end, sigma, sums);
+    case SIGNSTEP_FLOAT16: return step_or_cast<Float16, float>(t, o, begin, end, sigma, sums);
   }
 }
 

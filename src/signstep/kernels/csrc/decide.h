@@ -103,13 +103,7 @@ static inline uint64_t decide(const float* m, const uint8_t* top, float inverse_
     tie[i] = __builtin_fabsf(distance) < (0.5f + 256 * 2.6e-4f) * q ? 1 : 0;
     up[i] = (distance > 0) == (m[i] > 0) ? 1 : -1;
   }
-  uint64_t ties = 0;
-  for (int i = 0; i < GROUP; i += 8) {
-    uint64_t eight;
-    __builtin_memcpy(&eight, tie + i, 8);
-    ties |= (eight * 0x0102040810204080u >> 56) << i;  // bit 8 j goes to bit 56 + j
-  }
-  return ties;
+  return gathered(tie);
 }
 
 #endif

@@ -4,7 +4,7 @@ struct Key {
   uint32_t low, high, step, ordinal;
 };
 
-enum { TOP_BITS, LOW_BITS, ROUNDING };  // streams, the last word of the counter
+enum { TOP_BITS, LOW_BITS, ROUNDING, ZERO_COINS, TIE_COINS };  // streams, the last word of the counter
 
 // Counters are worked on WIDTH at a time, each word in a lane of 64 bits whose upper half is never read.
 #if defined(__AVX512F__)
@@ -107,6 +107,24 @@ struct Bytes {
     const int skip = static_cast<int>(element % 16);
     philox_blocks(element / 16, (skip + n + 15) / 16, key, stream, words, ahead);
     return reinterpret_cast<const uint8_t*>(words) + skip;
+  }
+};
+
+// One bit per element, of up to WORDS words of 64: bit e % 128 of block e / 128.
+template <int WORDS>
+struct Coins {
+  alignas(64) uint64_t words[2 * (WORDS / 2 + 1 + PAIR)];
+  int skip, shift;
+
+  void fill(uint64_t element, int n, const Key& key, uint32_t stream) {
+    skip = static_cast<int>(element / 64 % 2);
+    shift = static_cast<int>(element % 64);
+    philox_blocks(element / 128, (skip + n + (shift != 0) + 1) / 2, key, stream, words, {0, 0});
+  }
+
+  uint64_t operator[](int i) const {
+    const uint64_t* at = words + skip + i;
+    return shift == 0 ? at[0] : at[0] >> shift | at[1] << (64 - shift);
   }
 };
 

@@ -10,7 +10,7 @@
 #endif
 
 // Raised whenever a structure below changes; native.py refuses a library that answers another number.
-#define SIGNSTEP_ABI 1
+#define SIGNSTEP_ABI 2
 
 enum {
   SIGNSTEP_FLOAT32,
@@ -28,11 +28,12 @@ enum { SIGNSTEP_BEST, SIGNSTEP_PORTABLE, SIGNSTEP_AVX2, SIGNSTEP_AVX512 };
 
 // One dense tensor, elements in row-major order. Addresses are 0 where there is nothing.
 struct signstep_tensor {
-  int64_t param;        // updated
+  int64_t param;        // updated; only read, for coupled decay, if there are bits
   int64_t grad;         // of the parameter's dtype, read only
   int64_t exp_avg;      // updated; 0: no momentum
   int64_t scale;        // float32 per 256 elements, for int8 momentum, updated
   int64_t mean_square;  // float32, read as the last step's and replaced by this one's; 0: dither is absolute
+  int64_t bits;         // if not 0, the signs go here, (size + 63) / 64 words written, and no parameter is
   int64_t size;
   int64_t offset;   // index of the first element in the whole parameter
   int64_t ordinal;  // of the parameter, in the noise's counter
@@ -57,13 +58,43 @@ struct signstep_options {
   void* parallel;  // GOMP_parallel of the OpenMP runtime that torch uses, or null for threads of our own
 };
 
+// Bit e % 64 of word e / 64 belongs to element e of a slot, 1 for up; a slot begins at a word.
+
+// A run of a parameter's elements whose votes are counted.
+struct signstep_slot {
+  int64_t word;  // the first
+  int64_t size;  // elements
+  int64_t offset;
+  int64_t ordinal;
+  int64_t voters;
+};
+
+// Votes as numbers.
+struct signstep_spread {
+  int64_t word;
+  int64_t size;
+  int64_t out;    // overwritten
+  int64_t dtype;  // of out
+};
+
 SIGNSTEP_API int signstep_abi(void);
 
 // The instruction set that SIGNSTEP_BEST stands for on this machine.
 SIGNSTEP_API int signstep_best_isa(void);
 
 // One step of Algorithm 1 on all tensors. sums: null, or per tensor [<s, g>, ||g||^2, sum m^2 if mean_square is given, or 0],
-// written.
-// Returns 0, or 1 if memory ran out or no thread could be had (then nothing has been changed).
+// written. A tensor with bits is not stepped: its signs, with a coin for each 0, are kept.
+// This and the following return 0, or 1 if memory ran out (then nothing has been changed).
 SIGNSTEP_API int signstep_step(const struct signstep_tensor* tensors, int64_t count,
                                const struct signstep_options* options, double* sums);
+
+// The majority of 1 to 65535 ballots, one each `stride` words, in the words of the slots that have voters. A tie is decided
+// by a coin, or marked in `ties`, if that is not null. Of the options only seed, step, isa and threads matter.
+SIGNSTEP_API int signstep_count(const uint64_t* ballots, int64_t rows, int64_t stride, const struct signstep_slot* slots,
+                                int64_t count, const struct signstep_options* options, uint64_t* majority,
+                                uint64_t* ties);
+
+// +1 for a bit of 1, -1 for 0, 0 for a tie (ties may be null). sums: null, or per slot [<v, g>, ||g||^2], written, of the
+// votes v and what `out` held before. Of the options only isa and threads matter.
+SIGNSTEP_API int signstep_spread_votes(const uint64_t* words, const uint64_t* ties, const struct signstep_spread* outs,
+                                       int64_t count, const struct signstep_options* options, double* sums);

@@ -257,7 +257,7 @@ class Local(GradientHook):
 
 
 def _local(model: DistributedDataParallel) -> Stepper:
-    Local(model).attach()
+    Local(model).attach(model)
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 

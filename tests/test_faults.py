@@ -22,7 +22,7 @@ from gang import Gang
 from signstep import SignSGD
 from signstep.distributed import MajorityVote
 
-KILLS = int(os.environ.get("SIGNSTEP_KILLS", "4"))
+KILLS = int(os.environ.get("SIGNSTEP_KILLS", "3"))
 """Moments at which a rank is killed; more of them take longer."""
 JOB = Path(__file__).with_name("vote_job.py")
 

@@ -513,7 +513,8 @@ def _poisoned(nonfinite: str | None, replicas: bool) -> tuple[str, list[list[flo
     model: Any = fully_shard(net, mesh=mesh["shard"])
     optimizer = SignSGD(model.parameters(), lr=1.0)
     group = mesh["replicate"].get_group() if replicas else None
-    vote = FSDPMajorityVote(model, optimizer, nonfinite=nonfinite, replicate_group=group)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0) if nonfinite == "skip" else None
+    vote = FSDPMajorityVote(model, optimizer, nonfinite=nonfinite, grad_scaler=scaler, replicate_group=group)
     said = ""
     try:
         model(torch.ones(1, 3)).sum().backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -308,6 +309,7 @@ def test_a_closed_hook_refuses_and_a_dropped_one_is_freed() -> None:
 
 
 def _closed() -> None:
+    others = set(threading.enumerate())
     model = DistributedDataParallel(nn.Linear(3, 1))
     optimizer = SignSGD(model.parameters())
     vote = MajorityVote(model, optimizer)
@@ -320,6 +322,14 @@ def _closed() -> None:
     del model, optimizer, vote
     gc.collect()
     assert [x() for x in alive] == [None, None]
+    model = DistributedDataParallel(nn.Linear(3, 1))
+    MajorityVote(model, SignSGD(model.parameters()))
+    model(torch.ones(1, 3)).sum().backward()
+    assert set(threading.enumerate()) > others
+    del model
+    gc.collect()
+    # A thread that is alive when the interpreter ends takes the process with it.
+    assert set(threading.enumerate()) == others
 
 
 def test_momentum_of_another_size_is_refused() -> None:

@@ -123,9 +123,10 @@ class GradientHook(ABC):
         self._closed = False
         self._jobs: queue.SimpleQueue[tuple[Bucket, Future[Tensor]] | None] = queue.SimpleQueue()
         self._stream = torch.Stream(self.device) if self.device.type == "cuda" else None
+        thread = threading.Thread(target=_work, args=(self._jobs, weakref.ref(self)), daemon=True)
         if self._stream is None:
-            threading.Thread(target=_work, args=(self._jobs, weakref.ref(self)), daemon=True).start()
-        weakref.finalize(self, self._jobs.put, None)
+            thread.start()
+            weakref.finalize(self, _end, self._jobs, thread)
 
     def attach(self, model: DistributedDataParallel) -> None:
         """Register the hook: the last thing that a constructor does, as DDP takes one hook and never gives it back."""
@@ -235,6 +236,14 @@ def _warn_of_second_backward(hook: "GradientHook | None", p: Tensor) -> None:
             "gradient; call zero_grad() after step(), and accumulate gradients inside no_sync()",
             stacklevel=2,
         )
+
+
+def _end(jobs: "queue.SimpleQueue[tuple[Bucket, Future[Tensor]] | None]", thread: threading.Thread) -> None:
+    jobs.put(None)
+    # Before the interpreter's own end, which would kill the thread on its way out, and with it the process. One that
+    # waits for a dead rank is not waited for.
+    if thread is not threading.current_thread():
+        thread.join(timeout=1.0)
 
 
 def _work(jobs: "queue.SimpleQueue[tuple[Bucket, Future[Tensor]] | None]", owner: "weakref.ref[GradientHook]") -> None:

@@ -32,6 +32,7 @@ from signstep.distributed.vote import (
     Ballot,
     accept,
     all_gather,
+    cast,
     check_options,
     hold,
     nonfinite_found,
@@ -431,11 +432,7 @@ class FSDPMajorityVote:
 
     def _cast(self, entries: Sequence[Entry], starts: Sequence[int], flags: list[int]) -> Ballot:
         gradients = [Gradient(e.name, e.param, e.flat, start) for e, start in zip(entries, starts, strict=True)]
-        slots, size = self.worker.slots(gradients)
-        words = torch.zeros(size, dtype=torch.int64, device=self.device)
-        casting = [i for i, flag in enumerate(flags) if flag == PRESENT and gradients[i].flat.numel() > 0]
-        self.worker.cast([gradients[i] for i in casting], words, [slots[i] for i in casting])
-        return Ballot(words, flags, slots)
+        return cast(self.worker, gradients, flags)
 
     def _coins(self, entries: Sequence[Entry]) -> tuple[list[int], list[int]]:
         """For each, the seed and the step of what decides ties."""

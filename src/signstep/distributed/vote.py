@@ -168,13 +168,17 @@ def fill(worker: Worker, entries: Sequence[Entry], *, finite: bool) -> Ballot:
         entries: parameters that vote.
         finite: all gradients are known to be; where not (or their squares are not), each is looked at.
     """
-    gradients = [Gradient(e.name, in_memory_order(e.param), e.flat) for e in entries]
-    slots, size = worker.slots(gradients)
     flags = [PRESENT if e.present else ABSENT for e in entries]
     if not finite:
         flags = [NOT_FINITE if f and not e.flat.isfinite().all() else f for f, e in zip(flags, entries, strict=True)]
-    words = torch.zeros(size, dtype=torch.int64, device=entries[0].flat.device)
-    casting = [i for i, flag in enumerate(flags) if flag == PRESENT]
+    return cast(worker, [Gradient(e.name, in_memory_order(e.param), e.flat) for e in entries], flags)
+
+
+def cast(worker: Worker, gradients: Sequence[Gradient], flags: list[int]) -> Ballot:
+    """The ballot on gradients, one flag each, of which those that are present enter the worker's momentum."""
+    slots, size = worker.slots(gradients)
+    words = torch.zeros(size, dtype=torch.int64, device=gradients[0].flat.device)
+    casting = [i for i, flag in enumerate(flags) if flag == PRESENT and gradients[i].flat.numel() > 0]
     worker.cast([gradients[i] for i in casting], words, [slots[i] for i in casting])
     return Ballot(words, flags, slots)
 
@@ -418,7 +422,11 @@ class MajorityVote(GradientHook):
             if entry.name in self.worker.groups:
                 self._hand_over(entry)
         if how == "powersgd" and len(entries) == len(bucket.entries):
-            bucket.buffer.copy_(self._power_sgd(bucket))
+            if self._power is None:
+                from signstep.distributed.power_sgd import PowerSGD  # takes its time to import
+
+                self._power = PowerSGD(self.group)
+            self._power.average(bucket)
             return
         whole = bucket.buffer if len(entries) == len(bucket.entries) else torch.cat([e.flat for e in entries])
         mean = whole / self.world_size
@@ -438,15 +446,6 @@ class MajorityVote(GradientHook):
         if self.world_size > 1:
             dist.all_reduce(mean, group=self.group)
         start_sgd(self.worker, entry.param, mean)
-
-    def _power_sgd(self, bucket: Bucket) -> Tensor:
-        from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
-
-        if self._power is None:
-            self._power = powersgd.PowerSGDState(
-                self.group, matrix_approximation_rank=2, start_powerSGD_iter=2, warm_start=True
-            )
-        return powersgd.powerSGD_hook(self._power, bucket.original).wait()
 
     def _end_round(self, joined: bool) -> None:
         """After the last bucket: the calibration's sums, and the count of votes."""

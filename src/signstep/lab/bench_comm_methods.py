@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
-from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,7 +18,7 @@ from signstep.distributed import Bucket, GradientHook, MajorityVote
 from signstep.distributed.compressors import METHODS as COMPRESSORS
 from signstep.distributed.compressors import CompressedGradients, Compressor, OneBitAdam
 from signstep.distributed.plan import METHODS as PLANNED
-from signstep.distributed.plan import POWERSGD_RANK
+from signstep.distributed.power_sgd import PowerSGD
 
 PEER = "ddp-fp32"
 """The method that ratios are over."""
@@ -80,26 +79,21 @@ def _int8(model: DistributedDataParallel) -> Stepper:
     return _sgd(model, momentum=0.0)
 
 
-class PowerSGD(GradientHook):
-    """torch's PowerSGD hook with rank 2 and error feedback, one bucket at a time: with two under way it hangs on gloo.
-
-    The first two steps send everything (Vogels et al. 2019, arXiv 1905.13727).
-    """
+class PowerSGDHook(GradientHook):
+    """Averages by `signstep.distributed.power_sgd`."""
 
     def __init__(self, model: DistributedDataParallel) -> None:
         super().__init__(model)
-        self._state = powersgd.PowerSGDState(
-            self.group, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=2, warm_start=True
-        )
+        self._power = PowerSGD(self.group)
         self.attach(model)
 
     def reduce(self, bucket: Bucket) -> None:
         """The mean of low-rank approximations."""
-        bucket.buffer.copy_(powersgd.powerSGD_hook(self._state, bucket.original).wait())
+        self._power.average(bucket)
 
 
 def _power_sgd(model: DistributedDataParallel) -> Stepper:
-    PowerSGD(model)
+    PowerSGDHook(model)
     return _sgd(model)
 
 

@@ -100,15 +100,9 @@ def _arguments(config: RunConfig) -> list[str]:
     return words
 
 
-def _sent(network: netns.Network, ranks: int) -> float:
+def _sent(network: netns.Network, ranks: int) -> int:
     """Bytes that all ranks' interfaces have sent."""
-    total = 0.0
-    for rank in range(ranks):
-        words = network.command(rank, ["cat", "/proc/self/net/dev"])
-        content = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-        line = next(line for line in content.splitlines() if line.strip().startswith(f"{netns.DEVICE}:"))
-        total += int(line.partition(":")[2].split()[8])
-    return total
+    return sum(network.bytes_sent(rank) for rank in range(ranks))
 
 
 def _train(

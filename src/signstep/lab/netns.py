@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from signstep.lab.errors import UserError
 
 DEVICE = "wire"
 """A rank's interface, in its namespace."""
+_COUNTERS = "/proc/self/net/dev"
 _TOOLS = ("unshare", "nsenter", "ip", "tc")
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 # Packets of up to 64 KiB pass whole, as they do on an unshaped link; else tbf cuts them up, and the interface counts
@@ -108,6 +109,12 @@ class Network:
         """A command that runs `words` in the namespace of a rank."""
         return [*self._inside(self._holders[rank + 1]), *words]
 
+    def bytes_sent(self, rank: int) -> int:
+        """What a rank's interface has sent."""
+        words = self.command(rank, ["cat", _COUNTERS])
+        counters = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        return _tx_bytes(counters.splitlines(), DEVICE)
+
     def shape(self, rate: float | None) -> None:
         """Limit both directions of every link to `rate` bits per second; None lifts the limit."""
         hub = self._holders[0]
@@ -168,9 +175,13 @@ def bytes_sent(device: str) -> int:
     Raises:
         ValueError: no such interface.
     """
-    with open("/proc/self/net/dev") as file:
-        for line in file:
-            name, _, counters = line.partition(":")
-            if name.strip() == device:
-                return int(counters.split()[8])
+    with open(_COUNTERS) as file:
+        return _tx_bytes(file, device)
+
+
+def _tx_bytes(lines: Iterable[str], device: str) -> int:
+    for line in lines:
+        name, _, counters = line.partition(":")
+        if name.strip() == device:
+            return int(counters.split()[8])
     raise ValueError(f"device={device!r}: there is no such interface here")

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from signstep.distributed import CompressedGradients, MajorityVote
 from signstep.distributed.compressors import METHODS as COMPRESSORS
-from signstep.lab.bench_comm_methods import PowerSGD, bf16_mean
+from signstep.lab.bench_comm_methods import PowerSGDHook, bf16_mean
 from signstep.optim import SignSGD
 
 
@@ -33,7 +33,7 @@ def attach(name: str, model: DistributedDataParallel, optimizer: torch.optim.Opt
     if name == "bf16":
         model.register_comm_hook(model.process_group, bf16_mean)
     elif name == "powersgd":
-        PowerSGD(model)
+        PowerSGDHook(model)
     elif name in COMPRESSORS:
         return CompressedGradients(model, COMPRESSORS[name]())
     return None

@@ -20,14 +20,11 @@ from signstep.distributed.plan import (
     Cost,
     Gradients,
     Prediction,
-    accuracy,
-    colluders_survived,
-    expected_vote,
-    linear_slope,
     outside,
     predict,
 )
 from signstep.lab.errors import BadInput
+from signstep.theory.vote import accuracy, colluders_survived, expected_vote, linear_slope
 
 _SNRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, math.inf)
 _WIDTH = 110

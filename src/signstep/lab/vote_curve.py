@@ -19,7 +19,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from signstep.distributed.plan import expected_vote
 from signstep.distributed.simulation import SimulatedVote
 from signstep.lab import figures
 from signstep.lab.checkpoint import write_atomically
@@ -27,6 +26,7 @@ from signstep.lab.lines import Line, lines
 from signstep.lab.runs import environment
 from signstep.lab.stats import Estimate
 from signstep.optim import SignSGD
+from signstep.theory.vote import expected_vote
 
 NAME = "vote-curve"
 WORKERS = (1, 3, 4, 7, 15, 31, 101)

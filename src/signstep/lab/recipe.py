@@ -1,4 +1,4 @@
-"""What a `RunConfig` means for the optimizer: which one, with which options, at which learning rate when."""
+"""What a `RunConfig` means: which network, which optimizer with which options, at which learning rate when."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from signstep.lab import models
 from signstep.lab.config import RunConfig
+from signstep.lab.data import Images
 from signstep.lab.errors import BadInput
 from signstep.optim import HybridSignSGD, SignSGD
 
@@ -37,6 +39,34 @@ def lr_factor(config: RunConfig, step: int, total_steps: int) -> float:
     if config.schedule == "step":
         return warmup * config.gamma ** sum(step >= step_at(m, total_steps) for m in config.milestones)
     return warmup
+
+
+def build_model(config: RunConfig, images: Images, device: torch.device, batch_size: int) -> nn.Module:
+    """The network that `config` names, with its initial weights, for images of a data set.
+
+    Args:
+        config: the run.
+        images: whose size, channels and classes it is for.
+        device: where it goes; the weights are drawn on the CPU, the same for every device.
+        batch_size: of one worker.
+
+    Raises:
+        BadInput: a bf16 network does not run on this CPU.
+    """
+    network: dict[str, Any] = {
+        "model": config.model,
+        "num_classes": images.num_classes,
+        "width": config.width,
+        "stem": config.stem,
+    }
+    if config.precision == "bf16" and device.type == "cpu":
+        batch = (batch_size, images.channels, images.size, images.size)
+        require_bf16_on_cpu(batch, channels_last=config.channels_last, **network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model: nn.Module = models.build(in_channels=images.channels, **network)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return model.to(device).to(memory_format=layout)  # type: ignore[call-overload,no-any-return]
 
 
 def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> torch.optim.Optimizer:

@@ -27,7 +27,8 @@ from signstep.lab.checkpoint import CheckpointError, RunBusy
 from signstep.lab.config import RunConfig
 from signstep.lab.display import Display
 from signstep.lab.errors import BadInput
-from signstep.lab.recipe import build_optimizer, likely_cause, lr_factor, require_bf16_on_cpu, require_compiler
+from signstep.lab.recipe import build_model, build_optimizer, likely_cause, lr_factor, require_compiler
+from signstep.lab.watch import Watch, Watching
 from signstep.lab.workers import StopRequest, Workers
 
 __all__ = ["CheckpointError", "RunBusy", "Status", "build_optimizer", "lr_factor", "train"]
@@ -45,6 +46,7 @@ def train(
     checkpoint_minutes: float = 5.0,
     progress: bool = True,
     tensorboard: bool = False,
+    watching: Watching | None = None,
 ) -> Status:
     """Train `config` to its end, or go on with it from where an earlier call was stopped or killed.
 
@@ -60,6 +62,8 @@ def train(
         checkpoint_minutes: minutes between checkpoints; 0: after every step.
         progress: show progress, on a terminal as a bar, elsewhere as a line per epoch.
         tensorboard: write each epoch's numbers to `<out>/tensorboard/<hash>` as well.
+        watching: what a `signstep.Monitor` looks at, without changing the run; its records go to
+            `<out>/monitor/<hash>.jsonl`. None: there is none.
 
     Returns:
         "done", "diverged" (a loss was not finite; the record says at which step), or "stopped" (call again to go on).
@@ -81,6 +85,8 @@ def train(
         run = _Run(config, workers, data)
         if state is not None:
             run.restore(state)
+        if watching is not None:
+            run.watch = Watch(watching, run, out / "monitor" / record.name, state and state.get("monitor"))
         run.write(record)
         first = workers.rank == 0
         board = out / "tensorboard" / config.hash if tensorboard and first else None
@@ -141,22 +147,8 @@ class _Run:
         self.total_steps = config.epochs * self.steps_per_epoch
 
         images = self.batches.images
-        network: dict[str, Any] = {
-            "model": config.model,
-            "num_classes": images.num_classes,
-            "width": config.width,
-            "stem": config.stem,
-        }
-        if config.precision == "bf16" and device.type == "cpu":
-            batch = (config.batch_size // workers.size, images.channels, images.size, images.size)
-            require_bf16_on_cpu(batch, channels_last=config.channels_last, **network)
-        # The initial weights are drawn on the CPU: the same on every device.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = models.build(in_channels=images.channels, **network)
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
-        self.optimizer = build_optimizer(config, model, self.total_steps)
+        self.model = build_model(config, images, device, config.batch_size // workers.size)
+        self.optimizer = build_optimizer(config, self.model, self.total_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(config, min(step, self.total_steps), self.total_steps)
         )
@@ -174,6 +166,7 @@ class _Run:
             self.network = wrapped = workers.wrap(self.network)
             self.reduction = reductions.attach(config.reduce, wrapped, self.optimizer)
 
+        self.watch: Watch | None = None
         self.step = 0
         self.began, self.began_at = time.perf_counter(), 0  # this epoch's time and first step in this process
         # This worker's part of each step's mean loss (row 0) and accuracy (row 1) within the epoch.
@@ -181,15 +174,17 @@ class _Run:
         # Reading a loss makes the host wait for the device: nothing on a CPU, dear on a GPU.
         self.check_every = 1 if device.type == "cpu" else 50
         images_used = len(self.batches.train_x), len(self.batches.eval_x)
-        start = runs.start_event(config, models.count_parameters(model), *images_used, device, workers.size)
+        start = runs.start_event(config, models.count_parameters(self.model), *images_used, device, workers.size)
         self.events: list[dict[str, Any]] = [start]
 
     def train_step(self) -> None:
         """One optimizer step on the next batch."""
         epoch, index = divmod(self.step, self.steps_per_epoch)
+        if self.watch is not None:
+            self.watch.measure(epoch, index)
         x, y = self.batches.training(epoch, index)
         logits = self.logits(self.network, x)
-        loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
+        loss = self.loss(logits, y)
         self.optimizer.zero_grad()
         try:
             loss.backward()  # type: ignore[no-untyped-call]
@@ -200,6 +195,10 @@ class _Run:
         self.history[0, index] = loss.detach() / self.workers.size
         self.history[1, index] = (logits.detach().argmax(1) == y).sum() / self.config.batch_size
         self.step += 1
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The mean that training makes smaller."""
+        return F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
 
     def logits(self, network: nn.Module, x: Tensor) -> Tensor:
         """float32 [B, classes], computed in the run's precision."""
@@ -280,6 +279,7 @@ class _Run:
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "reduction": reduction,
+                "monitor": None if self.watch is None else self.watch.state_dict(),
                 "step": self.step,
                 "history": history,
                 "events": self.events,

@@ -211,7 +211,7 @@ def _student(freedom: Tensor) -> Tensor:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / freedom ** (k + 1) for k, term in enumerate(terms))
+    return torch.stack([term / freedom ** (k + 1) for k, term in enumerate(terms)]).sum(0) + z
 
 
 def _root(squared: Estimate) -> Estimate:

@@ -1,0 +1,371 @@
+r"""Is the dither of a size with the momentum? What Sec. IV promises, measured after a step.
+
+The dithered sign of a coordinate is right with probability :math:`\Phi(|m| / \sigma_k)`, and the step it takes on
+average is
+
+.. math::
+    \delta\,(2\Phi(m / \sigma_k) - 1) \approx \delta \sqrt{2 / \pi}\; m / \sigma_k
+    \qquad (|m| < \sigma_k / 2:\ \text{4.2 % too large at most})
+
+so where the approximation holds the step is, on average, that of SGD with momentum (as an average of gradients) and
+learning rate :math:`\delta \sqrt{2/\pi} / \sigma_k`; where :math:`\sigma_k \gg |m|`, each step is a coin's beside that,
+and k of them are a random walk of :math:`\delta \sqrt k` per weight. Under a `MajorityVote` of M workers
+:math:`\sqrt{2/\pi}` becomes the slope of the expected vote, and the linear range shrinks as the slope grows.
+
+:math:`\sigma_k` is that of the step just taken: :math:`\sqrt{\alpha (1+k)^{-\gamma}}`, times the rms of the momentum
+before the step if it is relative. The momentum is the one after: what the sign was taken of (kept in 8 or 16 bits, that
+plus a rounding error of mean 0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from signstep.distributed.worker import Worker
+from signstep.kernels import momentum as buffers
+from signstep.monitor.momentum import (
+    Before,
+    Param,
+    chunks,
+    finite,
+    flat,
+    gradient,
+    inner,
+    keeps_average,
+    kept,
+    numbers,
+    stepped,
+)
+from signstep.optim.dither import dither_std
+from signstep.optim.signsgd import SignSGD
+from signstep.theory.vote import accuracy, linear_slope
+
+__all__ = ["DitherMeter", "dither_sigma", "previous_mean_squares"]
+
+RANDOM = 10.0
+"""sigma / rms(m) from which a step is called random: a sign at rms(m) is right with probability 0.54."""
+RELATIVE = "set dither_scale='relative', dither=1.0, dither_decay=0.0"
+
+
+class DitherMeter:
+    """Compares dither with momentum, layer by layer; for any optimizer, what dither would match.
+
+    Call `before_step` right before ``optimizer.step()`` and `after_step` right after it, with the gradients still
+    there, on the steps that are to be measured. Both may wait for the device; no state of the training changes.
+
+    Args:
+        names: of the parameters; one that has none is called by its number in the optimizer.
+        worker: of a vote (`MajorityVote.worker`), which has the momentum when the optimizer takes votes. Relative
+            dither is then compared by the rms of this step's momentum, as the vote has replaced that of the last.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = SignSGD(model.parameters(), lr=1e-3, dither=0.1)
+        >>> meter = DitherMeter({p: name for name, p in model.named_parameters()})
+        >>> model(torch.ones(2, 4)).sum().backward()
+        >>> meter.before_step(optimizer)
+        >>> optimizer.step()
+        >>> record = meter.after_step(optimizer)
+        >>> round(record["layers"]["weight"]["sigma"], 3), round(record["layers"]["weight"]["rms"], 3)
+        (0.316, 0.2)
+    """
+
+    def __init__(self, names: Mapping[Any, str], *, worker: Worker | None = None) -> None:
+        self.names, self.worker = names, worker
+        self._before: Before | None = None
+        self._mean_squares: dict[Tensor, Tensor] = {}
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Keep what the step is going to overwrite."""
+        self._before = Before.of(optimizer, lambda group: not keeps_average(optimizer, group))
+        self._mean_squares = previous_mean_squares(optimizer)
+
+    def after_step(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Measure the step.
+
+        Returns:
+            Numbers, None where there is none:
+
+            - layers: for each parameter that has moved: rms (of m), sigma (0: not dithered), ratio = rms / sigma,
+              linear_share (of coordinates with \\|m\\| < sigma / 2), equivalent_lr, random_walk (delta sqrt(k), k with
+              this step), weight_rms, and matching_alpha, the ``dither`` that would have made the ratio 1 at this step
+              with the group's ``dither_scale`` and ``dither_decay`` (decay 0 for other optimizers).
+            - the same over all coordinates: root mean squares, means, and the ratio of the first two.
+            - dithered: how many layers are. advice: what follows, in words.
+
+            Noise after the sign (``dither_position="post"``) is in units of the step, so it has no ratio.
+
+        Raises:
+            RuntimeError: there was no `before_step`.
+        """
+        before, self._before = self._before, None
+        if before is None:
+            raise RuntimeError("DitherMeter.after_step without before_step, which keeps what the step overwrites")
+        if getattr(optimizer, "takes_votes", False) and self.worker is None:
+            return _record([], {}, _VOTED)
+        order = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        layers, values = [], []
+        for moved in stepped(optimizer, before):
+            p, index, group = moved
+            m = self._momentum(optimizer, moved, before)
+            if m is None:
+                continue
+            sigma = torch.zeros((), device=m.device)
+            name = self.names.get(p, f"parameter {order[p]}")
+            layer = _Layer(name, m.numel(), group, rates[index], before.steps[index])
+            if isinstance(optimizer, SignSGD) and before.phases[index] == "sign" and group["dither"] > 0:
+                sigma = self._sigma(moved, layer.step)
+                layer.position = group["dither_position"]
+                if optimizer.takes_votes and self.worker is not None:
+                    layer.slope = linear_slope(self.worker.world_size)
+            layer.phase = before.phases[index]
+            edge = sigma.to(m.device) * (_ONE / layer.slope / 2)
+            linear = sum((torch.count_nonzero(x.abs() < edge) for (x,) in chunks(m)), torch.zeros_like(edge))
+            weight = flat(p)
+            values += [inner(m, m), sigma, linear, inner(weight, weight)]
+            layers.append(layer)
+        measured = numbers(values)
+        for i, layer in enumerate(layers):
+            layer.measure(*measured[4 * i : 4 * i + 4])
+        self._mean_squares = {}
+        problem = _NO_MOMENTUM if getattr(optimizer, "takes_votes", False) and not layers else None
+        return _record(layers, {layer.name: layer.record() for layer in layers}, problem)
+
+    def _momentum(self, optimizer: Optimizer, moved: Param, before: Before) -> Tensor | None:
+        p, _, group = moved
+        if getattr(optimizer, "takes_votes", False) and group.get("phase", "sign") == "sign":
+            assert self.worker is not None
+            state = self.worker.state.get(self.worker.names.get(p, ""), {})
+            m = state.get("exp_avg")
+            return None if m is None else buffers.read(m, state.get("exp_avg_scale")).to(torch.float32)
+        if keeps_average(optimizer, group):
+            return kept(optimizer, group, p)
+        if before.phases[moved.group_index] == "sign" and group.get("phase") == "sgd" and group["momentum"] > 0:
+            return None  # freed at the switch, which this step has made
+        return gradient(optimizer, moved, before)
+
+    def _sigma(self, moved: Param, step: int | None) -> Tensor:
+        p, _, group = moved
+        assert step is not None
+        if self.worker is None:
+            return dither_sigma(group, step, self._mean_squares.get(p))
+        noise = self.worker._options(group, step).dither
+        assert noise is not None
+        square = self.worker.state.get(self.worker.names.get(p, ""), {}).get("mean_square")
+        return noise.sigma if square is None else noise.sigma.to(square.device) * square.sqrt()
+
+
+def previous_mean_squares(optimizer: Optimizer) -> dict[Tensor, Tensor]:
+    """What relative dither is going to multiply sigma with, squared, for each parameter; before the step."""
+    squares = {}
+    for group in optimizer.param_groups:
+        if not isinstance(optimizer, SignSGD) or not optimizer._needs_mean_square(group):
+            continue
+        for p in group["params"]:
+            square = optimizer.state.get(p, {}).get("mean_square")
+            if square is None:
+                m = kept(optimizer, group, p)
+                square = torch.zeros((), device=p.device) if m is None else buffers.mean_square(m)
+            squares[p] = square.clone()
+    return squares
+
+
+def dither_sigma(group: Mapping[str, Any], step: int, mean_square: Tensor | None) -> Tensor:
+    """sigma_k of a group's step k, a 0-dim tensor: eq. (9), times the rms of the momentum before if there is one."""
+    sigma = dither_std(torch.tensor(step), group["dither"], group["dither_decay"])
+    return sigma if mean_square is None else sigma.to(mean_square.device) * mean_square.sqrt()
+
+
+_ONE = math.sqrt(2 / math.pi)
+"""The slope of one worker's expected sign."""
+_VOTED = (
+    "dither: the momentum is on the workers' side of a vote, which this meter has not been given: "
+    "DitherMeter(names, worker=vote.worker)"
+)
+_NO_MOMENTUM = "dither: workers vote without momentum, and their own gradients are gone after backward"
+
+
+@dataclass
+class _Layer:
+    name: str
+    size: int
+    group: dict[str, Any]
+    lr: float
+    step: int | None
+    """k of the step, from 0; None where the optimizer does not count."""
+    position: str | None = None
+    """Of the dither; None: not dithered."""
+    phase: str = ""
+    slope: float = _ONE
+    rms: float = 0.0
+    sigma: float = 0.0
+    linear: float = 0.0
+    weight: float = 0.0
+
+    def measure(self, square: float, sigma: float, linear: float, weight: float) -> None:
+        size = max(1, self.size)
+        self.rms, self.weight = math.sqrt(square / size), math.sqrt(weight / size)
+        self.sigma, self.linear = sigma, linear / size
+
+    @property
+    def dithered(self) -> bool:
+        """Whether noise of some size was added before the sign."""
+        return self.position == "pre" and self.sigma > 0
+
+    @property
+    def walk(self) -> float | None:
+        if self.step is None or self.phase != "sign":
+            return None
+        return self.lr * math.sqrt(self.step + 1) * (self.sigma if self.position == "post" else 1.0)
+
+    @property
+    def matching(self) -> float | None:
+        if self.position == "post" or self.phase == "sgd":
+            return None
+        if self.dithered:
+            return float(self.group["dither"]) * (self.rms / self.sigma) ** 2
+        if self.position == "pre":  # relative, and nothing to be relative to yet
+            return None
+        annealed = 1.0 if self.step is None else (1.0 + self.step) ** float(self.group["dither_decay"])
+        return self.rms**2 * annealed
+
+    def record(self) -> dict[str, float | None]:
+        on = self.dithered
+        values = {
+            "rms": self.rms,
+            "sigma": self.sigma,
+            "ratio": self.rms / self.sigma if on else None,
+            "linear_share": self.linear if on else None,
+            "equivalent_lr": self.lr * self.slope / self.sigma if on else None,
+            "random_walk": self.walk,
+            "weight_rms": self.weight,
+            "matching_alpha": self.matching,
+        }
+        return {name: finite(value) for name, value in values.items()}
+
+
+def _record(layers: list[_Layer], by_name: dict[str, Any], problem: str | None) -> dict[str, Any]:
+    on = [layer for layer in layers if layer.dithered]
+    rms, sigma = _root_mean_square(layers, "rms"), _root_mean_square(on, "sigma")
+    ratio = _root_mean_square(on, "rms") / sigma if on and sigma else None
+    record: dict[str, Any] = {
+        "rms": rms if layers else None,
+        "sigma": sigma if layers else None,
+        "ratio": ratio,
+        "dithered": len(on),
+    }
+    record |= {name: _mean(layers, by_name, name) for name in ("linear_share", "equivalent_lr", "random_walk")}
+    record["weight_rms"] = _root_mean_square(layers, "weight") if layers else None
+    record["matching_alpha"] = _mean(layers, by_name, "matching_alpha")
+    record = {name: finite(value) for name, value in record.items()}
+    record["layers"] = by_name
+    record["advice"] = problem or _advice(layers)
+    return record
+
+
+def _root_mean_square(layers: list[_Layer], name: str) -> float:
+    size = sum(layer.size for layer in layers)
+    return math.sqrt(sum(layer.size * getattr(layer, name) ** 2 for layer in layers) / max(1, size))
+
+
+def _mean(layers: list[_Layer], by_name: dict[str, Any], name: str) -> float | None:
+    """Over the coordinates of the layers that have a value."""
+    found = [(layer.size, by_name[layer.name][name]) for layer in layers if by_name[layer.name][name] is not None]
+    size = sum(s for s, _ in found)
+    return sum(s * value for s, value in found) / size if size else None
+
+
+def _median(values: list[float]) -> float:
+    ordered = sorted(values)
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+
+
+def _advice(layers: list[_Layer]) -> str:
+    alive = [layer for layer in layers if 0 < layer.rms < math.inf]
+    if not layers:
+        return "dither: no parameter has moved"
+    if not alive:
+        return "dither: the momentum is 0 or not finite in every layer"
+    post = next((layer for layer in alive if layer.position == "post" and layer.sigma > 0), None)
+    if post is not None:
+        return (
+            f"dither: noise after the sign has a standard deviation of {post.sigma:.3g} steps, whatever the momentum "
+            "is; dither_position='pre' is the dither of Algorithm 1"
+        )
+    on = [layer for layer in alive if layer.dithered]
+    if on:
+        return _advice_dithered(on)
+    if any(layer.position == "pre" for layer in alive):
+        return "dither: the first step of relative dither has no momentum to be relative to, and is not dithered"
+    if all(layer.phase == "sgd" for layer in alive):
+        return "dither: off in the SGD phase"
+    return _advice_undithered(alive)
+
+
+def _advice_dithered(on: list[_Layer]) -> str:
+    noise = [layer.sigma / layer.rms for layer in on]  # in units of the momentum
+    loud, quiet = [x for x in noise if x >= RANDOM], [x for x in noise if x <= 1 / RANDOM]
+    absolute = any(layer.group["dither_scale"] == "absolute" for layer in on)
+    change = RELATIVE if absolute else "set dither=1.0, dither_decay=0.0"
+    of = f"in {{}} of {len(on)} layers"
+    if 2 * len(loud) >= len(on):
+        times = _median(loud)
+        said = (
+            f"dither is {times:.3g} times the momentum {of.format(len(loud))}: a typical sign is right with "
+            f"probability {accuracy(1 / times):.3f}, so the step is random"
+        )
+        layer = max(on, key=lambda one: one.size)
+        if layer.walk is not None:
+            said += f", a walk of lr sqrt(k) = {layer.walk:.2g} per weight (rms {layer.weight:.2g} in {layer.name})"
+        gamma = float(layer.group["dither_decay"])
+        if layer.group["dither_scale"] == "absolute" and gamma > 0:
+            # (1 + k') = (1 + k) (sigma / rms)^(2 / gamma); of logarithms, as it may be beyond any number.
+            power = math.log10(1 + (layer.step or 0)) + 2 / gamma * math.log10(max(1.0, times))
+            said += f"; at this decay sigma comes down to the momentum near step 1e{power:.0f}"
+        return f"{said}; {change}"
+    if 2 * len(quiet) >= len(on):
+        share = _median(quiet)
+        return (
+            f"dither is {share:.3g} of the momentum {of.format(len(quiet))}: it changes next to no sign; {change} to "
+            "make small coordinates move in proportion to their momentum"
+        )
+    size = sum(layer.size for layer in on)
+    linear = sum(layer.size * layer.linear for layer in on) / size
+    rates = [layer.lr * layer.slope / layer.sigma for layer in on]
+    ratios = [1 / x for x in noise if 1 / RANDOM < x < RANDOM]
+    said = (
+        f"dither and momentum match: rms(m) / sigma is {_span(ratios)}, and {linear:.0%} of the "
+        f"coordinates move on average as under SGD with lr {_span(rates)}"
+    )
+    outside = len(loud) + len(quiet)
+    if outside:
+        said += f"; not so {of.format(outside)}, beyond a factor of {RANDOM:.0f}" + (f": {change}" if absolute else "")
+    return said
+
+
+def _advice_undithered(layers: list[_Layer]) -> str:
+    rms = [layer.rms for layer in layers]
+    alpha = _median([layer.matching for layer in layers if layer.matching is not None])
+    counted = layers[0].step is not None
+    decay = f"{float(layers[0].group['dither_decay']):g}" if counted else "0.0"
+    said = (
+        f"no dither: rms(m) is {_span(rms)} over {len(layers)} layers; dither={alpha:.2g}, dither_decay={decay} would"
+    )
+    said += " have matched the median at this step"
+    if max(rms) > RANDOM * min(rms):
+        apart = f"{max(rms) / min(rms):.3g}"
+        said += f", but not layers {apart} times apart: dither_scale='relative', dither=1.0, dither_decay=0.0 does"
+    return said
+
+
+def _span(values: list[float]) -> str:
+    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,125 @@
+"""The monitor as a callback of Lightning, for the packages pytorch_lightning and lightning."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from signstep.monitor.callbacks import begin
+from signstep.monitor.monitor import Monitor
+
+__all__ = ["MonitorCallback"]
+
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _callback() -> Any:
+    """The class to inherit from, of the package that is in use; object where there is none."""
+    for name in sorted(_PACKAGES, key=lambda name: name not in sys.modules):
+        try:
+            return importlib.import_module(name).Callback
+        except ImportError:
+            continue
+    return object
+
+
+_Callback: Any = _callback()
+
+
+class MonitorCallback(_Callback):  # type: ignore[misc]
+    """Monitors a Trainer's training: `Trainer(callbacks=[MonitorCallback(every=50, sinks=[...])])`.
+
+    With ``accumulate_grad_batches`` of 4 or more, or several ranks under DDP, nothing else is needed: each backward
+    pass of each rank is a micro-batch. Otherwise give `loss`, and the batches of the monitor's own steps go through the
+    model once more, in `parts`. The step count and the averages are saved with every checkpoint, and go on with it.
+
+    Args:
+        loss: of (the LightningModule, a part of the batch), a mean and without side effects such as self.log; None:
+            micro-batches come from accumulation and ranks alone.
+        parts: of a batch, at least 4. (default: 8)
+        optimizer: which of `configure_optimizers`'s it is. (default: 0)
+        **options: `every`, `sinks` and other keywords of `signstep.monitor.Monitor`, but for scaler.
+
+    Attributes:
+        monitor: while it trains, the `Monitor`; else None.
+
+    Raises:
+        ImportError: neither package is installed.
+
+    Example:
+        .. code-block:: python
+
+            def loss(module, batch):
+                x, y = batch
+                return F.cross_entropy(module(x), y)
+
+            Trainer(callbacks=[MonitorCallback(every=100, sinks=[JSONLines("monitor.jsonl")], loss=loss)])
+    """
+
+    def __init__(
+        self,
+        *,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        parts: int = 8,
+        optimizer: int = 0,
+        **options: Any,
+    ) -> None:
+        if _Callback is object:
+            raise ImportError("MonitorCallback: Lightning is not installed: pip install pytorch-lightning")
+        super().__init__()
+        self.loss, self.parts, self.optimizer, self.options = loss, parts, optimizer, options
+        self.monitor: Monitor | None = None
+        self._state: dict[str, Any] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """By which a checkpoint knows the callback, so that each optimizer may have one."""
+        return f"{type(self).__qualname__}{{'optimizer': {self.optimizer}}}"
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin: optimizers are built, wrapped and restored now."""
+        self._end()
+        # A Trainer without steps is a new one, whatever an earlier one has left here.
+        state = (self._state if trainer.global_step > 0 else None) or {"step": trainer.global_step}
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        optimizer = trainer.optimizers[self.optimizer]
+        self.monitor = begin(trainer.strategy.model, optimizer, scaler, state, self.options)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Measure a batch, if it was asked for, at the first micro-batch of an own step."""
+        if self.loss is None or self.monitor is None or batch_idx % trainer.accumulate_grad_batches:
+            return
+        loss, (leaves, spec) = self.loss, tree_flatten(batch)
+
+        def part(*pieces: Any) -> Tensor:
+            with trainer.precision_plugin.train_step_context():
+                return loss(pl_module, tree_unflatten(list(pieces), spec))
+
+        self.monitor.measure(part, *leaves, parts=self.parts)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """End: hooks off, sinks closed."""
+        self._end()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """End."""
+        self._end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The monitor's, for Lightning's checkpoint."""
+        return self.monitor.state_dict() if self.monitor is not None else dict(self._state or {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of a checkpoint, from which the next training goes on."""
+        self._state = dict(state_dict) or None
+
+    def _end(self) -> None:
+        if self.monitor is not None:
+            self._state = self.monitor.state_dict()
+            self.monitor.close()
+            self.monitor = None

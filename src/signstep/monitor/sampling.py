@@ -1,0 +1,146 @@
+"""Gradients of micro-batches at sampled coordinates, taken by hooks on the parameters.
+
+A hook on a leaf tensor is called once per backward pass with the gradient that the pass adds to p.grad: of a tied
+parameter the sum over its uses, under DDP that of this rank alone, before anything is reduced. So a loop that
+accumulates gradients needs no change: each of its backward passes is a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of one parameter in the matrix of rows."""
+
+    name: str
+    where: slice
+    numel: int
+    """Coordinates of the parameter; a complex one has two for each element."""
+    indices: Tensor
+    """Which of them the columns are, int64 on the CPU, rising."""
+
+    @property
+    def sampled(self) -> int:
+        """Number of columns."""
+        return len(self.indices)
+
+
+class Sampler:
+    """Collects rows, one per micro-batch, while it is open.
+
+    Args:
+        named: parameters by name; those that do not require gradients are left out.
+        coordinates: columns in all, at most. Every parameter has the same number, or all its coordinates if they are
+            fewer; they are drawn once, so that rows of different steps can be compared.
+        seed: of that draw.
+        scale: what the gradients have been multiplied by; asked once per row.
+    """
+
+    def __init__(
+        self, named: Mapping[str, nn.Parameter], coordinates: int, seed: int, scale: Callable[[], float]
+    ) -> None:
+        self._params = [p for p in named.values() if p.requires_grad]
+        sizes = [p.numel() * (2 if p.is_complex() else 1) for p in self._params]
+        each = _largest_quota(sizes, coordinates)
+        generator = torch.Generator().manual_seed(seed)
+        self.columns: list[Columns] = []
+        begin = 0
+        names = [name for name, p in named.items() if p.requires_grad]
+        for name, size in zip(names, sizes, strict=True):
+            count = min(size, each)
+            indices = torch.arange(size)
+            if count < size:
+                # With replacement first: a permutation of a large tensor would be as large as the tensor.
+                drawn = torch.unique(torch.randint(size, (2 * count,), generator=generator))
+                indices = drawn[torch.randperm(len(drawn), generator=generator)[:count]].sort().values
+                count = len(indices)
+            self.columns.append(Columns(name, slice(begin, begin + count), size, indices))
+            begin += count
+        self.width = begin
+        self.rows: list[Tensor] = []
+        """Of this step so far; float32 on the device of the first parameter."""
+        self._on_device: list[Tensor | None] = [None] * len(self._params)
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._row: Tensor | None = None
+        self._inside = False
+        self._scale = scale
+
+    def open(self) -> None:
+        """Begin to collect."""
+        if not self._hooks:
+            self._hooks = [p.register_hook(self._hook(i)) for i, p in enumerate(self._params)]  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Collect no more, and forget the rows."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self.rows, self._row = [], [], None
+
+    @contextmanager
+    def one_row(self) -> Iterator[None]:
+        """All backward passes inside are one micro-batch."""
+        if self._inside:
+            raise RuntimeError(
+                "microbatch() inside microbatch(): a micro-batch has no parts; leave the first one first"
+            )
+        self._inside = True
+        try:
+            yield
+            self._end_row()
+        finally:
+            self._inside, self._row = False, None
+
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        columns = self.columns[index]
+
+        def hook(grad: Tensor) -> None:
+            with torch.no_grad():
+                if self._row is None:
+                    self._begin_row()
+                self._row[columns.where] += self._taken(index, grad)  # type: ignore[index]
+
+        return hook
+
+    def _taken(self, index: int, grad: Tensor) -> Tensor:
+        columns = self.columns[index]
+        grad = grad.to_dense() if grad.is_sparse else grad
+        real = torch.view_as_real(grad) if grad.is_complex() else grad
+        if columns.sampled == columns.numel:
+            return real.reshape(-1).to(self._params[0].device, torch.float32)
+        chosen = self._on_device[index]
+        if chosen is None or chosen.device != real.device:
+            chosen = self._on_device[index] = columns.indices.to(real.device)
+        return real.take(chosen).to(self._params[0].device, torch.float32)
+
+    def _begin_row(self) -> None:
+        # A step that a GradScaler skipped has left its rows here; zero_grad tells that a new one begins.
+        if self.rows and all(p.grad is None or not p.grad.any() for p in self._params):
+            self.rows = []
+        self._row = torch.zeros(self.width, device=self._params[0].device)
+        if not self._inside:
+            Variable._execution_engine.queue_callback(self._end_row)
+
+    def _end_row(self) -> None:
+        if self._row is not None:
+            self.rows.append(self._row / self._scale())
+            self._row = None
+
+
+def _largest_quota(sizes: list[int], total: int) -> int:
+    """The largest c with sum(min(size, c)) <= total, at least 1."""
+    low, high = 1, max(sizes, default=1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(min(size, middle) for size in sizes) <= total:
+            low = middle
+        else:
+            high = middle - 1
+    return low

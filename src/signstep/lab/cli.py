@@ -1,13 +1,13 @@
-"""The command `signstep`: data, train, sweep, reproduce, report, demo, bench, plan, study.
+"""The command `signstep`: data, train, sweep, reproduce, report, demo, bench, plan, study, verify, inspect.
 
     signstep data get cifar10
     signstep train --dataset cifar10 --optimizer signsgd --lr 1e-3
     signstep sweep table1 --scale cpu
     signstep reproduce all --scale cpu --seeds 3 --max-minutes 60
 
-Exit code 0: done, or stopped by --max-minutes (the last line says what is left); 1: `train` diverged; 2: bad input, one
-sentence on stderr; 130: stopped by Ctrl-C or SIGTERM. torch, data and training are imported by the command that needs
-them.
+Exit code 0: done, or stopped by --max-minutes (the last line says what is left); 1: `train` diverged, or `verify` came
+to another verdict than the recorded one; 2: bad input, one sentence on stderr; 130: stopped by Ctrl-C or SIGTERM.
+torch, data and training are imported by the command that needs them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rich.console import Console
 
 from signstep.lab import experiments
 from signstep.lab.bench import WORKLOADS, DType, Workload
+from signstep.lab.bench_monitor import BenchMonitor
 from signstep.lab.config import Dataset, Optimizer, RunConfig
 from signstep.lab.errors import BadInput, UserError
 from signstep.lab.experiments import Experiment, Name, Recipe, Scale
@@ -153,10 +154,15 @@ class Train:
     """Minutes between checkpoints."""
     tensorboard: bool = False
     """Write the numbers for TensorBoard as well."""
+    watch: int | None = None
+    """Put a monitor on the run that measures every so many steps; its records go to <out>/monitor/<hash>.jsonl."""
+    watch_micro_batches: int = 16
+    """Parts of the batch that the monitor compares."""
 
     def run(self) -> int:
         from signstep.lab.runs import read_run
         from signstep.lab.train import train
+        from signstep.lab.watch import Watching
 
         _check_minutes(self.max_minutes)
         _check_folder(self.data)
@@ -173,6 +179,7 @@ class Train:
             max_minutes=self.max_minutes,
             checkpoint_minutes=self.checkpoint_minutes,
             tensorboard=self.tensorboard,
+            watching=None if self.watch is None else Watching(self.watch, self.watch_micro_batches),
         )
         if not first:
             return 0
@@ -544,12 +551,15 @@ _Bench = (
     Annotated[BenchStep, tyro.conf.subcommand("step")]
     | Annotated[BenchComm, tyro.conf.subcommand("comm")]
     | Annotated[BenchTrain, tyro.conf.subcommand("train")]
+    | Annotated[BenchMonitor, tyro.conf.subcommand("monitor")]
 )
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure what a step costs in computation (step) or communication (comm), and a training over links (train)."""
+    """Measure what a step costs in computation (step) or communication (comm), a training over links (train), and what
+    a Monitor costs (monitor).
+    """
 
     what: Annotated[_Bench, tyro.conf.arg(name="")] = field(default_factory=BenchStep)
 
@@ -605,15 +615,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Study:
-    """Measure what a vote is worth: against Byzantine workers (byzantine), and by dither (vote-curve)."""
+    """Measure what a vote is worth, against Byzantine workers (byzantine) and by dither (vote-curve), and how far
+    signs can be trusted in the paper's trainings (monitor).
+    """
 
 
 def _study(arguments: Sequence[str]) -> int:
     """`signstep study`: each study has its options beside its code, which takes its time to import."""
-    from signstep.lab import byzantine, vote_curve
+    from signstep.lab import byzantine, monitored, vote_curve
 
-    options: byzantine.Options | vote_curve.Options = tyro.cli(
+    options: byzantine.Options | monitored.Options | vote_curve.Options = tyro.cli(
         Annotated[byzantine.Options, tyro.conf.subcommand("byzantine")]
+        | Annotated[monitored.Options, tyro.conf.subcommand("monitor")]
         | Annotated[vote_curve.Options, tyro.conf.subcommand("vote-curve")],
         args=arguments,
         prog="signstep study",
@@ -623,10 +636,41 @@ def _study(arguments: Sequence[str]) -> int:
         _check_minutes(options.max_minutes)
         _check_folder(options.data)
         byzantine.run(options, command=byzantine.command_of(options), say=_say)
+    elif isinstance(options, monitored.Options):
+        _check_folder(options.data)
+        monitored.run(options, shard=_shard(options.shard), command=monitored.command_of(options), say=_say)
     else:
         vote_curve.run(options, command=shlex.join(["signstep", "study", *arguments]), say=_say)
     _say(f"written: {options.out}")
     return 0
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check what the paper and the docs state, each statement by a measurement."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Say what a monitor's records show of a run, or measure it at a checkpoint."""
+
+
+def _inspect(arguments: Sequence[str]) -> int:
+    """`signstep inspect`: as with `signstep study`, its options are beside its code."""
+    from signstep.lab import inspect_run
+
+    options = tyro.cli(inspect_run.Options, args=arguments, prog="signstep inspect", config=_TYRO)
+    _check_folder(options.data)
+    inspect_run.run(options, command=shlex.join(["signstep", "inspect", *arguments]), say=_say)
+    return 0
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    """`signstep verify`: as with `signstep study`, its options are beside its code."""
+    from signstep.lab.verify import command
+
+    options = tyro.cli(command.Options, args=arguments, prog="signstep verify", config=_TYRO)
+    return command.run(options, command=shlex.join(["signstep", "verify", *arguments]))
 
 
 _Command = (
@@ -639,6 +683,8 @@ _Command = (
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Study, tyro.conf.subcommand("study")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
 )
 
 
@@ -678,9 +724,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = tyro.cli(Train, args=arguments[1:], default=default, prog="signstep train", config=_TYRO).run()
         elif arguments[:1] == ["study"]:
             code = _study(arguments[1:])
+        elif arguments[:1] == ["inspect"]:
+            code = _inspect(arguments[1:])
+        elif arguments[:1] == ["verify"]:
+            code = _verify(arguments[1:])
         else:
             command = tyro.cli(_Command, args=arguments, prog="signstep", description=__doc__, config=_TYRO)
-            assert not isinstance(command, Study)  # see above
+            assert not isinstance(command, Study | Verify | Inspect)  # see above
             code = command.run()
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

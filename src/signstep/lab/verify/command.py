@@ -1,0 +1,84 @@
+"""The command `signstep verify`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+
+# Importing a group registers its checks.
+from signstep.lab.verify import dither, estimators, gauss, projection, registry, report, theorem, vote  # noqa: F401
+from signstep.lab.verify.registry import Outcome
+
+_UNEXPECTED = 1
+
+
+@dataclass(frozen=True)
+class Options:
+    """Check what the paper and the docs state, each statement by a measurement with its error; about a minute.
+
+    Exit code 0: every verdict is the one recorded with its check; 1: one is not.
+    """
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Checks, or groups of them; none: all."""
+    json: bool = False
+    """Print JSON in place of tables."""
+    out: Path | None = None
+    """Folder to write verify.html, .md and .json to."""
+    list: bool = False
+    """Name the checks, and measure nothing."""
+
+
+def run(options: Options, *, command: str) -> int:
+    """Measure, print, write, and return the exit code.
+
+    Args:
+        options: of the command.
+        command: how it was called, for the header.
+
+    Raises:
+        BadInput: a name that is no check's and no group's.
+        OSError: `options.out` cannot be written.
+    """
+    checks = registry.select(options.names)
+    console = Console()
+    if options.list:
+        report.show_list(console, checks)
+        return 0
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+    outcomes = _measure([each.name for each in checks])
+    record = report.to_dict(outcomes, command=command)
+    if options.json:
+        sys.stdout.write(report.to_json(record))
+    else:
+        report.show(console, outcomes)
+    if options.out is not None:
+        for path in report.write(outcomes, record, options.out):
+            print(f"written: {path}", file=sys.stderr if options.json else sys.stdout)
+    return 0 if all(each.as_expected for each in outcomes) else _UNEXPECTED
+
+
+def _measure(names: Sequence[str]) -> list[Outcome]:
+    """Run the checks, saying which on a terminal."""
+    outcomes: list[Outcome] = []
+    messages = Console(stderr=True)
+    threads = torch.get_num_threads()
+    # Small operations: two threads are no faster, and one gives the same sums everywhere.
+    torch.set_num_threads(1)
+    try:
+        with messages.status("") as status:
+            for i, each in enumerate(registry.CHECKS[name] for name in names):
+                if messages.is_terminal:
+                    status.update(f"{each.name} ({i + 1} of {len(names)})")
+                outcomes.extend(registry.run([each]))
+    finally:
+        torch.set_num_threads(threads)
+    return outcomes

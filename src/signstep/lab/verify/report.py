@@ -1,0 +1,240 @@
+"""What `signstep verify` shows and writes: a table per group, verify.json, verify.md, and the page verify.html."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import jinja2
+import rich.box
+import torch
+from markupsafe import Markup
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from signstep.lab import figures
+from signstep.lab.checkpoint import write_atomically
+from signstep.lab.runs import environment
+from signstep.lab.verify import drawings
+from signstep.lab.verify.registry import BETTER, FAILS, GROUPS, HOLDS, Check, Outcome
+
+NAME = "verify"
+_WIDTH = 120
+_STYLES = {HOLDS: "green", BETTER: "cyan", FAILS: "yellow"}
+_KINDS = {HOLDS: "holds", BETTER: "better", FAILS: "fails"}
+_NAMES = ("alpha", "beta", "gamma", "delta", "eta", "lambda", "sigma", "tau", "pi", "Phi")
+_LETTERS = dict(zip(_NAMES, "αβγδηλστπΦ", strict=True))
+_SIGNS = {
+    "<=": "≤",
+    ">=": "≥",
+    "+-": "±",
+    " ~ ": " ≈ ",
+    " -> ": " → ",
+    "|g|_1": "‖g‖₁",
+    "|m|_2": "‖m‖₂",
+}
+_LETTER = re.compile(rf"(?<![A-Za-z_.])({'|'.join(_LETTERS)})(?![A-Za-z])")
+
+
+def typeset(text: str) -> str:
+    """Formulas of a line of plain ASCII with their letters and signs.
+
+    >>> typeset("delta <= sqrt(2/pi) sigma_k, sqrt 3 +- 1")
+    'δ ≤ √(2/π) σ_k, √3 ± 1'
+    """
+    text = _LETTER.sub(lambda found: _LETTERS[found[1]], text.replace("lambda-bar", "λ\u0304"))
+    text = re.sub(r"\bsqrt ?", "√", text)
+    for plain, sign in _SIGNS.items():
+        text = text.replace(plain, sign)
+    text = re.sub(r"\^2(?![\w.])", "²", text)
+    return re.sub(r"(?<![\w-])-(?=[\d.])", "−", text)
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """How many of each verdict, in one line."""
+    counts = Counter(each.result.verdict for each in outcomes)
+    odd = [each.check.name for each in outcomes if not each.as_expected]
+    parts = []
+    if counts[HOLDS]:
+        parts.append(f"{counts[HOLDS]} hold{'s' if counts[HOLDS] == 1 else ''}")
+    if counts[BETTER]:
+        parts.append(f"{counts[BETTER]} hold{'s' if counts[BETTER] == 1 else ''} with a better constant")
+    if counts[FAILS]:
+        expected = "" if odd else " as expected"
+        parts.append(f"{counts[FAILS]} fail{'s' if counts[FAILS] == 1 else ''}{expected}")
+    line = ", ".join(parts)
+    if odd:
+        line += f"; not as expected: {', '.join(odd)}"
+    return line
+
+
+def grouped(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """By group, in their order."""
+    groups: dict[str, list[Outcome]] = {}
+    for each in outcomes:
+        groups.setdefault(each.check.group, []).append(each)
+    return groups
+
+
+def show_list(console: Console, checks: Sequence[Check]) -> None:
+    """Name the checks, a line each."""
+    for each in checks:
+        console.print(
+            f"{each.name}: {typeset(each.claim)} [{each.source}]", highlight=False, markup=False, soft_wrap=True
+        )
+
+
+def show(console: Console, outcomes: Sequence[Outcome]) -> None:
+    """Print a table for each group, and the summary."""
+    # A pipe has no width of its own.
+    console.width = max(console.width, _WIDTH) if not console.is_terminal else console.width
+    for group, members in grouped(outcomes).items():
+        seconds = sum(each.seconds for each in members)
+        title = f"{group}: {typeset(GROUPS[group])} ({seconds:.1f} s)"
+        head = ("check", "statement, and what was measured", "verdict", "s")
+        table = Table(*head, title=escape(title), box=rich.box.SIMPLE, title_justify="left")
+        table.columns[1].ratio = 1
+        table.columns[2].max_width = 26
+        table.columns[3].justify, table.columns[3].no_wrap = "right", True
+        for each in members:
+            claim, measured, error = (
+                escape(typeset(text)) for text in (each.check.claim, each.result.measured, each.result.error)
+            )
+            detail = f"\n[dim]{escape(typeset(each.result.detail))}[/dim]" if each.result.detail else ""
+            verdict = f"[{_STYLES[each.result.verdict]}]{escape(typeset(each.verdict))}[/]"
+            if not each.as_expected:
+                verdict += f"\n[bold red]expected: {each.check.expected}[/]"
+            name, text = each.check.name.partition(".")[2], f"{claim}\n→ {measured} ({error}){detail}"
+            table.add_row(name, text, verdict, f"{each.seconds:.1f}", end_section=True)
+        console.print(table)
+    total = sum(each.seconds for each in outcomes)
+    console.print(f"{summary(outcomes)}; {total:.0f} s", highlight=False, markup=False, soft_wrap=True)
+
+
+def to_dict(outcomes: Sequence[Outcome], *, command: str) -> dict[str, Any]:
+    """All that was measured."""
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "environment": environment(torch.device("cpu"), 1),
+        "summary": summary(outcomes),
+        "as_expected": all(each.as_expected for each in outcomes),
+        "seconds": sum(each.seconds for each in outcomes),
+        "checks": [
+            {
+                "name": each.check.name,
+                "group": each.check.group,
+                "claim": each.check.claim,
+                "source": each.check.source,
+                "measured": each.result.measured,
+                "error": each.result.error,
+                "verdict": each.result.verdict,
+                "condition": each.result.condition,
+                "expected": each.check.expected,
+                "as_expected": each.as_expected,
+                "detail": each.result.detail,
+                "values": each.result.values,
+                "seconds": round(each.seconds, 3),
+            }
+            for each in outcomes
+        ],
+    }
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """The record as JSON, which has no NaN."""
+    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def markdown(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
+    """The tables as Markdown."""
+    made = record["environment"]
+    lines = [
+        "# What was verified",
+        "",
+        f"`{record['command']}`, {record['date']}; {made['cpu']}, torch {made['torch']}, signstep {made['signstep']}",
+        "",
+        f"{record['summary']}; {record['seconds']:.0f} s.",
+    ]
+    for group, members in grouped(outcomes).items():
+        lines += [
+            "",
+            f"## {typeset(GROUPS[group])}",
+            "",
+            "| check | statement | source | measured | error | verdict | s |",
+        ]
+        lines += ["|---|---|---|---|---|---|---:|"]
+        for each in members:
+            measured = each.result.measured + (f". {_sentence(each.result.detail)}" if each.result.detail else "")
+            texts = (each.check.claim, each.check.source, measured, each.result.error, each.verdict)
+            cells = [_cell(typeset(text)) for text in texts]
+            if not each.as_expected:
+                cells[-1] = f"**{cells[-1]}**; expected: {each.check.expected}"
+            row = [f"`{each.check.name}`", *cells, f"{each.seconds:.1f}"]
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _cell(text: str) -> str:
+    return text.translate({ord(c): f"\\{c}" for c in "\\|*_`<>"})
+
+
+def _page(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
+    env = jinja2.Environment(
+        loader=jinja2.PackageLoader("signstep.lab"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters["typeset"] = typeset
+    env.filters["sentence"] = _sentence
+    drawn = {}
+    slope = next((each.result.values for each in outcomes if each.check.name == "theorem.slope"), None)
+    if slope is not None:
+        words = (
+            "Averaged Phi against K on logarithmic axes, for four laws of noise, below both bounds and with their slope"
+        )
+        drawn["theorem"] = Markup(figures.svg(drawings.rates(slope), name="rates", description=words, alone=False))
+    if any(each.check.group == "gauss" for each in outcomes):
+        words = "The chance of a wrong sign against S for six laws of noise, and the bound with two splits"
+        drawn["gauss"] = Markup(figures.svg(drawings.laws(), name="laws", description=words, alone=False))
+    context = {
+        "record": record,
+        "groups": grouped(outcomes),
+        "titles": GROUPS,
+        "kinds": _KINDS,
+        "drawn": drawn,
+        "palette": Markup(figures.palette_css(":root")),
+    }
+    return env.get_template("verify.html").render(context)
+
+
+def _put(content: str, file: IO[bytes]) -> None:
+    file.write(content.encode())
+
+
+def write(outcomes: Sequence[Outcome], record: Mapping[str, Any], out: Path) -> list[Path]:
+    """Write the three files into `out`, a folder, and return their paths.
+
+    Raises:
+        OSError: `out` cannot be written. Each file is there whole or as it was.
+    """
+    contents = {"html": _page(outcomes, record), "md": markdown(outcomes, record), "json": to_json(record)}
+    paths = []
+    for suffix, content in contents.items():
+        path = out / f"{NAME}.{suffix}"
+        write_atomically(path, functools.partial(_put, content))
+        paths.append(path)
+    return paths

@@ -177,7 +177,6 @@ def _write(chosen: Sequence[Watched], out: Path, command: str) -> None:
             figure = draw()
         except monitor_figures.NothingToDraw:
             continue
-        write_atomically(out / f"{stem}.png", functools.partial(_write_bytes, figures.png(figure)))
         svg = figures.svg(figure, name=stem, description=f"{dataset}: {name}", alone=True).encode()
         write_atomically(out / f"{stem}.svg", functools.partial(_write_bytes, svg))
     if "signsgd" in runs:
@@ -196,7 +195,8 @@ _COLUMNS: dict[str, tuple[str | int, ...]] = {
     "alignment / (Φ/3)": ("reliability", "ratio"),
     "rms 1 - 2p": ("reliability", "reliability", 0),
     "S": ("reliability", "snr", 0),
-    "S < 2/√3 in the step": ("reliability", "below_critical_step"),
+    "S < 2/√3": ("reliability", "below_critical"),
+    "in their mean": ("reliability", "below_critical_step"),
     "zeros": ("reliability", "zeros"),
     "asymmetric": ("symmetry", "rejected_share"),
     "rms(m)": ("dither", "rms"),
@@ -214,7 +214,8 @@ def _table(chosen: Sequence[Watched], command: str) -> str:
         "",
         f"`{command}`; {made['cpu']}, torch {made['torch']}, signstep {made['signstep']}.",
         "",
-        f"Of each run the first and the last record; {first['micro_batches']} micro-batches, seed 0.",
+        f"Of each run the first and the last record; {first['micro_batches']} micro-batches, seed 0. S < 2/√3: share of "
+        "coordinates, in one micro-batch and in the mean of all.",
         "",
     ]
     rows = [["method", "lr", "test %", "step", *_COLUMNS], ["---", *["---:"] * (3 + len(_COLUMNS))]]

@@ -97,7 +97,8 @@ def margin(rows: Tensor, *, constant: float = PAPER_CONSTANT, weights: Tensor | 
 def reliability(rows: Tensor, *, weights: Tensor | None = None) -> Estimate:
     r"""Root mean square of 1 - 2p, :math:`\sqrt{\frac1d \sum_i (1 - 2 p_i)^2}`, in [-1, 1].
 
-    0 is a coin, 1 a sign that is always right. The root keeps the sign of the estimated mean square, which is as often
+    0 is a coin, 1 a sign that is always right, or always wrong: under skewed noise signs agree with each other and not
+    with the gradient, see `alignment`. The root keeps the sign of the estimated mean square, which is as often
     negative as positive where the signs are coins. An entry that is exactly 0 has sign 0.
     """
     signs = torch.sign(_checked(rows))

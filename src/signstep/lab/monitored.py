@@ -1,7 +1,7 @@
 """`signstep study monitor`: the monitor through trainings of the paper's methods, and what its records show.
 
-Each method trains at the cpu scale with its tuned learning rate, on each data set. At `points` steps of the run, the
-gradients of `micro_batches` micro-batches are compared; this changes nothing of the run, which is that of
+Each method trains at the cpu scale with its tuned learning rate, on each data set. Every `every` steps the gradients
+of `micro_batches` micro-batches are compared; this changes nothing of the run, which is that of
 `signstep reproduce`.
 """
 
@@ -52,8 +52,8 @@ class Options:
     """Compared at each of the monitor's steps."""
     micro_batch_size: int = 32
     """Images in each."""
-    points: int = 12
-    """How often, evenly over the run."""
+    every: int = 39
+    """Steps between the monitor's: half an epoch of 10,000 images."""
     tuned: Path = Path("results/cpu-strong")
     """Folder whose tuned.json has the learning rates; a method that it lacks takes its preset's."""
     out: Path = Path("results/monitor")
@@ -93,7 +93,7 @@ def command_of(options: Options) -> str:
     """The command that makes the same figures."""
     plain = Options()
     words = ["signstep", "study", "monitor"]
-    for name in ("datasets", "methods", "micro_batches", "micro_batch_size", "points", "tuned", "out"):
+    for name in ("datasets", "methods", "micro_batches", "micro_batch_size", "every", "tuned", "out"):
         value = getattr(options, name)
         if value != getattr(plain, name):
             words += ["--" + name.replace("_", "-"), *(map(str, value) if isinstance(value, tuple) else [str(value)])]
@@ -134,12 +134,8 @@ def run(options: Options, *, shard: tuple[int, int], command: str, say: Callable
         if each.done:
             continue
         say(f"{each.dataset}, {each.label}: {each.config.hash}")
-        images = each.config.subset
-        assert images is not None  # at the cpu scale
-        steps = each.config.epochs * (images // each.config.batch_size)
-        watching = Watching(
-            max(1, steps // options.points), options.micro_batches, options.micro_batches * options.micro_batch_size
-        )
+        images = options.micro_batches * options.micro_batch_size
+        watching = Watching(options.every, options.micro_batches, images)
         status = train(each.config, each.folder, data=options.data, watching=watching)
         if status == "stopped":
             raise KeyboardInterrupt
@@ -214,8 +210,8 @@ def _table(chosen: Sequence[Watched], command: str) -> str:
         "",
         f"`{command}`; {made['cpu']}, torch {made['torch']}, signstep {made['signstep']}.",
         "",
-        f"Of each run the first and the last record; {first['micro_batches']} micro-batches, seed 0. S < 2/√3: share of "
-        "coordinates, in one micro-batch and in the mean of all.",
+        f"Of each run the first and the last record; {first['micro_batches']} micro-batches, seed 0. "
+        "S < 2/√3: share of coordinates, in one micro-batch and in the mean of all.",
         "",
     ]
     rows = [["method", "lr", "test %", "step", *_COLUMNS], ["---", *["---:"] * (3 + len(_COLUMNS))]]

@@ -55,14 +55,36 @@ def load(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         CheckpointError: the file is damaged, or belongs to another configuration.
     """
     try:
+        state = read(path)
+    except FileNotFoundError:
+        return None
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete it to train this run from its start") from error
+    if RunConfig.from_dict(state["config"]) != RunConfig.from_dict(config):
+        raise CheckpointError(
+            f"{path} is the checkpoint of another configuration; delete it or train in another folder"
+        )
+    return state
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The checkpoint at `path`, whatever its configuration; tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: the file is damaged, or not a run's checkpoint.
+    """
+    try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums that torch.save writes
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"wrong checksum in its part {damaged}")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        found = RunConfig.from_dict(state["config"])
+        if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+            raise ValueError("it holds no configuration of a run")
+        RunConfig.from_dict(state["config"])
     except FileNotFoundError:
-        return None
+        raise
     except (
         RuntimeError,
         OSError,
@@ -74,13 +96,7 @@ def load(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         zipfile.BadZipFile,
     ) as error:
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"{path} is not a readable checkpoint ({reason}); delete it to train this run from its start"
-        ) from error
-    if found != RunConfig.from_dict(config):
-        raise CheckpointError(
-            f"{path} is the checkpoint of another configuration; delete it or train in another folder"
-        )
+        raise CheckpointError(f"{path} is not a readable checkpoint ({reason})") from error
     return state
 
 

@@ -114,14 +114,20 @@ class Dot:
 def _figure(width: float, height: float, left: float, right: float, top: float, bottom: float) -> tuple[Figure, Axes]:
     """A figure of `width` x `height` points with one plot inside these margins."""
     figure = Figure(figsize=(width / 72, height / 72))
-    axes = figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height))
     figure.patch.set_alpha(0)
+    return figure, _plot(figure, left, bottom, width - left - right, height - top - bottom)
+
+
+def _plot(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """A plot of `width` x `height` points inside a figure."""
+    whole, high = (72 * inches for inches in figure.get_size_inches())
+    axes = figure.add_axes((left / whole, bottom / high, width / whole, height / high))
     axes.patch.set_alpha(0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_MUTED)
     axes.tick_params(colors=_MUTED, labelsize=10, length=3, width=0.8)
-    return figure, axes
+    return axes
 
 
 def _say(

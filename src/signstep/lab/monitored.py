@@ -157,9 +157,7 @@ def _write(chosen: Sequence[Watched], out: Path, command: str) -> None:
     drawn: dict[str, Callable[[], Figure]] = {
         "snr": lambda: monitor_figures.snr_distribution(named),
         "violations": lambda: monitor_figures.violations(named),
-        "dither": lambda: monitor_figures.dither_meters(
-            [(each.label, each.records) for each in chosen if each.method.startswith("pre-")]
-        ),
+        "dither": lambda: monitor_figures.dither_meters(named),
     }
     for method in ("sgd", "signsgd", "hybrid"):
         if method in runs:

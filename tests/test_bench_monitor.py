@@ -105,36 +105,31 @@ def test_releases_of_what_was_there_before_do_not_count() -> None:
     assert peaks(step, CPU) == (500, 500)
 
 
-def rounds(**seconds: Sequence[float]) -> list[dict[str, float]]:
-    names = [name.replace("__", "-").replace("_own", " own") for name in seconds]
-    return [dict(zip(names, each, strict=True)) for each in zip(*seconds.values(), strict=True)]
+def rounds(*seconds: tuple[float, float, float]) -> list[dict[str, float]]:
+    return [dict(zip(("plain", "other", "own"), each, strict=True)) for each in seconds]
 
 
 @pytest.fixture
 def result() -> Result:
     made = Result("net", 250, 1000)
-    made.bases = {"monitor": "plain", "monitor-accumulation": "accumulation"}
-    made.labels = {key: key for key in made.bases}
-    made.rounds = rounds(
-        plain=[1.0, 2.0, 1.0],
-        accumulation=[2.0, 2.0, 2.0],
-        monitor=[1.0, 2.0, 1.0],
-        monitor_own=[3.0, 8.0, 6.0],
-        monitor__accumulation=[2.2, 2.0, 2.0],
-        monitor__accumulation_own=[3.0, 4.0, 2.0],
-    )
-    made.peaks = {"plain": (9000, 1000), "accumulation": (5000, 1500), "monitor own": (10500, 4000)}
-    made.peaks["monitor-accumulation own"] = (7100, None)
+    monitor = rounds((1, 1, 3), (2, 2, 8), (1, 1, 6))
+    accumulation = rounds((2, 2.2, 3), (2, 2, 4), (2, 2, 2))
+    made.rounds = [{"monitor": a, "monitor-accumulation": b} for a, b in zip(monitor, accumulation, strict=True)]
+    made.labels = {key: key for key in made.rounds[0]}
+    made.peaks = {
+        "monitor": {"plain": (9000, 1000), "own": (10500, 4000)},
+        "monitor-accumulation": {"plain": (5000, 1500), "own": (7100, None)},
+    }
     return made
 
 
 def test_ratios_are_taken_within_a_round(result: Result) -> None:
-    assert result.over("monitor").median == 1
-    assert result.over("monitor own").median == 4
+    assert result.over("monitor", "other").median == 1
+    assert result.over("monitor", "own").median == 4
     own = [(49 * 1 + 3) / 50 - 1, (49 * 2 + 8) / 100 - 1, (49 * 1 + 6) / 50 - 1]
     assert result.overhead("monitor").median == pytest.approx(100 * statistics.median(own))
     assert result.extra("monitor").median == 1
-    assert result.extra("monitor-accumulation").median == pytest.approx(1 / 3)  # 1 / 2, 2 / 6, 0 / 5
+    assert result.extra("monitor-accumulation").median == pytest.approx(1 / 4)  # 0.5 / 2, 1 / 3, 0 / 5
     assert result.excess("monitor") == (1.5, 3.0)
     assert result.excess("monitor-accumulation") == (2.1, None)
 
@@ -144,21 +139,22 @@ def test_targets_compare_the_medians(result: Result) -> None:
     assert [bench_monitor_report._target_row(t)[2] for t in result.targets()][1::2] == ["1.50", "2.10"]
 
 
-def test_a_round_has_every_own_step_once_and_waits_for_its_arming() -> None:
-    calls: list[tuple[str, bool]] = []
+def test_a_round_has_one_own_step_among_the_others_and_plain_ones() -> None:
+    calls: list[str] = []
     armed = [False]
-
-    def loop(key: str, base: str | None) -> Loop:
-        return Loop(key, lambda: calls.append((key, armed[0])), lambda own: armed.__setitem__(0, own), base)
-
-    loops = {"plain": loop("plain", None), "a": loop("a", "plain"), "b": loop("b", "plain")}
+    loop = Loop(
+        "loop",
+        lambda: calls.append("plain, armed" if armed[0] else "plain"),
+        lambda: calls.append("own" if armed[0] else "other"),
+        lambda own: armed.__setitem__(0, own),
+    )
     shuffle, orders = random.Random(0), []
     for _ in range(3):
         calls.clear()
-        seconds = timed(loops, shuffle, CPU)
-        assert seconds.keys() == {"plain", "a", "a own", "b", "b own"}
+        seconds = timed(loop, shuffle, CPU)
+        assert seconds.keys() == {"plain", "other", "own"}
         assert all(each >= 0 for each in seconds.values())
-        assert sorted(calls) == sorted([*[(key, False) for key in loops] * 3, ("a", True), ("b", True)])
+        assert sorted(calls) == [*["other"] * 4, "own", *["plain"] * 4]
         orders.append(list(calls))
     assert orders[0] != orders[1] != orders[2]
 
@@ -213,7 +209,7 @@ def without_cockpit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_cockpit_the_others_run_and_it_is_said(tmp_path: Path) -> None:
     found = Result("net", 1, 1)
     loops = set_up(make, batch(), tmp_path, found)
-    assert loops.keys() == {"plain", "accumulation", "monitor", "monitor-accumulation"}
+    assert loops.keys() == {"monitor", "monitor-accumulation"}
     assert list(found.missing) == ["Cockpit"]
     assert "backpack" in found.missing["Cockpit"]
     assert "setuptools<80" in found.missing["Cockpit"]
@@ -224,6 +220,7 @@ def test_without_cockpit_the_others_run_and_it_is_said(tmp_path: Path) -> None:
         for own, lines in ((False, 1), (True, 2), (False, 2), (True, 3)):
             loops[key].arm(own)
             loops[key].step()
+            loops[key].plain()
             assert len(path.read_text().splitlines()) == lines
 
 
@@ -286,7 +283,6 @@ def test_cockpit_looks_at_the_same_steps(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert found.missing == {}
     assert [each.output for each in made] == [{0: dict.fromkeys(names, 1.0)} for names in COCKPIT.values()]
     for key, cockpit in zip(COCKPIT, made, strict=True):
-        assert loops[key].base == "plain"
         for own in (False, True):
             loops[key].arm(own)
             loops[key].step()
@@ -364,19 +360,18 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
         assert list(each["missing"]) == ["Cockpit"]
         assert [target["limit"] for target in each["targets"]] == [5, 2, 5, 2]
         for key, loop in each["loops"].items():
-            base = loop["plain"]
-            own = [r[f"{key} own"] / r[base] for r in each["rounds"]]
-            other = [r[key] / r[base] for r in each["rounds"]]
-            assert loop["own_over_plain"]["median"] == pytest.approx(statistics.median(own))
-            both = [100 * ((49 * b + a) / 50 - 1) for a, b in zip(own, other, strict=True)]
+            times = [r[key] for r in each["rounds"]]
+            for kind in ("own", "other"):
+                ratios = [r[kind] / r["plain"] for r in times]
+                assert loop[f"{kind}_over_plain"]["median"] == pytest.approx(statistics.median(ratios))
+            both = [100 * ((49 * r["other"] + r["own"]) / (50 * r["plain"]) - 1) for r in times]
             assert loop["overhead_percent"]["median"] == pytest.approx(statistics.median(both))
-            bytes_ = each["peak_bytes"]
+            plain, own = (loop["peak_bytes"][kind] for kind in ("plain", "own"))
             for name, value in (("all", "peak_over_gradients"), ("lasting", "lasting_peak_over_gradients")):
-                more = bytes_[f"{key} own"][name] - bytes_[base][name]
-                assert loop[value] == pytest.approx(more / each["gradient_bytes"])
+                assert loop[value] == pytest.approx((own[name] - plain[name]) / each["gradient_bytes"])
             # Of the plain loop the gradients last, and the sums that a loss is made of.
-            assert each["gradient_bytes"] <= bytes_[base]["lasting"] < 2 * each["gradient_bytes"] < bytes_[base]["all"]
-            assert bytes_[f"{key} own"]["lasting"] > bytes_[base]["lasting"]
+            assert each["gradient_bytes"] <= plain["lasting"] < 2 * each["gradient_bytes"] < plain["all"]
+            assert own["lasting"] > plain["lasting"]
     for line in (*bench_monitor_report.NOTES, "Cockpit: not measured: "):
         assert line in text
     assert str(bench_monitor.INSTALL) in text

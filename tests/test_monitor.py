@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -313,7 +316,7 @@ def test_other_steps_have_no_hooks_and_resume_keeps_count() -> None:
     sink = Kept()
     monitor = Monitor(model, optimizer, every=3, sinks=[sink])
     for step in range(4):
-        assert bool(model.weight._backward_hooks) == (step % 3 == 0)
+        assert bool(monitor._sampler._hooks) == (step % 3 == 0)
         model(torch.ones(2, 3)).sum().backward()
         optimizer.step()
     other = Monitor(model, optimizer, every=3)
@@ -321,7 +324,7 @@ def test_other_steps_have_no_hooks_and_resume_keeps_count() -> None:
     assert (other.step, other.due) == (4, False)
     monitor.close()
     other.close()
-    assert not model.weight._backward_hooks
+    assert not monitor._sampler._hooks
     assert not optimizer._optimizer_step_post_hooks
 
 
@@ -335,6 +338,173 @@ def test_options_out_of_range(options: dict[str, Any], said: str) -> None:
         Monitor(model, SignSGD(model.parameters()), **options)
 
 
+def test_parameters_frozen_and_unfrozen_between_own_steps() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    model[1].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sink = Kept()
+    monitor = Monitor(model, optimizer, every=1, sinks=[sink])
+    for step in range(2):
+        for _ in range(4):
+            model(torch.randn(5, 3)).square().mean().backward()
+        if step == 0:
+            model[1].requires_grad_(True)
+            model[0].requires_grad_(False)
+        optimizer.step()
+        optimizer.zero_grad()
+    first, second = (r["reliability"]["layers"] for r in sink.records)
+    assert (first["0.weight"]["zeros"], first["1.weight"]["zeros"]) == (0, 1)
+    assert (second["0.weight"]["zeros"], second["1.weight"]["zeros"]) == (1, 0)
+    monitor.close()
+
+
+def test_gradients_that_are_asked_for_are_no_micro_batches() -> None:
+    """A gradient penalty takes torch.autograd.grad of the parameters; nothing is added to p.grad."""
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = Monitor(model, optimizer)
+    for _ in range(4):
+        loss = model(torch.randn(5, 3)).square().mean()
+        (g,) = torch.autograd.grad(loss, model.weight, create_graph=True)
+        (loss + g.square().sum()).backward()
+    optimizer.step()
+    assert monitor.last is not None
+    assert monitor.last["micro_batches"] == 4
+
+
+def test_a_backward_pass_that_raises_is_forgotten() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = Monitor(model, optimizer)
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Tensor:
+            raise MemoryError("no memory")
+
+    with pytest.raises(MemoryError):
+        model[1](Broken.apply(model[0](torch.randn(5, 3)))).mean().backward()
+    optimizer.zero_grad()
+    for _ in range(4):
+        model(torch.randn(5, 3)).mean().backward()
+    optimizer.step()
+    assert monitor.last is not None
+    assert monitor.last["micro_batches"] == 4
+
+
+def test_micro_batches_without_a_gradient_count() -> None:
+    """Fully masked ones, first and last."""
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = Monitor(model, optimizer)
+    for micro in range(8):
+        (model(torch.randn(5, 3)).mean() * (micro % 7 > 2)).backward()
+    optimizer.step()
+    assert monitor.last is not None
+    assert monitor.last["micro_batches"] == 8
+
+
+def test_a_gan_has_a_monitor_per_optimizer() -> None:
+    generator, critic = nn.Linear(2, 3), nn.Linear(3, 1)
+    both = nn.ModuleDict({"generator": generator, "critic": critic})
+    ours = SignSGD(generator.parameters(), lr=1e-3)
+    other = SignSGD(critic.parameters(), lr=1e-3)
+    sink = Kept()
+    Monitor(both, ours, every=2, sinks=[sink])
+    for _ in range(3):
+        for _ in range(5):
+            critic(generator(torch.randn(4, 2)).detach()).mean().backward()
+        other.step()
+        other.zero_grad()
+        for _ in range(4):
+            critic(generator(torch.randn(4, 2))).mean().backward()
+        ours.step()
+        ours.zero_grad()
+    assert [r["micro_batches"] for r in sink.records] == [4, 4]
+    assert set(sink.records[0]["reliability"]["layers"]) == {"generator.weight", "generator.bias"}
+
+
+def test_measure_puts_everything_back() -> None:
+    """A buffer that forward replaces, a head outside the model, Python's and NumPy's generators."""
+
+    class Averaging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+            self.register_buffer("average", torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(x)
+            self.average = 0.9 * self.average + 0.1 * y.detach().mean(0)
+            return y * (1 + random.random() + np.random.random())
+
+    model, head = Averaging(), nn.Linear(2, 1)
+    optimizer = SignSGD([*model.parameters(), *head.parameters()], lr=1e-3)
+    monitor = Monitor(model, optimizer)
+    average = model.average
+    random.seed(1)
+    np.random.seed(1)
+    before = random.getstate(), np.random.get_state()[1].copy()
+    x = {"images": torch.randn(16, 3)}
+    monitor.measure(lambda batch: head(model(batch["images"])).square().mean(), x, parts=4)
+    assert model.average is average
+    assert float(average.abs().sum()) == 0
+    assert head.weight.grad is None
+    assert random.getstate() == before[0]
+    assert (np.random.get_state()[1] == before[1]).all()
+
+
+def test_a_short_last_batch_is_not_measured_and_said() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    optimizer = SignSGD(model.parameters(), lr=1e-3)
+    sink = Kept()
+    monitor = Monitor(model, optimizer, every=1, sinks=[sink])
+    for size in (32, 9, 32):
+        x = torch.randn(size, 3)
+        monitor.measure(lambda x: model(x).square().mean(), x)
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [r["micro_batches"] for r in sink.records] == [8, 1, 8]
+    assert "a batch of 9" in sink.records[1]["reliability"]["reason"]
+
+
+def test_a_fused_step_that_a_scaler_skips_is_measured_again() -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    sink = Kept()
+    monitor = Monitor(model, optimizer, every=10, sinks=[sink], scaler=scaler)
+    for step in range(2):
+        for _ in range(4):
+            loss = model(torch.randn(5, 3)).square().mean() * (math.inf if step == 0 else 1.0)
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert [(r["step"], r["micro_batches"]) for r in sink.records] == [(0, 4)]
+    assert monitor.step == 1
+
+
+def test_a_sink_that_fails_stops_the_run_once() -> None:
+    class Full(Kept):
+        def write(self, record: Mapping[str, Any]) -> None:
+            raise OSError("no space left on device")
+
+    model = nn.Linear(3, 1)
+    optimizer = SignSGD(model.parameters(), lr=1e-3)
+    monitor = Monitor(model, optimizer, every=2, sinks=[Full()])
+    for step in range(2):
+        model(torch.randn(2, 3)).sum().backward()
+        with pytest.raises(OSError, match="no space") if step == 0 else nullcontext():
+            optimizer.step()
+    assert monitor.step == 2
+
+
 def test_what_cannot_be_monitored_is_refused() -> None:
     model = nn.Linear(3, 1)
     with pytest.raises(ValueError, match="attach_to_backward"):
@@ -342,8 +512,9 @@ def test_what_cannot_be_monitored_is_refused() -> None:
     frozen = nn.Linear(3, 1).requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter"):
         Monitor(frozen, SignSGD(model.parameters()))
-    with pytest.raises(ValueError, match="at least 4 parts"):
-        Monitor(nn.Linear(3, 1), SignSGD(model.parameters())).measure(lambda x: x.sum(), torch.ones(3, 3))
+    for parts, batch in ((3, torch.ones(8, 3)), (8, "text")):
+        with pytest.raises(ValueError, match="at least 4 parts and a tensor"):
+            Monitor(model, SignSGD(model.parameters())).measure(lambda x: x.sum(), batch, parts=parts)
 
 
 def test_sample_is_spread_over_layers_and_stays() -> None:
@@ -352,7 +523,7 @@ def test_sample_is_spread_over_layers_and_stays() -> None:
         "small": nn.Parameter(torch.zeros(7)),
         "c": nn.Parameter(torch.zeros(40, dtype=torch.complex64)),
     }
-    one, two = Sampler(named, 200, 3, lambda: 1.0), Sampler(named, 200, 3, lambda: 1.0)
+    one, two = Sampler(named, 200, 3, None), Sampler(named, 200, 3, None)
     assert one.width <= 200
     by_name = {c.name: c for c in one.columns}
     assert by_name["small"].sampled == 7
@@ -397,6 +568,79 @@ def test_ddp_gathers_the_micro_batches_of_all_ranks(vote: bool) -> None:
     slow = micro_gradients(net, (net(x).square().mean() for x in data[0]))
     estimate = stationarity.alignment(slow)
     assert first[0]["reliability"]["alignment"] == pytest.approx([float(v) for v in vars(estimate).values()], rel=1e-4)
+
+
+def _ddp_uneven() -> Any:
+    """4 micro-batches on rank 0 and 12 on rank 1, each loss divided by 8: the step's gradient is their mean."""
+    model = DistributedDataParallel(nn.Linear(6, 1, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    monitor = Monitor(model, optimizer)
+    torch.manual_seed(dist.get_rank())
+    count = 4 + 8 * dist.get_rank()
+    for i in range(count):
+        with model.no_sync() if i < count - 1 else nullcontext():
+            (model(torch.randn(10, 6) + 1).sum() / 8).backward()
+    monitor._record = types.MethodType(lambda self: {"rows": self._rows()[0].mean(0).tolist()}, monitor)  # type: ignore[method-assign]
+    optimizer.step()
+    assert monitor.last is not None
+    assert model.module.weight.grad is not None
+    return monitor.last["rows"], model.module.weight.grad.flatten().tolist()
+
+
+def test_rows_of_uneven_ranks_have_the_mean_of_the_steps_gradient() -> None:
+    for rows, gradient in gang(2).run(_ddp_uneven):
+        assert rows == pytest.approx(gradient, rel=1e-4)
+
+
+def _ddp_join() -> Any:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(6, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sink = Kept()
+    Monitor(model, optimizer, every=1, sinks=[sink])
+    with model.join():
+        for _ in range(6 if dist.get_rank() == 0 else 3):
+            for i in range(4):
+                with model.no_sync() if i < 3 else nullcontext():
+                    model(torch.randn(4, 6)).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return [r["micro_batches"] for r in sink.records]
+
+
+def test_ranks_that_join_are_not_waited_for() -> None:
+    assert gang(2).run(_ddp_join) == [[4] * 6, []]
+
+
+def _ddp_buffers(watched: bool) -> Any:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
+    optimizer = SignSGD(model.parameters(), lr=1e-3)
+    monitor = Monitor(model, optimizer, every=2) if watched else None
+    for step in range(3):
+        torch.manual_seed(10 * step + dist.get_rank())
+        x = torch.randn(32, 6)
+        if monitor is not None:
+            monitor.measure(lambda x: model(x).square().mean(), x, parts=4)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return {name: value.tolist() for name, value in model.state_dict().items()}
+
+
+def test_a_watched_ddp_run_ends_with_the_same_bits_on_all_ranks() -> None:
+    assert gang(2).run(_ddp_buffers, True) == gang(2).run(_ddp_buffers, False)
+
+
+def _ddp_static() -> Any:
+    model = DistributedDataParallel(nn.Linear(6, 1), static_graph=True)
+    monitor = Monitor(model, SignSGD(model.parameters(), lr=1e-3))
+    with pytest.raises(ValueError, match="static_graph=True"):
+        monitor.measure(lambda x: model(x).mean(), torch.randn(8, 6), parts=4)
+
+
+def test_static_graph_is_refused() -> None:
+    gang(2).run(_ddp_static)
 
 
 def _ddp_measure() -> Any:

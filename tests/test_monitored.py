@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -42,6 +43,8 @@ def test_study_trains_what_is_missing_and_draws(tmp_path: Path) -> None:
     said.clear()
     monitored.run(options, shard=(0, 1), command="signstep study monitor", say=said.append)
     assert said == []  # nothing to train
+    with pytest.raises(BadInput, match="was watched at steps"):
+        monitored.run(replace(options, every=20), shard=(0, 1), command="", say=said.append)
 
 
 def test_rates_are_the_tuned_ones() -> None:

@@ -93,11 +93,20 @@ def test_two_workers_share_the_micro_batches(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     (path,) = (tmp_path / "monitor").glob("*.jsonl")
     assert [(r["step"], r["micro_batches"]) for r in read(path)] == [(0, 8), (2, 8)]
+    assert all(r["dither"]["rms"] > 0 for r in read(path))  # of the momentum that the voters have
+
+
+def test_a_run_that_has_ended_unwatched_is_not_called_watched(tmp_path: Path) -> None:
+    config = tiny()
+    train(config, tmp_path, device="cpu", progress=False)
+    with pytest.raises(BadInput, match="of a run that has ended: delete it"):
+        train(config, tmp_path, device="cpu", progress=False, watching=WATCHING)
 
 
 @pytest.mark.parametrize(
     ("watching", "said"),
     [
+        (Watching(every=0), "every 0 steps: expected at least 1"),
         (Watching(micro_batches=3), "at least 4"),
         (Watching(micro_batches=64), "an image for each"),
         (Watching(micro_batches=8, images=4096), "no more than the 96 of an epoch"),

@@ -1,7 +1,8 @@
 """`signstep bench monitor`: what a `Monitor` costs a training, beside the quantities of Cockpit, in one process.
 
-Every round times each loop in a shuffled order on the same network and batch: a ratio is of two times that met the same
-machine. Its own steps, which are measured, and its other steps are timed apart. Memory: `signstep.lab.peak_memory`.
+Every round times each loop's own step, which is measured, its other steps, and plain steps beside them in a shuffled
+order, on the same network and batch: a ratio is of two times that met the same machine. Memory:
+`signstep.lab.peak_memory`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -46,52 +47,49 @@ INSTALL = (
     "pip install --no-deps cockpit-for-pytorch==1.0.2 backpack-for-pytorch==1.7.1, then pip install einops unfoldNd "
     "json-tricks pandas seaborn 'setuptools<80'"
 )
-OWN = " own"
-_SEED, _REPEATS = 0, 3
+_SEED, _REPEATS = 0, 4
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A way to train. `arm(True)` makes the coming step one that is measured, `arm(False)` another."""
+    """A way to train, and the plain way. `arm(True)` makes its coming step an own one, `arm(False)` another."""
 
     label: str
+    plain: Callable[[], None]
     step: Callable[[], None]
-    arm: Callable[[bool], None] = lambda own: None
-    base: str | None = None  # the plain loop of the same steps; None: it is one itself, and has no own steps
+    arm: Callable[[bool], None]
 
 
 @dataclass
 class Result:
-    """One network's measurements. A step's name is its loop's key, with " own" behind it if it is an own one."""
+    """One network's measurements, by loop."""
 
     title: str
     parameters: int
     gradient_bytes: int
     labels: dict[str, str] = field(default_factory=dict)
-    bases: dict[str, str] = field(default_factory=dict)  # the plain loop of each other one
     missing: dict[str, str] = field(default_factory=dict)  # why a loop has no times
     said: list[str] = field(default_factory=list)  # warnings of Cockpit and BackPACK
-    peaks: dict[str, tuple[int, int | None]] = field(default_factory=dict)  # as of `peak_memory.peaks`
-    rounds: list[dict[str, float]] = field(default_factory=list)  # seconds
+    peaks: dict[str, dict[str, tuple[int, int | None]]] = field(default_factory=dict)  # of plain and own steps
+    rounds: list[dict[str, dict[str, float]]] = field(default_factory=list)  # seconds of plain, other and own steps
 
-    def over(self, name: str) -> Spread:
-        """A step's time over that of the plain one."""
-        base = self.bases[name.removesuffix(OWN)]
-        return Spread.of([r[name] / r[base] for r in self.rounds])
+    def over(self, key: str, kind: str) -> Spread:
+        """An own or other step's time over that of a plain one."""
+        return Spread.of([r[key][kind] / r[key]["plain"] for r in self.rounds])
 
     def extra(self, key: str, than: str = "monitor") -> Spread:
-        """What own steps take longer than plain ones, over the same of another loop."""
-        longer = ([r[k + OWN] - r[self.bases[k]] for r in self.rounds] for k in (key, than))
+        """How much longer own steps are than plain ones, over the same of another loop."""
+        longer = ([r[k]["own"] / r[k]["plain"] - 1 for r in self.rounds] for k in (key, than))
         return Spread.of([a / b if b != 0 else math.inf for a, b in zip(*longer, strict=True)])
 
     def overhead(self, key: str) -> Spread:
         """(49 other + own) / (50 plain) - 1, in percent."""
-        times = [(r[key], r[key + OWN], r[self.bases[key]]) for r in self.rounds]
-        return Spread.of([100 * (((EVERY - 1) * other + own) / (EVERY * plain) - 1) for other, own, plain in times])
+        rounds = [r[key] for r in self.rounds]
+        return Spread.of([100 * (((EVERY - 1) * r["other"] + r["own"]) / (EVERY * r["plain"]) - 1) for r in rounds])
 
     def excess(self, key: str) -> tuple[float | None, float | None]:
         """An own step's peaks beyond the plain step's, over the gradients' bytes."""
-        pairs = zip(self.peaks[key + OWN], self.peaks[self.bases[key]], strict=True)
+        pairs = zip(self.peaks[key]["own"], self.peaks[key]["plain"], strict=True)
         whole, lasting = (None if a is None or b is None else (a - b) / self.gradient_bytes for a, b in pairs)
         return whole, lasting
 
@@ -143,16 +141,17 @@ def monitored(plain: Training, folder: Path, *, accumulate: bool) -> Loop:
     def arm(own: bool) -> None:
         monitor.load_state_dict(monitor.state_dict() | {"step": 0 if own else 1})
 
-    loop = Loop(f"Monitor, measure(parts={PARTS})", step, arm, "plain")
+    loop = Loop(f"Monitor, measure(parts={PARTS})", plain.step, step, arm)
     if accumulate:
-        loop = Loop("Monitor, accumulation", functools.partial(training.step, PARTS), arm, "accumulation")
+        one, other = (functools.partial(each.step, PARTS) for each in (plain, training))
+        loop = Loop("Monitor, accumulation", one, other, arm)
     loop.step()
     if monitor.last is None or "snr" not in monitor.last["reliability"]:
         raise BenchError(f"{loop.label}: its own step has measured nothing")
     return loop
 
 
-def with_cockpit(training: Training, names: Iterable[str], said: list[str]) -> Loop:
+def with_cockpit(plain: Training, training: Training, names: Iterable[str], said: list[str]) -> Loop:
     """A loop with some of Cockpit's quantities; BackPACK has extended the training's network and criterion."""
     cockpit, schedules = importlib.import_module("cockpit"), importlib.import_module("cockpit.utils.schedules")
     chosen = [getattr(cockpit.quantities, name)(schedules.linear(EVERY)) for name in names]
@@ -176,7 +175,7 @@ def with_cockpit(training: Training, names: Iterable[str], said: list[str]) -> L
     step()
     if not set(names) <= looking.get_output()[0].keys():
         raise BenchError(f"Cockpit has not measured all of {', '.join(names)}")
-    return Loop(f"Cockpit {', '.join(names)}", step, arm, "plain")
+    return Loop(f"Cockpit {', '.join(names)}", plain.step, step, arm)
 
 
 def network(width: float, device: torch.device, *, batch_norm: bool) -> nn.Module:
@@ -192,18 +191,16 @@ def network(width: float, device: torch.device, *, batch_norm: bool) -> nn.Modul
 
 def set_up(make: Callable[[], nn.Module], batch: Batch, folder: Path, result: Result) -> dict[str, Loop]:
     """The loops that can run, each after an own step; `result` is told why others cannot."""
-    training, extended = Training(make(), batch, F.cross_entropy), None
-    training.step()
-    loops = {"plain": Loop("plain", training.step)}
-    loops["accumulation"] = Loop("accumulation", functools.partial(training.step, PARTS))
-    for key, accumulate in (("monitor", False), ("monitor-accumulation", True)):
-        loops[key] = monitored(training, folder, accumulate=accumulate)
+    plain, extended = Training(make(), batch, F.cross_entropy), None
+    plain.step()
+    loops = {"monitor": monitored(plain, folder, accumulate=False)}
+    loops["monitor-accumulation"] = monitored(plain, folder, accumulate=True)
     for key, names in COCKPIT.items():
         try:
             if extended is None:
                 extend = importlib.import_module("backpack").extend
                 extended = Training(extend(make()), batch, extend(nn.CrossEntropyLoss()))
-            loops[key] = with_cockpit(extended, names, result.said)
+            loops[key] = with_cockpit(plain, extended, names, result.said)
         except ImportError as error:
             result.missing["Cockpit"] = f"{error}; {INSTALL}"
             break
@@ -212,25 +209,24 @@ def set_up(make: Callable[[], nn.Module], batch: Batch, folder: Path, result: Re
     return loops
 
 
-def timed(loops: Mapping[str, Loop], shuffle: random.Random, device: torch.device) -> dict[str, float]:
-    """One round's seconds: every own step once, every other one three times, of which the median."""
-    tasks = [(key, False) for key in loops for _ in range(_REPEATS)]
-    tasks += [(key, True) for key, loop in loops.items() if loop.base is not None]
-    shuffle.shuffle(tasks)
+def timed(loop: Loop, shuffle: random.Random, device: torch.device) -> dict[str, float]:
+    """One round's seconds of a loop: of one own step, and the medians of four other and four plain ones."""
+    kinds = ["own", *["other", "plain"] * _REPEATS]
+    shuffle.shuffle(kinds)
     seconds: dict[str, list[float]] = {}
     gc.collect()
     gc.disable()
     try:
-        for key, own in tasks:
-            loops[key].arm(own)
+        for kind in kinds:
+            loop.arm(kind == "own")
             _wait(device)
             started = time.perf_counter()
-            loops[key].step()
+            (loop.plain if kind == "plain" else loop.step)()
             _wait(device)
-            seconds.setdefault(key + OWN * own, []).append(time.perf_counter() - started)
+            seconds.setdefault(kind, []).append(time.perf_counter() - started)
     finally:
         gc.enable()
-    return {name: statistics.median(each) for name, each in seconds.items()}
+    return {kind: statistics.median(each) for kind, each in seconds.items()}
 
 
 def _wait(device: torch.device) -> None:
@@ -248,15 +244,15 @@ def measure(*, batch_norm: bool, width: float, batch: int, rounds: int, device: 
     say(f"{title}: setting up")
     with tempfile.TemporaryDirectory() as folder:
         loops = set_up(make, data, Path(folder), result)
-        result.bases = {key: loop.base for key, loop in loops.items() if loop.base is not None}
         for key, loop in loops.items():
             result.labels[key] = loop.label
             loop.arm(True)
-            result.peaks[key + OWN * (loop.base is not None)] = peaks(loop.step, device)
+            result.peaks[key] = {"own": peaks(loop.step, device), "plain": peaks(loop.plain, device)}
         shuffle = random.Random(_SEED)
         for number in range(1, rounds + 1):
             say(f"{title}: round {number} of {rounds}")
-            result.rounds.append(timed(loops, shuffle, device))
+            order = shuffle.sample(list(loops), len(loops))
+            result.rounds.append({key: timed(loops[key], shuffle, device) for key in order})
     return result
 
 

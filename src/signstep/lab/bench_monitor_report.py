@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from signstep.lab import bench_report
-from signstep.lab.bench_monitor import EVERY, OWN, PARTS, Result
+from signstep.lab.bench_monitor import EVERY, PARTS, Result
 from signstep.lab.bench_report import TARGETS_HEAD, _interval, _markdown_table, _put
 from signstep.lab.bench_targets import Target
 from signstep.lab.checkpoint import write_atomically
@@ -29,9 +29,9 @@ from signstep.lab.checkpoint import write_atomically
 NAME = "bench-monitor"
 HEAD = ("loop", "other step", "own step", "extra", f"% at every={EVERY}", "peak", "lasting")
 NOTES = (
-    "other step, own step: time over that of the same step in the plain loop, median over the rounds of two times of "
-    "the same round, then the 10th and 90th percentile; an own step is a measured one: what it costs at every=1",
-    "extra: what an own step takes longer than a plain one, over what it takes longer in the first line",
+    "other step, own step: time over that of the same step in a plain loop, median over the rounds of two times of the "
+    "same round, then the 10th and 90th percentile; an own step is a measured one: what it costs at every=1",
+    "extra: how much longer own steps are than plain ones, over the same in the first line",
     f"% at every={EVERY}: ({EVERY - 1} other + own) / ({EVERY} plain) - 1",
     "peak: of an own step's memory beyond a plain step's, over the bytes of the gradients; lasting: the same without "
     "what a forward and backward pass both makes and releases: activations, and Cockpit's per-sample gradients",
@@ -53,7 +53,7 @@ def status() -> Iterator[Callable[[str], None]]:
 
 def row(result: Result, key: str) -> tuple[str, ...]:
     """A loop's line of the table."""
-    times = (result.over(key), result.over(key + OWN), result.extra(key), result.overhead(key))
+    times = (result.over(key, "other"), result.over(key, "own"), result.extra(key), result.overhead(key))
     memory = ("" if each is None else f"{each:.2f}" for each in result.excess(key))
     return (result.labels[key], *map(_interval, times), *memory)
 
@@ -66,7 +66,7 @@ def _target_row(target: Target) -> tuple[str, ...]:
 
 
 def _title(result: Result, batch: int) -> str:
-    plain = statistics.median(r["plain"] for r in result.rounds)
+    plain = statistics.median(r["monitor"]["plain"] for r in result.rounds)
     return (
         f"{result.title}, {result.parameters:,} parameters, {result.gradient_bytes / 2**20:.2f} MiB of gradients, "
         f"batch {batch}: a plain step takes {1e3 * plain:.0f} ms"
@@ -100,11 +100,10 @@ def to_dict(results: Sequence[Result], device: torch.device, batch: int, command
                 "title": result.title,
                 "parameters": result.parameters,
                 "gradient_bytes": result.gradient_bytes,
-                "loops": {key: _loop(result, key) for key in result.bases},
+                "loops": {key: _loop(result, key) for key in result.labels},
                 "missing": result.missing,
                 "warnings": result.said,
                 "targets": [bench_report._target(target) for target in result.targets()],
-                "peak_bytes": {name: {"all": whole, "lasting": lasts} for name, (whole, lasts) in result.peaks.items()},
                 "rounds": result.rounds,
             }
             for result in results
@@ -116,13 +115,13 @@ def _loop(result: Result, key: str) -> dict[str, Any]:
     whole, lasting = result.excess(key)
     return {
         "label": result.labels[key],
-        "plain": result.bases[key],
-        "other_over_plain": asdict(result.over(key)),
-        "own_over_plain": asdict(result.over(key + OWN)),
+        "other_over_plain": asdict(result.over(key, "other")),
+        "own_over_plain": asdict(result.over(key, "own")),
         "extra_over_monitor": asdict(result.extra(key)),
         "overhead_percent": asdict(result.overhead(key)),
         "peak_over_gradients": whole,
         "lasting_peak_over_gradients": lasting,
+        "peak_bytes": {kind: {"all": each[0], "lasting": each[1]} for kind, each in result.peaks[key].items()},
     }
 
 
@@ -138,7 +137,7 @@ def markdown(results: Sequence[Result], record: Mapping[str, Any]) -> str:
     )
     for result in results:
         lines += ["", f"## {_title(result, record['batch'])}", ""]
-        lines += _markdown_table(HEAD, [row(result, key) for key in result.bases])
+        lines += _markdown_table(HEAD, [row(result, key) for key in result.labels])
         lines += ["", *_markdown_table(TARGETS_HEAD, [_target_row(target) for target in result.targets()])]
         lines += ["", *(f"- {line}" for line in _remarks(result))]
     return "\n".join([*lines, "", *(f"- {note}" for note in NOTES)]) + "\n"
@@ -154,7 +153,7 @@ def show(results: Sequence[Result], record: Mapping[str, Any], out: Path | None)
     # A pipe has no width of its own.
     console.width = max(console.width, _WIDTH) if not console.is_terminal else console.width
     for result in results:
-        rows = [row(result, key) for key in result.bases]
+        rows = [row(result, key) for key in result.labels]
         verdicts = [_target_row(target) for target in result.targets()]
         for title, head, lines in ((_title(result, record["batch"]), HEAD, rows), ("targets", TARGETS_HEAD, verdicts)):
             table = Table(*head, title=escape(title), box=rich.box.SIMPLE, title_justify="left")

@@ -132,6 +132,7 @@ def run(options: Options, *, shard: tuple[int, int], command: str, say: Callable
     index, count = shard
     for each in chosen[index::count]:
         if each.done:
+            _check(each, options)
             continue
         say(f"{each.dataset}, {each.label}: {each.config.hash}")
         images = options.micro_batches * options.micro_batch_size
@@ -145,6 +146,18 @@ def run(options: Options, *, shard: tuple[int, int], command: str, say: Callable
         return
     for dataset in options.datasets:
         _write([each for each in chosen if each.dataset == dataset], options.out, command)
+
+
+def _check(watched: Watched, options: Options) -> None:
+    """Refuse records that another command has made."""
+    records = watched.records
+    steps = [r["step"] for r in records]
+    fits = steps == [k * options.every for k in range(len(steps))]
+    if not fits or records[0]["micro_batches"] != options.micro_batches:
+        raise BadInput(
+            f"{watched.folder}: {watched.config.hash} was watched at steps {steps[:3]}, ... with "
+            f"{records[0]['micro_batches']} micro-batches; delete it, or take another --out"
+        )
 
 
 def _write(chosen: Sequence[Watched], out: Path, command: str) -> None:

@@ -62,8 +62,7 @@ def train(
         checkpoint_minutes: minutes between checkpoints; 0: after every step.
         progress: show progress, on a terminal as a bar, elsewhere as a line per epoch.
         tensorboard: write each epoch's numbers to `<out>/tensorboard/<hash>` as well.
-        watching: what a `signstep.Monitor` looks at, without changing the run; its records go to
-            `<out>/monitor/<hash>.jsonl`. None: there is none.
+        watching: what a monitor looks at, which changes nothing; its records go to `<out>/monitor/<hash>.jsonl`.
 
     Returns:
         "done", "diverged" (a loss was not finite; the record says at which step), or "stopped" (call again to go on).
@@ -77,16 +76,19 @@ def train(
     workers = Workers.join(device)
     out.mkdir(parents=True, exist_ok=True)
     record, saved = out / f"{config.hash}.jsonl", out / f"{config.hash}.pt"
+    records = out / "monitor" / record.name
     with workers.lock(out / f"{config.hash}.lock", over=lambda: runs.is_done(record)):
         earlier = workers.from_first(lambda: runs.read_run(record) if record.exists() else None)
         if earlier is not None and earlier.end is not None:
+            if watching is not None and not records.exists():
+                raise BadInput(f"{record} is of a run that has ended: delete it to train it again under the monitor")
             return "diverged" if earlier.diverged else "done"
         state = workers.from_first(lambda: checkpoint.load(saved, config.to_dict()))
         run = _Run(config, workers, data)
         if state is not None:
             run.restore(state)
         if watching is not None:
-            run.watch = Watch(watching, run, out / "monitor" / record.name, state and state.get("monitor"))
+            run.watch = Watch(watching, run, records, state and state.get("monitor"))
         run.write(record)
         first = workers.rank == 0
         board = out / "tensorboard" / config.hash if tensorboard and first else None
@@ -196,8 +198,7 @@ class _Run:
         self.history[1, index] = (logits.detach().argmax(1) == y).sum() / self.config.batch_size
         self.step += 1
 
-    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """The mean that training makes smaller."""
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:  # noqa: D102
         return F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
 
     def logits(self, network: nn.Module, x: Tensor) -> Tensor:

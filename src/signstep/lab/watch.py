@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from signstep.distributed import MajorityVote
 from signstep.lab.batches import Batches
 from signstep.lab.errors import BadInput
 from signstep.lab.workers import Workers
@@ -37,6 +38,11 @@ class Watched(Protocol):
     network: nn.Module
     optimizer: torch.optim.Optimizer
     step: int
+
+    @property
+    def reduction(self) -> object:
+        """What makes the workers' gradients one, if it has a state."""
+        ...
 
     def logits(self, network: nn.Module, x: Tensor) -> Tensor:
         """Of images."""
@@ -67,6 +73,8 @@ class Watch:
         self._parts, rest = divmod(watching.micro_batches, size)
         self._images = share if watching.images is None else watching.images // size
         self._batches = -(-self._images // share)
+        if watching.every < 1:
+            raise BadInput(f"watching every {watching.every} steps: expected at least 1")
         if rest or watching.micro_batches < 4:
             raise BadInput(
                 f"{watching.micro_batches} micro-batches: expected a multiple of the {size} workers, at least 4"
@@ -76,7 +84,8 @@ class Watch:
                 f"{watching.micro_batches} micro-batches of {self._images * size} images: expected an image for each "
                 f"micro-batch, and no more than the {steps * share * size} of an epoch"
             )
-        self._monitor = Monitor(run.network, run.optimizer, every=watching.every)
+        vote = run.reduction if isinstance(run.reduction, MajorityVote) else None
+        self._monitor = Monitor(run.network, run.optimizer, every=watching.every, vote=vote)
         self._monitor.load_state_dict(state or {"step": run.step})
         if run.workers.rank == 0:
             self._monitor.sinks.append(JSONLines(path, before=run.step))

@@ -232,7 +232,7 @@ class _Layer:
             return None
         if self.dithered:
             return float(self.group["dither"]) * (self.rms / self.sigma) ** 2
-        if self.position == "pre":  # relative, and nothing to be relative to yet
+        if self.group.get("dither_scale") == "relative":  # near 1 whatever the momentum is
             return None
         annealed = 1.0 if self.step is None else (1.0 + self.step) ** float(self.group["dither_decay"])
         return self.rms**2 * annealed

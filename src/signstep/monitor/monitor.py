@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from signstep.monitor.calibration import CalibrationPanel
 from signstep.monitor.dither import DitherMeter
 from signstep.monitor.reliability import reliability
 from signstep.monitor.sampling import Sampler
 from signstep.monitor.symmetry import symmetry
+from signstep.monitor.untouched import untouched
 
 if TYPE_CHECKING:
     from signstep.distributed.vote import MajorityVote
@@ -31,7 +32,6 @@ _TESTED = 1024
 _SHOWN = 8
 """Coordinates whose values go into the record, for histograms, where there are enough micro-batches."""
 _ENOUGH = 20
-_PREFIX = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
 
 
 class Monitor:
@@ -52,12 +52,14 @@ class Monitor:
         monitor.measure(lambda x, y: loss_fn(model(x), y), x, y)
 
     The optimizer may be any of torch.optim's kind; what concerns dither and calibration is that of its momentum.
-    Gradients, batch norm's statistics and the generators of random numbers stay as they were. Rows whose gradients are
-    not finite are left out, and a step that a GradScaler skips is measured again.
+    It looks at those of the model's parameters that the optimizer has when it is made. Gradients, batch norm's
+    statistics and the generators of random numbers stay as they were. Rows whose gradients are not finite are left out,
+    and a step that a GradScaler skips is measured again.
 
     Args:
         model: the module that is trained, bare or in DistributedDataParallel. Under DDP the ranks' micro-batches are
-            gathered (an all_gather of the rows, and one of their numbers), and rank 0 writes.
+            gathered (an all_gather of the rows, and one of their numbers), and rank 0 writes; within `join()` it
+            compares those of rank 0 alone.
         optimizer: whose `step` counts.
         every: steps between own steps, at least 1. (default: 50)
         sinks: what has `write(record)` and `close()`, see `signstep.monitor.sinks`. (default: none)
@@ -104,21 +106,29 @@ class Monitor:
                 raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
         if getattr(optimizer, "steps_in_backward", False):
             raise ValueError("optimizer steps inside backward (attach_to_backward): there is no gradient to look at")
-        named = {_PREFIX.sub("", name): p for name, p in model.named_parameters() if p.requires_grad}
-        if not named:
-            raise ValueError("model has no parameter that requires a gradient: there is nothing to monitor")
-        if any(hasattr(p, "to_local") for p in named.values()):
+        inner = _without_compile(model)
+        wrapped = inner if isinstance(inner, DistributedDataParallel) else None
+        bare = inner if wrapped is None else _without_compile(wrapped.module)
+        optimized = {p for group in optimizer.param_groups for p in group["params"]}
+        named = {name: p for name, p in bare.named_parameters() if p in optimized}
+        if not any(p.requires_grad for p in named.values()):
+            raise ValueError(
+                "model has no parameter that requires a gradient and is the optimizer's: there is nothing to monitor"
+            )
+        sharded = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+        if sharded or any(hasattr(p, "to_local") for p in named.values()):
             raise ValueError("model has parameters sharded by FSDP: only whole ones, or DDP, can be monitored")
         self.model, self.optimizer, self.every, self.sinks = model, optimizer, every, list(sinks)
         self.step = 0
         self.last: dict[str, Any] | None = None
         self._scaler, self._dip = scaler, dip
-        self._sampler = Sampler(named, coordinates, seed, self._scale)
-        inner = getattr(model, "_orig_mod", model)  # of torch.compile
-        self._wrapped = inner if isinstance(inner, DistributedDataParallel) else None
-        self._group = None if self._wrapped is None else self._wrapped.process_group
+        self._sampler = Sampler(named, coordinates, seed, None if scaler is None else self._scale)
+        self._wrapped = wrapped
+        self._group = None if wrapped is None else wrapped.process_group
         self._first = self._group is None or dist.get_rank(self._group) == 0
         self._measured: list[Tensor] | None = None
+        self._largest = 0  # batch that was measured
+        self._reason: str | None = None  # why this own step has nothing to compare
         names = {p: name for name, p in named.items()}
         worker = None if vote is None else vote.worker
         self._dither = DitherMeter(names, worker=worker)
@@ -146,53 +156,51 @@ class Monitor:
     def measure(self, loss: Callable[..., Tensor], *batch: Any, parts: int = 8) -> None:
         """At an own step, take a batch through the model in equal parts, each a micro-batch; at others do nothing.
 
-        Call it before the step's own forward pass. Nothing of the model changes.
+        Call it before the step's own forward pass. Nothing of the model, the optimizer or the generators changes. A
+        batch that is smaller than an earlier one, or than `parts`, is not measured, and the record says so.
 
         Args:
             loss: of the model's output, a mean over its arguments; under the autocast of the loop, not scaled.
-            batch: tensors are split along their first dimension, whose remainder is left out; others are handed on.
+            batch: its arguments; tensors, also in dicts, lists and tuples, are split along their first dimension, whose
+                remainder is left out; others are handed on. Batch norm over single numbers needs two of them per part.
             parts: micro-batches, at least 4; intervals are close to 95 % from 16 on.
 
         Raises:
-            ValueError: fewer than 4 parts, or a batch of fewer elements than parts.
+            ValueError: fewer than 4 parts, no tensor to split, or a model under DDP's static_graph.
         """
         if not self.due:
             return
-        sizes = {len(x) for x in batch if isinstance(x, Tensor) and x.dim() > 0}
-        if parts < 4 or not sizes or min(sizes) < parts:
+        if self._wrapped is not None and self._wrapped.static_graph:
             raise ValueError(
-                f"parts={parts} of a batch of {sorted(sizes)}: expected at least 4 parts with an element each"
+                "measure() with static_graph=True: DDP allows no other passes; accumulate gradients instead"
             )
-        params = [p for p in self.model.parameters() if p.requires_grad]
-        kept = [(p, p.grad) for p in params]
-        buffers = [(b, b.clone()) for b in self.model.buffers()]
-        scale = self._scale()
+        leaves, tree = tree_flatten(batch)
+        sizes = {len(x) for x in leaves if isinstance(x, Tensor) and x.dim() > 0}
+        if parts < 4 or not sizes:
+            raise ValueError(f"parts={parts}, {len(sizes)} tensors to split: expected at least 4 parts and a tensor")
+        size = min(sizes)
+        self._largest = max(self._largest, size)
+        if size < max(parts, self._largest):
+            self._reason = f"a batch of {size} at this step, the last of its epoch perhaps: nothing was measured"
+            return
         self._arm()
-        sampler = self._sampler
+        sampler, optimized = self._sampler, [p for group in self.optimizer.param_groups for p in group["params"]]
+        params = list(dict.fromkeys([*self.model.parameters(), *optimized]))
         ours, sampler.rows = sampler.rows, []
         measured = []
+        scale = self._scale()
         try:
-            with ExitStack() as stack:
-                if self._wrapped is not None:
-                    stack.enter_context(self._wrapped.no_sync())
-                devices = [p.device for p in params if p.device.type == "cuda"]
-                stack.enter_context(torch.random.fork_rng(devices=sorted({d.index for d in devices})))
-                stack.enter_context(torch.enable_grad())
+            with untouched(self.model, params, self._wrapped):
                 for part in range(parts):
                     for p in params:
                         p.grad = None
-                    pieces = [_piece(x, part, parts) for x in batch]
+                    pieces = tree_unflatten([_piece(x, part, parts) for x in leaves], tree)
                     with sampler.one_row():
                         (loss(*pieces) * scale).backward()  # type: ignore[no-untyped-call]
                     measured.append(sampler.rows.pop())
             self._measured = measured
         finally:
             sampler.rows = ours
-            for p, grad in kept:
-                p.grad = grad
-            with torch.no_grad():
-                for b, value in buffers:
-                    b.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """The step count and the running averages: plain values, for a checkpoint."""
@@ -237,15 +245,22 @@ class Monitor:
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
         if self.due:
-            record = self._record()
-            self._sampler.close()
-            self._measured = None
+            found_inf = getattr(self.optimizer, "found_inf", None)
+            if found_inf is not None and float(found_inf) != 0:  # a fused step under a GradScaler that does nothing
+                self._sampler.rows, self._measured = [], None
+                return
+        try:
+            record = self._record() if self.due else None
             if record is not None:
                 self.last = record = _rounded(record)
                 for sink in self.sinks:
                     sink.write(record)
-        self.step += 1
-        self._arm()
+        finally:
+            if self.due:
+                self._sampler.close()
+                self._measured, self._reason = None, None
+            self.step += 1
+            self._arm()
 
     def _record(self) -> dict[str, Any] | None:
         """What this own step shows; None on ranks that do not write."""
@@ -255,6 +270,8 @@ class Monitor:
         finite = rows[rows.isfinite().all(1)]
         found = reliability(finite, self._sampler.columns, micro_batches=used)
         alarms = found.pop("alarms", [])
+        if self._reason is not None and "reason" in found:
+            found["reason"] = self._reason
         if len(finite) < len(rows):
             alarms.append(f"{len(rows) - len(finite)} of {len(rows)} micro-batches had gradients that are not finite")
         width = self._sampler.width
@@ -279,25 +296,31 @@ class Monitor:
 
     def _rows(self) -> tuple[Tensor, int]:
         """Rows of all ranks with the units of the step's gradient, and how many micro-batches that is the mean of."""
-        own = self._sampler.rows
-        rows = torch.stack(own) * len(own) if own else torch.zeros(0, self._sampler.width)
-        used = len(own)
-        if self._measured is not None:
-            rows = torch.stack(self._measured)
-            used = len(rows)
-        rows = rows.to(next(p.device for p in self.model.parameters() if p.requires_grad))
-        if self._group is None:
-            return rows, used
+        own = self._sampler.rows if self._measured is None else self._measured
+        device = next(p.device for group in self.optimizer.param_groups for p in group["params"])
+        rows = torch.stack(own).to(device) if own else torch.zeros(0, self._sampler.width, device=device)
+        counts = [len(own)]
+        # Ranks that have joined, without data of their own, do not come here.
+        if self._wrapped is not None and not self._wrapped._join_config.enable:
+            rows, counts = self._gathered(rows)
+        # A rank's gradient is the sum of its micro-batches' and the step's the mean over ranks.
+        return rows * (sum(counts) / len(counts) if self._measured is None else 1.0), sum(counts)
+
+    def _gathered(self, rows: Tensor) -> tuple[Tensor, list[int]]:
+        """Rows of all ranks, and how many each has."""
         world = dist.get_world_size(self._group)
-        counts = [torch.zeros(2, dtype=torch.int64, device=rows.device) for _ in range(world)]
-        dist.all_gather(counts, torch.tensor([len(rows), used], device=rows.device), self._group)
-        most = int(max(c[0] for c in counts))
-        padded = torch.zeros(most, rows.shape[1], device=rows.device)
+        heads = [torch.zeros(2, dtype=torch.int64, device=rows.device) for _ in range(world)]
+        dist.all_gather(heads, torch.tensor([len(rows), self.step], device=rows.device), self._group)
+        counts, steps = zip(*(head.tolist() for head in heads), strict=True)
+        if len(set(steps)) > 1:
+            raise RuntimeError(
+                f"the ranks' monitors are at steps {list(steps)}: load the same state_dict on all of them"
+            )
+        padded = torch.zeros(max(counts), rows.shape[1], device=rows.device)
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in range(world)]
         dist.all_gather(gathered, padded, self._group)
-        kept = [g[: int(c[0])] for g, c in zip(gathered, counts, strict=True)]
-        return torch.cat(kept), int(sum(c[1] for c in counts))
+        return torch.cat([g[:count] for g, count in zip(gathered, counts, strict=True)]), list(counts)
 
     def _samples(self, rows: Tensor) -> list[dict[str, Any]]:
         """Gradients of a few coordinates, each of the middle of an evenly chosen parameter."""
@@ -309,6 +332,11 @@ class Monitor:
             values = rows[:, c.where.start + middle].tolist()
             shown.append({"name": c.name, "index": int(c.indices[middle]), "values": values})
         return shown
+
+
+def _without_compile(model: nn.Module) -> nn.Module:
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
 
 
 def _rounded(x: Any) -> Any:

@@ -21,6 +21,7 @@ from signstep.theory.stationarity import Estimate
 SNR_EDGES = tuple(10 ** (k / 4) for k in range(-12, 9))
 """Bins of the histogram of S, from 1e-3 to 100."""
 _ALARM = 0.025  # chance of a false alarm per record, and over all layers of a record
+_LAYERS = 8  # micro-batches below which an interval's ends are too uncertain to be widened for the number of layers
 
 
 def reliability(rows: Tensor, columns: Sequence[Columns], *, micro_batches: int) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def reliability(rows: Tensor, columns: Sequence[Columns], *, micro_batches: int)
     found["layers"] = {
         c.name: _of(rows[:, c.where], weights[c.where], squared[c.where], micro_batches) for c in columns if c.sampled
     }
-    found["alarms"] = _alarms(found)
+    found["alarms"] = _alarms(found, len(rows))
     return found
 
 
@@ -85,7 +86,7 @@ def _triple(estimate: Estimate) -> list[float | None]:
     return [x if math.isfinite(x) else None for x in values]
 
 
-def _alarms(found: dict[str, Any]) -> list[str]:
+def _alarms(found: dict[str, Any], rows: int) -> list[str]:
     alarms = []
     aligned, bound = found["alignment"][0], found["phi"][0]
     high = found["margin"][2]
@@ -94,7 +95,7 @@ def _alarms(found: dict[str, Any]) -> list[str]:
             f"inequality (7) is violated: the sign of a micro-batch takes {aligned:.3g} off the loss per unit of "
             f"learning rate, less than Phi/3 = {bound / PAPER_CONSTANT:.3g}: the noise is not symmetric and unimodal"
         )
-    layers = found["layers"]
+    layers = found["layers"] if rows >= _LAYERS else {}
     # Half-widths are those of one interval; of this many, none should be below 0 by chance.
     normal = torch.special.ndtri(torch.tensor([1 - _ALARM / max(1, len(layers)), 1 - _ALARM], dtype=torch.float64))
     wider = float(normal[0] / normal[1])

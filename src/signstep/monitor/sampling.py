@@ -1,8 +1,9 @@
-"""Gradients of micro-batches at sampled coordinates, taken by hooks on the parameters.
+"""Gradients of micro-batches at sampled coordinates, taken by hooks where a backward pass adds to p.grad.
 
-A hook on a leaf tensor is called once per backward pass with the gradient that the pass adds to p.grad: of a tied
-parameter the sum over its uses, under DDP that of this rank alone, before anything is reduced. So a loop that
-accumulates gradients needs no change: each of its backward passes is a micro-batch.
+A hook on a parameter's AccumulateGrad node is called once per backward pass with the gradient that the pass adds to
+p.grad: of a tied parameter the sum over its uses, under DDP that of this rank alone, before anything is reduced;
+`torch.autograd.grad` does not come by. So a loop that accumulates gradients needs no change: each of its backward
+passes is a micro-batch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,24 +39,24 @@ class Sampler:
     """Collects rows, one per micro-batch, while it is open.
 
     Args:
-        named: parameters by name; those that do not require gradients are left out.
+        named: parameters by name; the entries of one that does not require a gradient, now or later, are 0.
         coordinates: columns in all, at most. Every parameter has the same number, or all its coordinates if they are
             fewer; they are drawn once, so that rows of different steps can be compared.
         seed: of that draw.
-        scale: what the gradients have been multiplied by; asked once per row.
+        scale: what the gradients have been multiplied by, asked once per row; None: nothing. Steps may then be
+            skipped, which leaves their rows here: they are dropped when a pass finds all gradients 0 or None again.
     """
 
     def __init__(
-        self, named: Mapping[str, nn.Parameter], coordinates: int, seed: int, scale: Callable[[], float]
+        self, named: Mapping[str, nn.Parameter], coordinates: int, seed: int, scale: Callable[[], float] | None
     ) -> None:
-        self._params = [p for p in named.values() if p.requires_grad]
+        self._params = list(named.values())
         sizes = [p.numel() * (2 if p.is_complex() else 1) for p in self._params]
         each = _largest_quota(sizes, coordinates)
         generator = torch.Generator().manual_seed(seed)
         self.columns: list[Columns] = []
         begin = 0
-        names = [name for name, p in named.items() if p.requires_grad]
-        for name, size in zip(names, sizes, strict=True):
+        for name, size in zip(named, sizes, strict=True):
             count = min(size, each)
             indices = torch.arange(size)
             if count < size:
@@ -69,20 +71,28 @@ class Sampler:
         """Of this step so far; float32 on the device of the first parameter."""
         self._on_device: list[Tensor | None] = [None] * len(self._params)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._nodes: list[Any] = []  # held, as a parameter does not hold its own
         self._row: Tensor | None = None
+        self._pass = -1
         self._inside = False
         self._scale = scale
 
     def open(self) -> None:
         """Begin to collect."""
-        if not self._hooks:
-            self._hooks = [p.register_hook(self._hook(i)) for i, p in enumerate(self._params)]  # type: ignore[no-untyped-call]
+        if self._hooks:
+            return
+        for i, p in enumerate(self._params):
+            if p.requires_grad:
+                with torch.enable_grad():
+                    node = p.view_as(p).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+                self._nodes.append(node)
+                self._hooks.append(node.register_prehook(self._hook(i)))  # type: ignore[union-attr]
 
     def close(self) -> None:
         """Collect no more, and forget the rows."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self.rows, self._row = [], [], None
+        self._hooks, self._nodes, self.rows, self._row = [], [], [], None
 
     @contextmanager
     def one_row(self) -> Iterator[None]:
@@ -91,20 +101,26 @@ class Sampler:
             raise RuntimeError(
                 "microbatch() inside microbatch(): a micro-batch has no parts; leave the first one first"
             )
-        self._inside = True
+        self._inside, self._row = True, None
         try:
             yield
             self._end_row()
         finally:
             self._inside, self._row = False, None
 
-    def _hook(self, index: int) -> Callable[[Tensor], None]:
+    def _hook(self, index: int) -> Callable[[tuple[Tensor | None, ...]], None]:
         columns = self.columns[index]
 
-        def hook(grad: Tensor) -> None:
+        def hook(grads: tuple[Tensor | None, ...]) -> None:
+            grad = grads[0]
+            if grad is None:
+                return
             with torch.no_grad():
-                if self._row is None:
+                current = torch._C._current_graph_task_id()
+                # A pass that has raised leaves its row behind.
+                if self._row is None or (current != self._pass and not self._inside):
                     self._begin_row()
+                self._pass = current
                 self._row[columns.where] += self._taken(index, grad)  # type: ignore[index]
 
         return hook
@@ -121,8 +137,7 @@ class Sampler:
         return real.take(chosen).to(self._params[0].device, torch.float32)
 
     def _begin_row(self) -> None:
-        # A step that a GradScaler skipped has left its rows here; zero_grad tells that a new one begins.
-        if self.rows and all(p.grad is None or not p.grad.any() for p in self._params):
+        if self.rows and self._scale is not None and all(p.grad is None or not p.grad.any() for p in self._params):
             self.rows = []
         self._row = torch.zeros(self.width, device=self._params[0].device)
         if not self._inside:
@@ -130,7 +145,7 @@ class Sampler:
 
     def _end_row(self) -> None:
         if self._row is not None:
-            self.rows.append(self._row / self._scale())
+            self.rows.append(self._row if self._scale is None else self._row / self._scale())
             self._row = None
 
 

@@ -3,6 +3,9 @@ r"""How far the sign of a stochastic gradient can be trusted, estimated from mic
 Rows h_1 ... h_N are gradients of N independent micro-batches: g is their expectation, s_i the standard deviation of
 coordinate i in one of them, S_i = |g_i| / s_i, and p_i the chance that sign(h_i) is not sign(g_i).
 
+An entry that is exactly 0 has sign 0, neither right nor wrong: 1 - 2p stands for E sign(h_i) sign(g_i) here, which is
+larger by the chance of a 0 than with a p that counts zeros as wrong, as the theorem's does.
+
 What can be estimated without knowing g is what two different micro-batches say of each other. With a symmetric kernel
 k(h_j, h_l), the mean over all pairs j != l is a U-statistic, unbiased whatever the law of the rows is and however the
 coordinates depend on each other, also where g = 0:

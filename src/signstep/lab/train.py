@@ -70,7 +70,7 @@ def train(
     Raises:
         RunBusy: another process is training this run.
         CheckpointError: the checkpoint is damaged.
-        BadInput: the configuration does not fit the images, the workers or, in bf16 or compiled, this machine.
+        BadInput: the configuration does not fit the images, the workers or this machine.
     """
     started = last_save = time.monotonic()
     workers = Workers.join(device)
@@ -198,7 +198,8 @@ class _Run:
         self.history[1, index] = (logits.detach().argmax(1) == y).sum() / self.config.batch_size
         self.step += 1
 
-    def loss(self, logits: Tensor, y: Tensor) -> Tensor:  # noqa: D102
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The mean that training makes smaller."""
         return F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
 
     def logits(self, network: nn.Module, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from signstep.theory import stationarity
-from signstep.theory.stationarity import Estimate
+from signstep.theory.stationarity import Estimate, Pairs
 
 REPETITIONS = 1000
 COORDINATES = 200
@@ -44,8 +44,8 @@ def truth(name: str, g: Tensor) -> float:
     return float(values[name])
 
 
-def covered(name: str, rows: Tensor, value: float) -> float:
-    found = ESTIMATORS[name](rows)
+def covered(pairs: Pairs, name: str, value: float) -> float:
+    found: Estimate = getattr(pairs, name)()
     return float(((found.low <= value) & (value <= found.high)).double().mean())
 
 
@@ -54,9 +54,9 @@ def test_intervals_cover_the_truth_19_times_in_20(signal: str) -> None:
     """4 times 1000 repetitions, for a standard error of 0.003."""
     g = SIGNALS[signal]
     torch.manual_seed(1)
-    blocks = [g + torch.randn(REPETITIONS, 32, COORDINATES) for _ in range(4)]
+    blocks = [Pairs.of(g + torch.randn(REPETITIONS, 32, COORDINATES)) for _ in range(4)]
     for name in ESTIMATORS:
-        share = sum(covered(name, rows, truth(name, g)) for rows in blocks) / len(blocks)
+        share = sum(covered(pairs, name, truth(name, g)) for pairs in blocks) / len(blocks)
         # At S = 3 signs are wrong once in 740 times: too seldom to know how often.
         assert (0.92 if (name, signal) == ("reliability", "3") else 0.93) <= share <= 0.97, name
 
@@ -66,10 +66,10 @@ def test_intervals_cover_the_truth_19_times_in_20(signal: str) -> None:
 def test_intervals_of_few_micro_batches(n: int, signal: str) -> None:
     g = SIGNALS[signal]
     torch.manual_seed(1)
-    rows = g + torch.randn(REPETITIONS, n, COORDINATES)
+    pairs = Pairs.of(g + torch.randn(REPETITIONS, n, COORDINATES))
     low = {8: 0.83, 16: 0.89}[n]  # the least: Phi at S = 0.3
     for name in ESTIMATORS:
-        assert low <= covered(name, rows, truth(name, g)) <= 0.99
+        assert low <= covered(pairs, name, truth(name, g)) <= 0.99
 
 
 @pytest.mark.parametrize("signal", ["0", "0.3"])
@@ -79,8 +79,9 @@ def test_intervals_know_that_coordinates_move_together(signal: str) -> None:
     torch.manual_seed(1)
     common = torch.randn(REPETITIONS, 32, 1) * torch.randn(COORDINATES).sign()
     rows = g + math.sqrt(2 / 3) * torch.randn(REPETITIONS, 32, COORDINATES) + math.sqrt(1 / 3) * common
+    pairs = Pairs.of(rows)
     for name in ("alignment", "phi", "reliability", "snr"):
-        assert covered(name, rows, truth(name, g)) >= 0.9
+        assert covered(pairs, name, truth(name, g)) >= 0.9
 
 
 @pytest.mark.parametrize("law", ["laplace", "uniform", "t3", "skewed"])

@@ -267,7 +267,8 @@ class Monitor:
         rows, used = self._rows()
         if not self._first:
             return None
-        finite = rows[rows.isfinite().all(1)]
+        usable = rows.isfinite().all(1)
+        finite = rows if usable.all() else rows[usable]
         found = reliability(finite, self._sampler.columns, micro_batches=used)
         alarms = found.pop("alarms", [])
         if self._reason is not None and "reason" in found:
@@ -300,11 +301,12 @@ class Monitor:
         device = next(p.device for group in self.optimizer.param_groups for p in group["params"])
         rows = torch.stack(own).to(device) if own else torch.zeros(0, self._sampler.width, device=device)
         counts = [len(own)]
+        own.clear()  # what they take is as much again
         # Ranks that have joined, without data of their own, do not come here.
         if self._wrapped is not None and not self._wrapped._join_config.enable:
             rows, counts = self._gathered(rows)
         # A rank's gradient is the sum of its micro-batches' and the step's the mean over ranks.
-        return rows * (sum(counts) / len(counts) if self._measured is None else 1.0), sum(counts)
+        return rows.mul_(sum(counts) / len(counts) if self._measured is None else 1.0), sum(counts)
 
     def _gathered(self, rows: Tensor) -> tuple[Tensor, list[int]]:
         """Rows of all ranks, and how many each has."""

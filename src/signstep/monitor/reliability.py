@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from signstep.monitor.sampling import Columns
 from signstep.theory import stationarity
 from signstep.theory.bounds import CRITICAL_SNR, PAPER_CONSTANT
-from signstep.theory.stationarity import Estimate
+from signstep.theory.stationarity import Estimate, Pairs
 
 SNR_EDGES = tuple(10 ** (k / 4) for k in range(-12, 9))
 """Bins of the histogram of S, from 1e-3 to 100."""
@@ -45,35 +46,61 @@ def reliability(rows: Tensor, columns: Sequence[Columns], *, micro_batches: int)
             "reason": f"{len(rows)} usable micro-batches in this step: at least {stationarity.MIN_ROWS} are needed, by "
             "accumulation, over ranks, or with monitor.measure(...)"
         }
-    rows = rows.double()
-    weights = torch.cat([torch.full((c.sampled,), c.numel / max(1, c.sampled)) for c in columns]).to(rows)
-    squared = stationarity.snr_squared(rows)
-    found = _of(rows, weights, squared, micro_batches)
-    edges = torch.tensor((0.0, *(e * e for e in SNR_EDGES)), dtype=rows.dtype, device=rows.device)
-    shares = torch.zeros(len(edges) + 1, dtype=rows.dtype, device=rows.device)
-    shares.index_add_(0, torch.bucketize(_known(rows, squared), edges), weights / weights.sum())
-    found["snr_histogram"] = shares.tolist()
-    found["layers"] = {
-        c.name: _of(rows[:, c.where], weights[c.where], squared[c.where], micro_batches) for c in columns if c.sampled
-    }
+    edges = torch.tensor((0.0, *(e * e for e in SNR_EDGES)), dtype=torch.float64, device=rows.device)
+    shares = torch.zeros(len(edges) + 1, dtype=torch.float64, device=rows.device)
+    layers = {}
+    whole: _Block | None = None
+    # One parameter after the other: in float64 the rows would take twice their memory, several times.
+    for c in columns:
+        if c.sampled == 0:
+            continue
+        block, known = _block(rows[:, c.where].double(), c.numel / c.sampled, micro_batches)
+        shares.index_add_(0, torch.bucketize(known, edges), torch.full_like(known, c.numel / c.sampled))
+        layers[c.name] = _numbers(block)
+        whole = block if whole is None else whole.plus(block)
+    assert whole is not None
+    found = _numbers(whole)
+    found["snr_histogram"] = (shares / shares.sum()).tolist()
+    found["layers"] = layers
     found["alarms"] = _alarms(found, len(rows))
     return found
 
 
-def _of(rows: Tensor, weights: Tensor, squared: Tensor, micro_batches: int) -> dict[str, Any]:
-    estimates: dict[str, Estimate] = {
-        name: getattr(stationarity, name)(rows, weights=weights)
-        for name in ("alignment", "phi", "margin", "reliability", "snr")
+@dataclass(frozen=True)
+class _Block:
+    """Sums over coordinates; those of disjoint sets add up."""
+
+    pairs: Pairs
+    counts: Tensor
+    """Of coordinates with S below the critical one in a micro-batch, and in a step; and of zeros, as a mean of rows."""
+
+    def plus(self, other: _Block) -> _Block:
+        return _Block(self.pairs + other.pairs, self.counts + other.counts)
+
+
+def _block(rows: Tensor, weight: float, micro_batches: int) -> tuple[_Block, Tensor]:
+    """A parameter's, each of whose columns stands for `weight` coordinates, and S^2 of the columns."""
+    known = _known(rows, stationarity.snr_squared(rows))
+    critical = CRITICAL_SNR**2
+    counts = [(known < critical).sum(), (known * micro_batches < critical).sum(), (rows == 0).double().mean(0).sum()]
+    weights = torch.full((rows.shape[1],), weight, dtype=rows.dtype, device=rows.device)
+    return _Block(Pairs.of(rows, weights), weight * torch.stack([c.double() for c in counts])), known
+
+
+def _numbers(block: _Block) -> dict[str, Any]:
+    pairs = block.pairs
+    estimates = {
+        "alignment": pairs.alignment(),
+        "phi": pairs.phi(),
+        "margin": pairs.margin(),
+        "reliability": pairs.reliability(),
+        "snr": pairs.snr(),
     }
     numbers: dict[str, Any] = {name: _triple(e) for name, e in estimates.items()}
     phi, aligned = float(estimates["phi"].value), float(estimates["alignment"].value)
     numbers["ratio"] = aligned / (phi / PAPER_CONSTANT) if phi > 0 else None
-    known = _known(rows, squared)
-    total = weights.sum()
-    for name, times in (("below_critical", 1), ("below_critical_step", micro_batches)):
-        numbers[name] = float(weights[known * times < CRITICAL_SNR**2].sum() / total)
-    numbers["zeros"] = float(((rows == 0).double().mean(0) * weights).sum() / total)
-    return numbers
+    shares = (block.counts / pairs.coordinates).tolist()
+    return numbers | dict(zip(("below_critical", "below_critical_step", "zeros"), shares, strict=True))
 
 
 def _known(rows: Tensor, squared: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from signstep.theory.bounds import PAPER_CONSTANT
 
-__all__ = ["MIN_ROWS", "Estimate", "alignment", "margin", "phi", "reliability", "snr", "snr_squared"]
+__all__ = ["MIN_ROWS", "Estimate", "Pairs", "alignment", "margin", "phi", "reliability", "snr", "snr_squared"]
 
 MIN_ROWS = 4
 """Micro-batches that an interval needs."""
@@ -56,6 +56,82 @@ class Estimate:
     high: Tensor
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """What each two rows say of each other, summed over coordinates; the sums of disjoint blocks of coordinates add up.
+
+    `of` computes them from rows; [..., N, N] each, but for Phi's value and the number of coordinates.
+
+    Example:
+        >>> rows = torch.arange(24.0).reshape(6, 4)
+        >>> both = Pairs.of(rows[:, :1]) + Pairs.of(rows[:, 1:])
+        >>> bool(both.alignment().value == alignment(rows).value)
+        True
+    """
+
+    coordinates: float
+    aligned: Tensor
+    agreed: Tensor
+    products: Tensor
+    phi_value: Tensor
+    phi_kernel: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, weights: Tensor | None = None) -> Pairs:
+        """Of rows of shape [..., N, d], N at least 4.
+
+        Raises:
+            ValueError: fewer rows, or no coordinates.
+        """
+        rows = _checked(rows)
+        ones = weights is None
+        w = torch.ones(rows.shape[-1], dtype=rows.dtype, device=rows.device) if weights is None else weights.to(rows)
+        signs = torch.sign(rows)
+        weighted = rows if ones else rows * w
+        one_way = signs @ weighted.transpose(-1, -2)
+        value, kernel = _phi_parts(weighted)
+        return cls(
+            float(w.sum()),
+            (one_way + one_way.transpose(-1, -2)) / 2,
+            (signs if ones else signs * w) @ signs.transpose(-1, -2),
+            weighted @ rows.transpose(-1, -2),
+            value,
+            kernel,
+        )
+
+    def __add__(self, other: Pairs) -> Pairs:
+        mine, its = vars(self).values(), vars(other).values()
+        return Pairs(*(a + b for a, b in zip(mine, its, strict=True)))
+
+    def alignment(self) -> Estimate:
+        """See the function `alignment`."""
+        return _estimate(_mean_of_pairs(self.aligned), self.aligned)
+
+    def phi(self) -> Estimate:
+        """See the function `phi`."""
+        return _estimate(self.phi_value, self.phi_kernel)
+
+    def margin(self, constant: float = PAPER_CONSTANT) -> Estimate:
+        """See the function `margin`."""
+        value = _mean_of_pairs(self.aligned) - self.phi_value / constant
+        return _estimate(value, self.aligned - self.phi_kernel / constant)
+
+    def reliability(self) -> Estimate:
+        """See the function `reliability`."""
+        kernel = self.agreed / self.coordinates
+        return _root(_estimate(_mean_of_pairs(kernel), kernel))
+
+    def snr(self) -> Estimate:
+        """See the function `snr`."""
+        squares = torch.diagonal(self.products, dim1=-2, dim2=-1)
+        # Of two rows: half their squared distance.
+        noise = (squares[..., :, None] + squares[..., None, :]) / 2 - self.products
+        total = _mean_of_pairs(noise)
+        ratio = _mean_of_pairs(self.products) / total
+        kernel = (self.products - ratio[..., None, None] * noise) / total[..., None, None]
+        return _root(_estimate(ratio, kernel))
+
+
 def alignment(rows: Tensor, *, weights: Tensor | None = None) -> Estimate:
     r"""The left side of eq. (7), :math:`\langle g, \mathbb E\,\mathrm{sign}\,h \rangle = \sum_i |g_i| (1 - 2 p_i)`.
 
@@ -68,8 +144,7 @@ def alignment(rows: Tensor, *, weights: Tensor | None = None) -> Estimate:
         >>> bool(found.low < 683 < found.high)
         True
     """
-    kernel = _alignment_kernel(_checked(rows, weights))
-    return _estimate(_mean_of_pairs(kernel), kernel)
+    return Pairs.of(rows, weights).alignment()
 
 
 def phi(rows: Tensor, *, weights: Tensor | None = None) -> Estimate:
@@ -81,8 +156,7 @@ def phi(rows: Tensor, *, weights: Tensor | None = None) -> Estimate:
     8, 0.13 s for N = 16 and 0.06 s for N = 64; and v is too small, so that it is too large, under heavy tails
     (Student's t with 3 degrees of freedom: at S = 0.6 by 0.04 s for N = 8 to 64).
     """
-    value, kernel = _phi_parts(_checked(rows, weights))
-    return _estimate(value, kernel)
+    return Pairs.of(rows, weights).phi()
 
 
 def margin(rows: Tensor, *, constant: float = PAPER_CONSTANT, weights: Tensor | None = None) -> Estimate:
@@ -91,10 +165,7 @@ def margin(rows: Tensor, *, constant: float = PAPER_CONSTANT, weights: Tensor | 
     With the paper's c = 3 or the sharp :math:`\sqrt 3`, it is >= 0 under unimodal symmetric noise: an interval below 0
     refutes the theorem's assumption for these rows.
     """
-    rows = _checked(rows, weights)
-    aligned = _alignment_kernel(rows)
-    value, kernel = _phi_parts(rows)
-    return _estimate(_mean_of_pairs(aligned) - value / constant, aligned - kernel / constant)
+    return Pairs.of(rows, weights).margin(constant)
 
 
 def reliability(rows: Tensor, *, weights: Tensor | None = None) -> Estimate:
@@ -104,11 +175,7 @@ def reliability(rows: Tensor, *, weights: Tensor | None = None) -> Estimate:
     with the gradient, see `alignment`. The root keeps the sign of the estimated mean square, which is as often
     negative as positive where the signs are coins. An entry that is exactly 0 has sign 0.
     """
-    signs = torch.sign(_checked(rows))
-    if weights is not None:
-        signs = signs * (weights.double() / weights.double().mean()).sqrt()
-    kernel = signs @ signs.transpose(-1, -2) / rows.shape[-1]
-    return _root(_estimate(_mean_of_pairs(kernel), kernel))
+    return Pairs.of(rows, weights).reliability()
 
 
 def snr(rows: Tensor, *, weights: Tensor | None = None) -> Estimate:
@@ -116,14 +183,7 @@ def snr(rows: Tensor, *, weights: Tensor | None = None) -> Estimate:
 
     Its inverse square is the simple noise scale of McCandlish et al. (2018, arXiv:1812.06162) in micro-batches.
     """
-    rows = _checked(rows, None if weights is None else weights.double().sqrt())
-    products = rows @ rows.transpose(-1, -2)
-    squares = torch.diagonal(products, dim1=-2, dim2=-1)
-    noise = (squares[..., :, None] + squares[..., None, :]) / 2 - products  # of two rows: half their squared distance
-    total = _mean_of_pairs(noise)
-    ratio = _mean_of_pairs(products) / total
-    kernel = (products - ratio[..., None, None] * noise) / total[..., None, None]
-    return _root(_estimate(ratio, kernel))
+    return Pairs.of(rows, weights).snr()
 
 
 def snr_squared(rows: Tensor) -> Tensor:
@@ -136,19 +196,13 @@ def snr_squared(rows: Tensor) -> Tensor:
     return (n - 3) / (n - 1) * rows.mean(-2).square() / rows.var(-2) - 1 / n
 
 
-def _checked(rows: Tensor, factors: Tensor | None = None) -> Tensor:
-    """The rows in float64, times factors: a sum over coordinates that is of degree 1 is weighted so."""
+def _checked(rows: Tensor) -> Tensor:
     if rows.dim() < 2 or rows.shape[-2] < MIN_ROWS or rows.shape[-1] < 1:
         raise ValueError(
             f"rows of shape {tuple(rows.shape)}: expected [..., N, d] with at least {MIN_ROWS} micro-batches and one "
             "coordinate"
         )
-    return rows.double() if factors is None else rows.double() * factors.double()
-
-
-def _alignment_kernel(rows: Tensor) -> Tensor:
-    one_way = torch.sign(rows) @ rows.transpose(-1, -2)
-    return (one_way + one_way.transpose(-1, -2)) / 2
+    return rows.double()
 
 
 def _phi_parts(rows: Tensor) -> tuple[Tensor, Tensor]:

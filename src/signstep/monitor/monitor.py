@@ -279,7 +279,7 @@ class Monitor:
         chosen = torch.arange(0, width, -(-width // _TESTED), device=finite.device)
         noise = symmetry(finite[:, chosen], dip=self._dip)
         dither, calibration = self._dither.after_step(self.optimizer), self._calibration.after_step(self.optimizer)
-        record = {
+        record: dict[str, Any] = {
             "step": self.step,
             "optimizer": type(self.optimizer).__name__,
             "lr": [float(g["lr"]) for g in self.optimizer.param_groups],
@@ -289,8 +289,9 @@ class Monitor:
             "dither": dither,
             "calibration": calibration,
             "alarms": alarms,
-            "advice": [part["advice"] for part in (noise, dither, calibration) if part.get("advice")],
+            "advice": [f"reliability: {found['reason']}"] if "reason" in found else [],
         }
+        record["advice"] += [part["advice"] for part in (noise, dither, calibration) if part.get("advice")]
         if len(finite) >= _ENOUGH:
             record["samples"] = self._samples(finite)
         return record

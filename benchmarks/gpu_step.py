@@ -41,8 +41,8 @@ from torch import Tensor  # noqa: E402
 from signstep.kernels import fused, momentum  # noqa: E402
 from signstep.kernels import triton as engine  # noqa: E402
 from signstep.kernels.engine import Dither, Options, Tensors  # noqa: E402
-from signstep.lab import bench  # noqa: E402
-from signstep.lab.bench_contestants import COPY, groups, peer_for  # noqa: E402
+from signstep.lab.bench import step as bench  # noqa: E402
+from signstep.lab.bench.step_contestants import COPY, groups, peer_for  # noqa: E402
 from signstep.optim.signsgd import _multi_tensor_signsgd  # noqa: E402
 
 STEPS = 3

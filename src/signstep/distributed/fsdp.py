@@ -554,7 +554,7 @@ class FSDPMajorityVote:
         if not self._among_shards and self._shards > 1:
             dist.all_reduce(total, group=self._shard_group)
         assert isinstance(self.optimizer, HybridSignSGD)
-        self.optimizer.voted_sums = list(total.unbind())
+        self.optimizer.receive_voted_sums(total.unbind())
 
     def _hand_over(self, parts: Sequence[_Part]) -> None:
         """After the switch: SGD's momentum starts from the mean of the workers', and theirs is freed."""

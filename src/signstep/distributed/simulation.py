@@ -242,7 +242,7 @@ class SimulatedVote(_Simulation):
             for index in voted:
                 worker.steps[index] += 1
         if isinstance(self.optimizer, HybridSignSGD):
-            self.optimizer.voted_sums = list((sums / self.world_size).unbind())
+            self.optimizer.receive_voted_sums((sums / self.world_size).unbind())
 
     def _hand_over(self, p: Tensor) -> None:
         """After the switch: SGD's momentum starts from the mean of the workers', and theirs is freed."""

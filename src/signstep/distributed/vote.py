@@ -453,7 +453,8 @@ class MajorityVote(GradientHook):
         if isinstance(self.optimizer, HybridSignSGD):
             if self.world_size > 1 and self._voted:  # by all ranks alike
                 dist.all_reduce(self._sums, group=self.group)
-            sums = self.optimizer.voted_sums = list((self._sums / self.world_size).unbind())
+            sums = list((self._sums / self.world_size).unbind())
+            self.optimizer.receive_voted_sums(sums)
         self._sums = self._no_sums()
         if not self._skip:
             for index in self._voted:

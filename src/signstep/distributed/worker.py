@@ -108,7 +108,7 @@ class Worker:
                 ordinal += 1
         self.steps = [int(group["step"]) for group in optimizer.param_groups]
         """Votes that each param_group has taken part in, as its own step count."""
-        optimizer.takes_votes = True
+        optimizer.start_taking_votes()
 
     def _check(self, group: dict[str, Any]) -> None:
         if group["dither"] > 0 and group["dither_position"] == "post":

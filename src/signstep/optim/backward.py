@@ -66,16 +66,11 @@ def attach_to_backward(model: torch.nn.Module, optimizer_options: Mapping[str, A
     own = HybridSignSGD._ORIGINAL.keys() - SignSGD._ORIGINAL.keys()
     optimizer_class = HybridSignSGD if own & optimizer_options.keys() else SignSGD
     optimizer = optimizer_class(params, **optimizer_options)
-    optimizer.add_param_group = _refuse_group  # type: ignore[method-assign]
-    optimizer.steps_in_backward = True
+    optimizer.start_stepping_in_backward()
     stepper = _Stepper(optimizer)
     for ordinal, p in enumerate(optimizer.param_groups[0]["params"]):
         p.register_post_accumulate_grad_hook(functools.partial(stepper.step_parameter, ordinal))
     return optimizer
-
-
-def _refuse_group(param_group: dict[str, Any]) -> None:
-    raise RuntimeError("add_param_group: this optimizer steps inside backward, what the model had when it was attached")
 
 
 _NESTED = "a step inside backward cannot be taken in nested backwards: checkpoint with use_reentrant=False"

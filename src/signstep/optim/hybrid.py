@@ -62,8 +62,7 @@ class HybridSignSGD(SignSGD):
         'sgd'
     """
 
-    voted_sums: Sequence[Tensor] = ()
-    """Under `takes_votes`, for each param_group, [<v, g>, ||g||^2] of the votes v: means over the workers."""
+    _voted_sums: Sequence[Tensor] = ()
 
     def __init__(
         self,
@@ -143,6 +142,24 @@ class HybridSignSGD(SignSGD):
         values = [float(g["calibrated_lr"]) for g in self.param_groups]
         return values[0] if len(values) == 1 else values
 
+    @property
+    def calibrates(self) -> bool:
+        """The optimizer measures its steps against the gradient, so a vote must call `receive_voted_sums`."""
+        return True
+
+    @property
+    def voted_sums(self) -> Sequence[Tensor]:
+        """What the last vote measured, see `receive_voted_sums`; empty before the first vote."""
+        return self._voted_sums
+
+    def receive_voted_sums(self, sums: Sequence[Tensor]) -> None:
+        """Take what a vote measured, see `SignSGD.receive_voted_sums`."""
+        self._voted_sums = list(sums)
+
+    def is_sign_step(self, group: dict[str, Any], step: int) -> bool:
+        """Whether step number `step` of a param_group, counted from 0, takes the sign of its momentum."""
+        return group["phase"] == "sign" and (group["switch_step"] is None or step < group["switch_step"])
+
     def switch(self) -> None:
         """Go to the SGD phase now: every group that has taken a sign step switches, a group that has not goes on
         waiting.
@@ -173,7 +190,7 @@ class HybridSignSGD(SignSGD):
         like = group["lr_ratio"]
         if self.takes_votes:
             index = next(i for i, g in enumerate(self.param_groups) if g is group)
-            return self.voted_sums[index].to(like.device, like.dtype)
+            return self._voted_sums[index].to(like.device, like.dtype)
         return torch.zeros(2, dtype=like.dtype, device=like.device)
 
     def _step_params(self, group: dict[str, Any], batch: Tensors, sums: Tensor | None) -> None:

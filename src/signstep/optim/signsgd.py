@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -84,12 +84,7 @@ class SignSGD(Optimizer):
         >>> optimizer.step()
     """
 
-    steps_in_backward = False
-    """Parameters move inside backward, see `signstep.optim.attach_to_backward`."""
-
-    takes_votes = False
-    """Gradients are what workers have elected (`signstep.distributed`): only their sign counts, and momentum, dither
-    and coupled weight decay have been applied on the workers' side."""
+    _driver: Literal["step", "backward", "vote"] = "step"
 
     def __init__(
         self,
@@ -136,6 +131,10 @@ class SignSGD(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with its own step count from 0; see `torch.optim.Optimizer.add_param_group`."""
+        if self.steps_in_backward:
+            raise RuntimeError(
+                "add_param_group: this optimizer steps inside backward, what the model had when it was attached"
+            )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -146,6 +145,49 @@ class SignSGD(Optimizer):
             self.param_groups.pop()
             raise
         self._place_group_state(group)
+
+    # What can move the parameters in place of `step`: `attach_to_backward`, and the votes of `signstep.distributed`.
+
+    @property
+    def takes_votes(self) -> bool:
+        """Gradients are what workers have elected: only their sign counts. Momentum, dither and coupled weight decay
+        were applied on the workers' side.
+        """
+        return self._driver == "vote"
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Parameters move inside backward, see `signstep.optim.attach_to_backward`."""
+        return self._driver == "backward"
+
+    def start_taking_votes(self) -> None:
+        """Leave momentum, dither and coupled weight decay to the workers of a vote from now on."""
+        self._driver = "vote"
+
+    def start_stepping_in_backward(self) -> None:
+        """Let backward move the parameters from now on; groups can no longer be added."""
+        self._driver = "backward"
+
+    @property
+    def calibrates(self) -> bool:
+        """The optimizer measures its steps against the gradient, so a vote must call `receive_voted_sums`."""
+        return False
+
+    def receive_voted_sums(self, sums: Sequence[Tensor]) -> None:
+        """Take what a vote measured for the next step of an optimizer that `calibrates`.
+
+        Args:
+            sums: for each param_group, [<v, g>, ||g||^2] of the votes v, shape (2,): means over the workers.
+        """
+        raise TypeError(f"{type(self).__name__} does not calibrate a learning rate")
+
+    def is_sign_step(self, group: dict[str, Any], step: int) -> bool:
+        """Whether step number `step` of a param_group, counted from 0, takes the sign of its momentum."""
+        return True
+
+    def count_step(self, group: dict[str, Any]) -> None:
+        """Count a step that other workers of a vote take and this one does not, as it has no more batches."""
+        self._finish_step(group, self._new_sums(group))
 
     def _group_tensors(self, group: dict[str, Any]) -> dict[str, tuple[torch.dtype, torch.device]]:
         """The 0-dim tensors that a group keeps beside its options: dtype and device by name."""

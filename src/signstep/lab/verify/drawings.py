@@ -10,8 +10,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from signstep.lab.lines import Line, lines
-from signstep.lab.stats import Estimate
+from signstep.lab.output.lines import Line, lines
+from signstep.lab.output.stats import Estimate
 from signstep.theory import bounds, noise
 
 _LAWS = {

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from signstep import HybridSignSGD
 from signstep.lab.data import digits
-from signstep.lab.models import build
+from signstep.lab.training.models import build
 from signstep.lab.verify.registry import FAILS, LIMIT, Result, check, mean_error, when
 from signstep.optim import calibration
 

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from signstep.lab import figures
-from signstep.lab.checkpoint import write_atomically
-from signstep.lab.runs import environment
+from signstep.lab.output import figures
+from signstep.lab.output.machine import environment
+from signstep.lab.training.checkpoint import write_atomically
 from signstep.lab.verify import drawings
 from signstep.lab.verify.registry import BETTER, FAILS, GROUPS, HOLDS, Check, Outcome
 
@@ -192,7 +192,7 @@ def _cell(text: str) -> str:
 
 def _page(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
     env = jinja2.Environment(
-        loader=jinja2.PackageLoader("signstep.lab"),
+        loader=jinja2.PackageLoader("signstep.lab.output"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

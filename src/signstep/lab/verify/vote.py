@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from signstep import SignSGD
 from signstep.distributed.attacks import Attack, SignFlip
 from signstep.distributed.simulation import SimulatedVote
-from signstep.lab import vote_curve
+from signstep.lab.studies import vote_curve
 from signstep.lab.verify.registry import BETTER, FAILS, HOLDS, LIMIT, Result, check, when
 from signstep.theory import noise, vote
 

@@ -1,0 +1,1 @@
+"""What a step costs in computation, communication and memory, beside its peers."""

@@ -1,0 +1,274 @@
+"""What `signstep bench comm` shows and writes: a table per cell, bench-comm.json, .md, and a figure per workload."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import rich.box
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from signstep.distributed.plan import METHODS as PLANNED
+from signstep.lab.bench import netns
+from signstep.lab.bench.comm import LOOPBACK, UNSHAPED, Cell, Plan, Result, Workload
+from signstep.lab.bench.comm_methods import METHODS, PEER
+from signstep.lab.bench.step import Spread
+from signstep.lab.output import figures
+from signstep.lab.output.machine import environment
+from signstep.lab.training.checkpoint import write_atomically
+
+NAME = "bench-comm"
+HEAD = ("method", "ms per step", "times faster", "CPU ms", "bytes per step", "per parameter", "payload")
+_WIDTH = 120
+_KINDS = {"signstep": ("signstep", "blue"), "torch": ("torch", "black"), "plain": ("plain torch", "orange")}
+
+
+def notes(result: Result) -> list[str]:
+    """What the columns mean, and what the network was."""
+    lines = [
+        "ms per step: forward and backward that only hand out given gradients, communication hook, optimizer; the mean "
+        "of a window of steps on the slowest rank, then median and 10th and 90th percentile over rounds",
+        f"times faster: than {PLANNED[PEER].label} in the same round, median and 10th and 90th percentile",
+        "CPU ms: processor time of one rank per step, on one thread; ranks beyond the number of cores wait for each "
+        "other, which the wall time includes",
+        "bytes per step, per parameter: what one rank sends, headers included, by its interface's counter tx_bytes",
+        "payload: bytes per parameter by the formula of signstep.distributed.plan, without padding, flags and headers",
+        "links are shaped at both ends by tc's token bucket, which adds no latency: a real network of that rate is "
+        "slower for methods with several small collectives",
+        "the counter sees packets of up to 64 KiB with one header, as a network card with segmentation offload does; "
+        "the shaped rate is that of the frames of 1500 bytes they become, of which headers are 4.4 %",
+    ]
+    if any(cell.rate == LOOPBACK for cell in result.cells):
+        lines.append("loopback: the interface is shared by all ranks, so bytes are the payload by formula, not counted")
+    return lines
+
+
+def _ms(spread: Spread) -> str:
+    return " ".join([_number(1e3 * spread.median), f"({_number(1e3 * spread.low)}–{_number(1e3 * spread.high)})"])
+
+
+def _number(value: float) -> str:
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def row(cell: Cell, workload: Workload, key: str) -> tuple[str, ...]:
+    """A method's line of a cell's table."""
+    faster, count = cell.faster(key), workload.gradients.parameters
+    sent = cell.sent(key, workload.gradients)
+    return (
+        PLANNED[key].label,
+        _ms(cell.seconds(key)),
+        f"{_number(faster.median)} ({_number(faster.low)}–{_number(faster.high)})" if faster else "",
+        _number(1e3 * cell.cpu(key)),
+        "" if cell.rate == LOOPBACK else f"{sent:,.0f}",
+        "" if cell.rate == LOOPBACK else f"{sent / count:.4f}",
+        f"{PLANNED[key].payload(workload.gradients, cell.ranks) / count:.4f}",
+    )
+
+
+def _place(cell: Cell) -> str:
+    if cell.rate == LOOPBACK:
+        return f"{cell.ranks} ranks, loopback interface"
+    return f"{cell.ranks} ranks, links " + ("not shaped" if cell.rate == UNSHAPED else f"of {cell.rate}")
+
+
+def _size(workload: Workload) -> str:
+    gradients = workload.gradients
+    return f"{workload.title}: {gradients.parameters:,} parameters in {len(gradients.shapes)} tensors"
+
+
+def show(console: Console, result: Result) -> None:
+    """Print the table of the last cell."""
+    # A pipe has no width of its own.
+    console.width = max(console.width, _WIDTH) if not console.is_terminal else console.width
+    cell = result.cells[-1]
+    workload = result.workloads[cell.workload]
+    title = f"{_size(workload)}\n{_place(cell)}, {len(cell.rounds)} rounds"
+    table = Table(*HEAD, title=escape(title), box=rich.box.SIMPLE, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    for key in result.methods:
+        table.add_row(*map(escape, row(cell, workload, key)))
+    console.print(table)
+
+
+def _cell(result: Result, cell: Cell) -> dict[str, Any]:
+    gradients = result.workloads[cell.workload].gradients
+    methods = {}
+    for key in result.methods:
+        faster = cell.faster(key)
+        methods[key] = {
+            "seconds": asdict(cell.seconds(key)),
+            "times_faster": None if faster is None else asdict(faster),
+            "cpu_seconds": cell.cpu(key),
+            "bytes_sent": None if cell.rate == LOOPBACK else cell.sent(key, gradients),
+            "payload": PLANNED[key].payload(gradients, cell.ranks),
+            "steps_per_window": cell.steps[key],
+        }
+    rate = Plan.bits(cell.rate)
+    return {
+        "workload": cell.workload,
+        "ranks": cell.ranks,
+        "rate": cell.rate,
+        "bits_per_second": rate,
+        "burst_bytes": None if rate is None else netns.burst(rate),
+        "methods": methods,
+        "rounds": [{key: asdict(sample) for key, sample in each.items()} for each in cell.rounds],
+    }
+
+
+def to_dict(result: Result, command: str) -> dict[str, Any]:
+    """All that was measured, every window included."""
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {
+            **environment(torch.device("cpu"), 1),
+            "threads": 1,
+            "cores": os.cpu_count(),
+            "platform": platform.platform(),
+        },
+        "peer": PEER,
+        "methods": {key: {"label": PLANNED[key].label, "kind": METHODS[key].kind} for key in result.methods},
+        "workloads": {
+            key: {
+                "title": workload.title,
+                "parameters": workload.gradients.parameters,
+                "shapes": workload.gradients.shapes,
+            }
+            for key, workload in result.workloads.items()
+        },
+        "cells": [_cell(result, cell) for cell in result.cells],
+        "left_out": result.left_out,
+    }
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [[*head], ["---", *["---:"] * (len(head) - 1)], *[[*each] for each in rows]]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def markdown(result: Result, record: dict[str, Any]) -> str:
+    """The tables as Markdown, under the machine and command of `to_dict`."""
+    made = record["machine"]
+    lines = ["# What a step over the network costs", "", f"`{record['command']}`, {record['date']}", ""]
+    lines.append(
+        f"{made['cpu']}, {made['cores']} cores, one thread per rank, {made['platform']}; torch {made['torch']} with "
+        f"gloo, signstep {made['signstep']} ({made['git'] or 'no checkout'})"
+    )
+    for workload in result.workloads.values():
+        lines += ["", f"## {_size(workload)}"]
+        for cell in (cell for cell in result.cells if cell.workload == workload.key):
+            lines += ["", f"### {_place(cell)}", "", f"{len(cell.rounds)} rounds", ""]
+            lines += _markdown_table(HEAD, [row(cell, workload, key) for key in result.methods])
+    if result.left_out:
+        lines += ["", "Not measured:", "", *(f"- {each}" for each in result.left_out)]
+    lines += ["", *(f"- {note}" for note in notes(result))]
+    return "\n".join(lines) + "\n"
+
+
+def bars(result: Result, workload: Workload, heading: tuple[str, str]) -> Figure:
+    """Milliseconds per step on a logarithmic axis: a column per rate, a block per number of ranks, a bar per method."""
+    cells = {(cell.ranks, cell.rate): cell for cell in result.cells if cell.workload == workload.key}
+    counts, rates = sorted({ranks for ranks, _ in cells}), list(dict.fromkeys(rate for _, rate in cells))
+    step, top, bottom, left, right, gap, panel, head = 15.0, 70.0, 34.0, 150.0, 14.0, 50.0, 130.0, 36.0
+    block = step * len(result.methods)
+    width = left + len(rates) * panel + (len(rates) - 1) * gap + right + 30
+    height = top + bottom + len(counts) * block + (len(counts) - 1) * head
+    times = [1e3 * cell.seconds(key).median for cell in cells.values() for key in result.methods]
+    span = min(times) / 1.5, max(times) * 1.2
+    below = height - top - block
+    figure, first = figures._figure(width, height, left, width - left - panel, top, below)
+    for i, count in enumerate(counts):
+        for j, rate in enumerate(rates):
+            if (i, j) == (0, 0):
+                axes = first
+            else:
+                y = bottom + (len(counts) - 1 - i) * (block + head)
+                x = left + j * (panel + gap)
+                axes = figure.add_axes((x / width, y / height, panel / width, block / height))
+            title = f"{count} ranks, {'not shaped' if rate == UNSHAPED else rate}"
+            _panel(axes, result.methods, cells.get((count, rate)), span, title)
+            if j == 0:
+                for y, key in enumerate(result.methods):
+                    figures._say(axes, PLANNED[key].label, (0, y), ("axes fraction", "data"), (-6, 0),
+                                 color=figures._INK, fontsize=9, va="center", ha="right")  # fmt: skip
+    x = 12.0
+    for kind, (name, shade) in _KINDS.items():
+        if any(METHODS[key].kind == kind for key in result.methods):
+            figure.text(x / width, 1 - 46 / height, f"■ {name}", color=figures._COLOURS[shade][0], fontsize=9,
+                        va="center")  # fmt: skip
+            x += 24 + 5.2 * len(name)
+    figures._head(figure, heading, 12)
+    return figure
+
+
+def _panel(axes: Any, methods: Sequence[str], cell: Cell | None, span: tuple[float, float], title: str) -> None:
+    axes.patch.set_alpha(0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(figures._MUTED)
+    axes.tick_params(colors=figures._MUTED, labelsize=8, length=3, width=0.8)
+    axes.set_xscale("log")
+    axes.set_xlim(*span)
+    axes.set_ylim(len(methods) - 0.5, -0.5)
+    axes.yaxis.set_visible(False)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if span[1] < 30 * span[0] else (1,)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.grid(axis="x", color=figures._GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    figures._say(axes, title, (0, 1), "axes fraction", (0, 5), color=figures._INK, fontsize=9.5)
+    if cell is None:
+        figures._say(axes, "not measured", (0.5, 0.5), "axes fraction", fontsize=9, ha="center", va="center")
+        return
+    for y, key in enumerate(methods):
+        spread = cell.seconds(key)
+        shade = figures._COLOURS[_KINDS[METHODS[key].kind][1]][0]
+        axes.barh(y, 1e3 * spread.median - span[0], 0.62, left=span[0], color=shade, zorder=3)
+        axes.plot([1e3 * spread.low, 1e3 * spread.high], [y, y], color=figures._MUTED, linewidth=1, zorder=4)
+        figures._say(axes, _number(1e3 * spread.median), (1, y), ("axes fraction", "data"), (34, 0),
+                     color=figures._INK, fontsize=8.5, va="center", ha="right")  # fmt: skip
+
+
+def _put(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
+
+
+def write(result: Result, out: Path, command: str) -> list[Path]:
+    """Write what there is so far into `out`, made where there is none, each file atomically, and return their paths.
+
+    Raises:
+        OSError: `out` cannot be written.
+    """
+    record = to_dict(result, command)
+    made = record["machine"]
+    contents = {
+        f"{NAME}.json": (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode(),
+        f"{NAME}.md": markdown(result, record).encode(),
+    }
+    for workload in result.workloads.values():
+        if any(cell.workload == workload.key for cell in result.cells):
+            title = f"A step over the network: {workload.title}, milliseconds"
+            subtitle = f"{made['cpu']}, {made['cores']} cores; median, 10 to 90 %; gloo, links without added latency"
+            drawn = bars(result, workload, (title, subtitle))
+            name = f"{NAME}-{workload.key}"
+            contents[f"{name}.png"] = figures.png(drawn)
+            drawing = figures.svg(drawn, name=NAME, description=f"{title}; {subtitle}", alone=True)
+            contents[f"{name}.svg"] = drawing.encode()
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_atomically(out / name, functools.partial(_put, content))
+    return [out / name for name in contents]

@@ -1,0 +1,1 @@
+"""What every tool writes with: figures, tables, statistics, pages and files."""

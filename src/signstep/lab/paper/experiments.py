@@ -1,0 +1,217 @@
+"""The paper's Table I and Figures 1 to 3 as lists of runs.
+
+An experiment is a list of methods (`presets/methods.toml`) trained by a recipe (`recipe-*.toml`) at a scale
+(`scale-*.toml`) on some data sets (`datasets.toml`). Where several set a field, the later one of this list has it:
+recipe, data set, scale, method, the recipe's part for the method's optimizer.
+Experiments that share a run share its `RunConfig`, so its hash, so its file.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from signstep.lab.errors import BadInput
+from signstep.lab.training.config import Dataset, Optimizer, RunConfig
+
+Name = Literal["table1", "fig1", "fig2", "fig3", "beyond", "state"]
+Scale = Literal["smoke", "demo", "cpu", "full"]
+Recipe = Literal["strong", "paper"]
+
+OF_THE_PAPER: tuple[Name, ...] = ("table1", "fig1", "fig2", "fig3")
+NAMES: tuple[Name, ...] = (*OF_THE_PAPER, "beyond", "state")
+TUNING_SEED = 1000
+"""Seed of every tuning run; no final run has it, unless someone asks for more than a thousand seeds."""
+
+
+@cache
+def _toml(name: str) -> dict[str, Any]:
+    return tomllib.loads((Path(__file__).with_name("presets") / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def grid_point(index: int) -> float:
+    """10^(index/2) to three digits: the sweep's grid, two points per decade.
+
+    >>> [grid_point(i) for i in (-6, -5, -4)]
+    [0.001, 0.00316, 0.01]
+    """
+    return float(f"{10 ** (index / 2):.3g}")
+
+
+def default_lr(optimizer: Optimizer) -> float:
+    """The learning rate of an optimizer's first method in the presets.
+
+    >>> [default_lr(name) for name in ("sgd", "adam", "signsgd", "hybrid")]
+    [0.1, 0.001, 0.00316, 0.00316]
+    """
+    known = "adam" if optimizer == "adamw" else optimizer
+    return next(float(m["lr"]) for m in _toml("methods").values() if m["options"]["optimizer"] == known)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of an experiment, under the experiment's recipe and scale."""
+
+    key: str
+    label: str
+    lr: float
+    """Default learning rate, the centre of the grid."""
+    in_paper: bool = True
+    note: str = ""
+    paper: Mapping[str, float] = field(default_factory=dict)
+    """The paper's final accuracy in percent, by data set; absent where the paper gives none."""
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By data set: the fields of `RunConfig` but dataset, lr and seed."""
+    tune_epochs: int = 1
+    lr_of: str = ""
+    """Key of the row whose tuned learning rate this one takes, without trials of its own; empty: it is tuned itself."""
+
+    @property
+    def tuned_key(self) -> str:
+        """The entry of tuned.json that has its learning rate."""
+        return self.lr_of or self.key
+
+    def config(self, dataset: str, seed: int = 0, lr: float | None = None) -> RunConfig:
+        """The final run: trained on the whole training set, evaluated on the test set.
+
+        >>> load("table1", scale="cpu", recipe="strong").row("sgd").config("cifar10", seed=2).momentum
+        0.9
+        """
+        return RunConfig(
+            dataset=cast(Dataset, dataset), seed=seed, lr=self.lr if lr is None else lr, **self.options[dataset]
+        )
+
+    def tuning_config(self, dataset: str, lr: float) -> RunConfig:
+        """The run that judges `lr`: evaluated once, on the tenth of the training set it was not trained on."""
+        return replace(
+            self.config(dataset, TUNING_SEED, lr), split="tune", epochs=self.tune_epochs, eval_every=self.tune_epochs
+        )
+
+    def grid(self, trials: int) -> tuple[int, ...]:
+        """`trials` neighbouring indices for `grid_point`, centred on the default lr; if even, one more above it."""
+        centre = round(2 * math.log10(self.lr))
+        first = centre - (trials - 1) // 2
+        return tuple(range(first, first + trials))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table or figure: which rows on which data sets, and the words that go with it."""
+
+    name: Name
+    title: str
+    caption: str
+    scale: Scale
+    recipe: Recipe
+    datasets: tuple[str, ...]
+    rows: tuple[Row, ...]
+    recipe_summary: str
+    scale_summary: str
+    guesses: tuple[str, ...]
+    """What the recipe assumes and the paper does not say."""
+    tune_epochs: int
+
+    def row(self, key: str) -> Row:
+        """The row called `key`; BadInput with the known keys otherwise."""
+        for row in self.rows:
+            if row.key == key:
+                return row
+        raise BadInput(f"{self.name} has no row {key!r}: it has {', '.join(row.key for row in self.rows)}")
+
+
+def dataset_title(dataset: str) -> str:
+    """How a data set's name is printed.
+
+    >>> dataset_title("cifar10")
+    'CIFAR-10'
+    """
+    return str(_toml("datasets")[dataset]["title"])
+
+
+def _row(key: str, recipe: Recipe, scale: Scale, datasets: Sequence[str]) -> Row:
+    method = _toml("methods")[key]
+    recipe_values, scale_values = _toml(f"recipe-{recipe}"), _toml(f"scale-{scale}")
+    for_optimizer = recipe_values["optimizers"].get(method["options"]["optimizer"], {})
+    options: dict[str, dict[str, Any]] = {}
+    for dataset in datasets:
+        values = _toml("datasets")[dataset]
+        merged = {
+            **recipe_values["options"],
+            **values.get("options", {}),
+            **scale_values["options"],
+            **method["options"],
+            **for_optimizer.get("options", {}),
+        }
+        if merged.get("subset", 0) > values["train_images"]:
+            del merged["subset"]
+        options[dataset] = merged
+    return Row(
+        key=key,
+        label=for_optimizer.get("label", method["label"]),
+        lr=method["lr"],
+        in_paper=method.get("in_paper", True),
+        note=method.get("note", ""),
+        paper=method.get("paper", {}),
+        options=options,
+        tune_epochs=scale_values["tune_epochs"],
+        lr_of=method.get("lr_of", ""),
+    )
+
+
+def load(
+    experiment: Name, *, scale: Scale = "cpu", recipe: Recipe = "strong", datasets: Sequence[str] | None = None
+) -> Experiment:
+    """Read an experiment's presets; `datasets` replaces the paper's.
+
+    >>> load("fig2").datasets
+    ('cifar10',)
+    """
+    for kind, value, known in (
+        ("experiment", experiment, NAMES),
+        ("scale", scale, Scale.__args__),  # type: ignore[attr-defined]
+        ("recipe", recipe, Recipe.__args__),  # type: ignore[attr-defined]
+    ):
+        if value not in known:
+            raise BadInput(f"{kind} {value!r}: expected one of {', '.join(known)}")
+    values = _toml(experiment)
+    chosen = tuple(dict.fromkeys(datasets or values["datasets"]))
+    for dataset in chosen:
+        if dataset not in _toml("datasets"):
+            raise BadInput(f"data set {dataset!r}: expected one of {', '.join(_toml('datasets'))}")
+    recipe_values, scale_values = _toml(f"recipe-{recipe}"), _toml(f"scale-{scale}")
+    return Experiment(
+        name=experiment,
+        title=values["title"],
+        caption=values["caption"],
+        scale=scale,
+        recipe=recipe,
+        datasets=chosen,
+        rows=tuple(_row(key, recipe, scale, chosen) for key in values["rows"]),
+        recipe_summary=recipe_values["summary"],
+        scale_summary=scale_values["summary"],
+        guesses=tuple(recipe_values["guesses"]),
+        tune_epochs=scale_values["tune_epochs"],
+    )
+
+
+def load_all(
+    name: Name | Literal["all"], *, scale: Scale, recipe: Recipe, datasets: Sequence[str] | None = None
+) -> tuple[Experiment, ...]:
+    """One experiment, or with "all" the table and the three figures.
+
+    With "all", a figure keeps to those of `datasets` that the paper shows it on; where that leaves none, it is made on
+    all of them.
+    """
+    if name != "all":
+        return (load(name, scale=scale, recipe=recipe, datasets=datasets),)
+    experiments = []
+    for each in OF_THE_PAPER:
+        usual = load(each, scale=scale, recipe=recipe).datasets
+        kept = [d for d in datasets or usual if d in usual]
+        experiments.append(load(each, scale=scale, recipe=recipe, datasets=kept or datasets))
+    return tuple(experiments)

@@ -1,0 +1,1 @@
+"""Questions of our own: Byzantine workers, the vote by dither, and what the monitor shows."""

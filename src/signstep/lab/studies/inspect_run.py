@@ -1,0 +1,305 @@
+"""`signstep inspect`: what a monitor says of a run, of its records or, measured here and now, of its checkpoint.
+
+A checkpoint's model, optimizer and images are rebuilt from its configuration. Its gradients are compared between
+micro-batches of training images, augmented as in the run and in an order that the run never has, with batch norm in
+train mode; then one step is taken on the batch that comes next, of which the dither meter and the calibration are.
+All of that happens to a copy in memory.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import rich.box
+import torch
+import torch.nn.functional as F
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from signstep.lab.errors import BadInput
+from signstep.lab.output.machine import environment
+from signstep.lab.paper.report import _save
+from signstep.lab.studies import monitor_numbers
+from signstep.lab.studies import monitor_page as monitor_report
+from signstep.lab.studies.monitor_numbers import Record, at, by_step, number
+from signstep.lab.training import checkpoint
+from signstep.lab.training.batches import Batches
+from signstep.lab.training.checkpoint import CheckpointError
+from signstep.lab.training.config import RunConfig
+from signstep.lab.training.recipe import build_model, build_optimizer, lr_factor
+from signstep.lab.training.workers import Workers
+from signstep.monitor import Monitor
+from signstep.monitor.sinks import plain, read
+
+__all__ = ["Inspected", "Options", "inspect", "measure", "run", "show"]
+
+NAME = "inspect"
+_FEWEST = 4
+_WIDTH = 180
+_CHOICES = ("momentum", "dither", "dither_decay", "dither_position", "dither_scale", "switch", "calibration")
+"""Options that a sentence names where they are set."""
+_VOTED = (
+    "dither and calibration: the momentum is with the run's workers, who vote; signstep train --watch measures them "
+    "in the run"
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Say what a monitor's records show, or measure a checkpoint of signstep train; nothing of the files changes."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Files: <hash>.pt or <hash>.jsonl of signstep train, or the .jsonl of a monitor."""
+    micro_batches: int = 64
+    """Whose gradients are compared, of a checkpoint."""
+    micro_batch_size: int = 32
+    """Training images in each."""
+    data: Path | None = None
+    """Folder to look for the images in first."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    out: Path | None = None
+    """Folder to write inspect.json, inspect.md, monitor.html and figures to."""
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A run, and what is known of its signs."""
+
+    path: Path
+    records: Sequence[Record]
+    """All of a monitor's file; one of a checkpoint."""
+    about: str
+    """What they are of, in a sentence."""
+    config: RunConfig | None = None
+    """Of a checkpoint."""
+
+
+def run(options: Options, *, command: str, say: Callable[[str], None] = print) -> None:
+    """Inspect, print, and with `options.out` write.
+
+    Args:
+        options: of the command.
+        command: how it was called, for the page.
+        say: told what was written.
+
+    Raises:
+        BadInput: an option or a file that cannot be used.
+        CheckpointError: a checkpoint that is damaged, or no run's.
+    """
+    if not options.runs:
+        raise BadInput("inspect: name the files of a run, as in: signstep inspect runs/<hash>.pt")
+    if options.micro_batches < _FEWEST:
+        raise BadInput(f"--micro-batches {options.micro_batches}: expected at least {_FEWEST}")
+    if options.micro_batch_size < 1:
+        raise BadInput(f"--micro-batch-size {options.micro_batch_size}: expected at least 1")
+    messages, console = Console(stderr=True), Console()
+    found = []
+    for path in options.runs:
+        with messages.status(f"{path}"):
+            found.append(inspect(path, options))
+    labels = _labels([each.path for each in found])
+    for label, each in zip(labels, found, strict=True):
+        show(console, label, each)
+    if options.out is None:
+        return
+    single = len(found) == 1
+    page = monitor_report.write_runs(
+        [("" if single else label, each.records) for label, each in zip(labels, found, strict=True)],
+        options.out,
+        title=", ".join(labels),
+        command=command,
+        name=NAME,
+        about=[each.about for each in found],
+    )
+    written = {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "environment": environment(Workers.join(options.device).device, 1),
+        "runs": [
+            {
+                "file": str(each.path),
+                "about": each.about,
+                "config": None if each.config is None else each.config.to_dict(),
+                "record": plain(by_step(each.records)[-1]),
+            }
+            for each in found
+        ],
+    }
+    text = json.dumps(written, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    _save(options.out / f"{NAME}.json", text.encode())
+    say(f"page: {page}")
+
+
+def inspect(path: Path, options: Options) -> Inspected:
+    """The records of a monitor's file, or one measured at the checkpoint of a run.
+
+    Args:
+        path: see `Options.runs`.
+        options: of a measurement.
+
+    Raises:
+        BadInput: a file that is missing, or neither a run's nor a monitor's.
+        CheckpointError: a checkpoint that is damaged, or no run's.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path}: there is no such file; expected <hash>.pt or .jsonl of a run, or a monitor's .jsonl")
+    if path.suffix == ".pt":
+        return measure(path, options)
+    try:
+        with path.open("rb") as file:
+            first = json.loads(file.readline())
+        of_a_run = isinstance(first, dict) and first.get("event") == "start"
+        records = [] if of_a_run else read(path)
+    except ValueError as error:
+        raise BadInput(f"{path}: neither the record of a run nor that of a monitor ({error})") from error
+    if of_a_run:
+        saved = path.with_suffix(".pt")
+        if not saved.is_file():
+            raise BadInput(f"{path}: its checkpoint {saved.name} is not beside it; copy it there, or train the run")
+        return measure(saved, options)
+    if not all("reliability" in record and at(record, "step") is not None for record in records) or not records:
+        raise BadInput(
+            f"{path}: neither the record of a run nor that of a monitor (a line without step or reliability)"
+        )
+    return Inspected(path, records, monitor_report.scope(by_step(records)))
+
+
+class _Inspector(Monitor):
+    """A monitor that compares other images than those of the step."""
+
+    per_step = 1
+    """Micro-batches that would make up a batch of the run."""
+
+    def _rows(self) -> tuple[Tensor, int]:
+        return super()._rows()[0], self.per_step
+
+
+def measure(path: Path, options: Options) -> Inspected:
+    """A monitor's record at a checkpoint.
+
+    Args:
+        path: a checkpoint of signstep train.
+        options: of the measurement.
+
+    Raises:
+        BadInput: more than one process, or images that are not to be had.
+        CheckpointError: the checkpoint is damaged, or no run's.
+    """
+    state = checkpoint.read(path)
+    config = RunConfig.from_dict(state["config"])
+    workers = Workers.join(options.device)
+    if workers.size > 1:
+        raise BadInput("inspect works in one process: start it without torchrun")
+    batches = Batches(config, workers, options.data)
+    total = config.epochs * batches.steps_per_epoch
+    model = build_model(config, batches.images, workers.device, options.micro_batch_size)
+    optimizer = build_optimizer(config, model, total)
+    try:
+        step = int(state["step"])
+        if not 0 <= step <= total:
+            raise ValueError(f"step {step} of {total}")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if step == total:
+            # The schedule may have come down to 0: the rate of the last step.
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * lr_factor(config, step - 1, total)
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path} does not hold the network and optimizer of its configuration ({reason})"
+        ) from error
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(workers.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            logits = model(x).float()
+        return F.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
+
+    monitor = _Inspector(model, optimizer, every=1)
+    monitor.step, monitor.per_step = step, max(1, round(config.batch_size / options.micro_batch_size))
+    count = options.micro_batches * options.micro_batch_size
+    monitor.measure(loss, *_images(batches, config, count), parts=options.micro_batches)
+    loss(*batches.training(*divmod(step, batches.steps_per_epoch))).backward()  # type: ignore[no-untyped-call]
+    voted = config.reduce == "vote" and getattr(optimizer, "phase", "sign") == "sign"
+    optimizer.step()
+    monitor.close()
+    record = monitor.last
+    assert record is not None
+    if voted:
+        record |= {part: {"advice": _VOTED, "layers": {}} for part in ("dither", "calibration")}
+        record["advice"] = [record["symmetry"]["advice"], _VOTED]
+    chosen = [f"{name} {value}" for name in _CHOICES if (value := getattr(config, name)) is not None]
+    words = [config.dataset, config.model, config.optimizer, f"lr {number(config.lr)}", *chosen, f"seed {config.seed}"]
+    about = f"{', '.join(words)}, step {step} of {total}; {options.micro_batches} micro-batches of "
+    about += f"{options.micro_batch_size} training images"
+    used = batches.steps_per_epoch * config.batch_size
+    if count > used:
+        about += f", of which there are {used}: intervals are too narrow"
+    return Inspected(path, [record], f"{about}.", config)
+
+
+def _images(batches: Batches, config: RunConfig, count: int) -> tuple[Tensor, Tensor]:
+    """Training images and labels, of an epoch after those of the run, and of further ones if it has not enough."""
+    first = (config.epochs + 1) * batches.steps_per_epoch
+    pairs = [
+        batches.training(*divmod(first + i, batches.steps_per_epoch)) for i in range(-(-count // config.batch_size))
+    ]
+    x, y = (torch.cat(column)[:count] for column in zip(*pairs, strict=True))
+    return x, y
+
+
+def show(console: Console, label: str, inspected: Inspected) -> None:
+    """Print the last record: alarms and advice, then numbers, then layers."""
+    if not console.is_terminal:  # a pipe has no width of its own
+        console.width = max(console.width, _WIDTH)
+    last = by_step(inspected.records)[-1]
+    style: Mapping[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
+    console.print(label, style="bold", **style)
+    console.print(inspected.about, **style)
+    console.print(monitor_numbers.headline(last), **style)
+    for sentence in monitor_numbers.sentences(last, "alarms"):
+        console.print(f"alarm: {sentence}", style="bold red", **style)
+    for sentence in monitor_numbers.sentences(last, "advice"):
+        console.print(f"- {sentence}", **style)
+    table = _table("", "", "")
+    table.show_header = False
+    for part in monitor_numbers.parts(last):
+        table.add_row(f"[bold]{escape(part.title)}[/bold]", "", escape(part.reason))
+        for row in part.rows:
+            table.add_row(escape(row.label), escape(row.value), escape(row.note), end_section=row is part.rows[-1])
+    table.columns[2].justify = "left"
+    console.print(table)
+    layers = monitor_numbers.layers(last)
+    if not layers.rows:
+        return
+    table = _table("layer", *layers.head)
+    for name, cells in layers.rows:
+        table.add_row(escape(name), *map(escape, cells), style="red" if name in layers.violated else "")
+    console.print(table)
+    if layers.violated:
+        console.print(f"red: inequality (7) is violated, in {len(layers.violated)} of {len(layers.rows)}", **style)
+
+
+def _table(*head: str) -> Table:
+    table = Table(*head, box=rich.box.SIMPLE)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Short names that tell the files apart."""
+    for parts in (1, 2):
+        labels = ["/".join(path.with_suffix("").parts[-parts:]) for path in paths]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [str(path) for path in paths]

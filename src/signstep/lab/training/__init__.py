@@ -1,0 +1,1 @@
+"""One training run: its configuration, model, batches, loop, workers, checkpoint and record."""

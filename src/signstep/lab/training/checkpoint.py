@@ -1,0 +1,126 @@
+"""Files that survive a kill: atomic writes, the checkpoint of a run, and the lock that keeps it to one process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import filelock
+import torch
+
+from signstep.lab.errors import UserError
+from signstep.lab.training.config import RunConfig
+
+
+class RunBusy(UserError, RuntimeError):
+    """Another process is training the same run."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint file cannot be used; the message names it and says what to do."""
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call `write` on a temporary file beside `path`, then put it in place: a reader sees the old file or the new one.
+
+    Raises:
+        OSError: the file cannot be written; `path` is as it was.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors and plain values) to `path`, atomically."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint at `path`, tensors on the CPU, or None where there is no file.
+
+    Args:
+        path: the file that `save` wrote.
+        config: the run's configuration as `RunConfig.to_dict` gives it; the checkpoint must hold the same one.
+
+    Raises:
+        CheckpointError: the file is damaged, or belongs to another configuration.
+    """
+    try:
+        state = read(path)
+    except FileNotFoundError:
+        return None
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete it to train this run from its start") from error
+    if RunConfig.from_dict(state["config"]) != RunConfig.from_dict(config):
+        raise CheckpointError(
+            f"{path} is the checkpoint of another configuration; delete it or train in another folder"
+        )
+    return state
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The checkpoint at `path`, whatever its configuration; tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: the file is damaged, or not a run's checkpoint.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums that torch.save writes
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"wrong checksum in its part {damaged}")
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+            raise ValueError("it holds no configuration of a run")
+        RunConfig.from_dict(state["config"])
+    except FileNotFoundError:
+        raise
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} is not a readable checkpoint ({reason})") from error
+    return state
+
+
+@contextlib.contextmanager
+def lock(path: Path, over: Callable[[], bool]) -> Iterator[None]:
+    """Hold `path` (a `.lock` file) for this process; released when the block ends or the process dies.
+
+    Args:
+        path: what to hold.
+        over: whether, at the block's end, nobody has anything left to do under this lock: then `path` is removed.
+
+    Raises:
+        RunBusy: another process holds it.
+    """
+    held = filelock.FileLock(path)
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise RunBusy(f"{path.with_suffix('')} is being trained by another process, which holds {path}") from None
+    try:
+        yield
+        # Who opened the file before this, and now locks what has no name, finds that there is nothing left to do.
+        if over():
+            with contextlib.suppress(PermissionError):  # Windows removes it when it is released
+                path.unlink(missing_ok=True)
+    finally:
+        held.release()

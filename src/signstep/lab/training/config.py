@@ -1,0 +1,192 @@
+"""What one training run is: every field that changes its numbers, and nothing else.
+
+Two runs with equal `RunConfig`s are the same run; `RunConfig.hash` names its files. Where and how long it runs
+(device, folder, time limit) is not part of it: see `signstep.lab.training.loop.train`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from signstep.lab.errors import BadInput
+
+Dataset = Literal["cifar10", "cifar100", "fashion-mnist", "mnist", "digits"]
+Optimizer = Literal["sgd", "adam", "adamw", "signsgd", "hybrid"]
+Reduce = Literal[
+    "mean", "bf16", "powersgd", "vote", "ef-sign", "ef-sign-two-sided", "one-bit-sgd", "qsgd", "terngrad", "top-k"
+]
+
+_SIGN_ONLY = (
+    "dither",
+    "dither_decay",
+    "dither_position",
+    "dither_scale",
+    "state_dtype",
+)
+_HYBRID_ONLY = ("switch", "calibration", "ema_decay", "sgd_momentum")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of `signstep train`.
+
+    Fields left at None take the optimizer's own default; a field that the chosen optimizer does not have is refused.
+    """
+
+    # data
+    dataset: Dataset = "cifar10"
+    """The images."""
+    split: Literal["tune", "final"] = "final"
+    """final: train on the training set, evaluate on the test set; tune: hold out a tenth of the former to evaluate."""
+    subset: int | None = None
+    """Train on this many images only, a fixed random choice from the training part; None: all."""
+    crop: int = 4
+    """Random crop after padding by this many pixels; 0: off."""
+    flip: bool = True
+    """Mirror each training image with a probability of one half."""
+    cutout: int = 0
+    """Side of the square set to the mean; 0: off."""
+
+    # model
+    model: Literal["resnet8", "resnet20", "resnet18"] = "resnet18"
+    """The network."""
+    width: float = 1.0
+    """Factor on the number of channels of every layer."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """First layers: cifar keeps the image's size, imagenet divides it by four."""
+
+    # optimizer
+    optimizer: Optimizer = "sgd"
+    """adamw: Adam with decoupled weight decay; signsgd: SignSGD; hybrid: HybridSignSGD."""
+    lr: float = 0.1
+    """Learning rate; of a sign method it is how far every weight moves in a step."""
+    momentum: float | None = None
+    """Decay of the momentum, of sgd and the sign methods; None: 0.9."""
+    weight_decay: float = 0.0
+    """Weight decay; decoupled in adamw and the sign methods."""
+    nesterov: bool | None = None
+    """Nesterov's momentum, of sgd."""
+    dither: float | None = None
+    """Variance of a sign method's noise at its first step; None: no noise."""
+    dither_decay: float | None = None
+    """The variance falls as (1 + step) to the power of minus this; None: 0.55."""
+    dither_position: Literal["pre", "post"] | None = None
+    """Add the noise before or after the sign; None: before."""
+    dither_scale: Literal["absolute", "relative"] | None = None
+    """relative: the noise is in units of the rms of the last step's momentum; None: absolute."""
+    state_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """How a sign method keeps its momentum, the last two with stochastic rounding; None: as the weights, in float32."""
+    switch: float | None = None
+    """Share of the run's steps taken before HybridSignSGD switches to SGD."""
+    calibration: Literal["paper", "ratio", "applied"] | None = None
+    """How HybridSignSGD finds SGD's learning rate: see its help; None: paper."""
+    ema_decay: float | None = None
+    """Decay of the calibration's running averages; None: 0.99."""
+    sgd_momentum: float | None = None
+    """SGD's momentum after the switch; None: 0."""
+
+    # workers
+    reduce: Reduce = "mean"
+    """How the workers' gradients become one: their mean, in fewer bits, or the majority vote of a sign method."""
+    workers: int | None = None
+    """Number of workers, on which the result of a reduction other than mean depends; set from torchrun's."""
+
+    # recipe
+    epochs: int = 200
+    """Times that the run goes through its training images."""
+    batch_size: int = 128
+    """Images per step over all workers."""
+    schedule: Literal["constant", "cosine", "step"] = "cosine"
+    """How lr changes over the run; cosine: falls to 0; step: times --gamma at each of --milestones."""
+    milestones: tuple[float, ...] = (0.3, 0.6, 0.8)
+    """Where schedule step lowers lr, as shares of the run."""
+    gamma: float = 0.2
+    """What schedule step multiplies lr by."""
+    warmup: float = 0.0
+    """Share of the run over which lr rises linearly from 0, before the schedule's own factor."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over all classes."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: the network in bfloat16 where autocast allows it; weights and optimizer stay in fp32."""
+    channels_last: bool = True
+    """Memory layout of images and weights: faster on most machines."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    seed: int = 0
+    """Of the initial weights, the order of the images, their augmentation and the dither."""
+    eval_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        for name, low, high in (
+            ("epochs", 1, math.inf),
+            ("batch_size", 1, math.inf),
+            ("eval_every", 1, math.inf),
+            ("crop", 0, math.inf),
+            ("cutout", 0, math.inf),
+            ("weight_decay", 0, math.inf),
+            ("warmup", 0, 1),
+            ("label_smoothing", 0, 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise BadInput(f"{name}={value!r}: expected a value in [{low}, {high}]")
+        if not (math.isfinite(self.lr) and self.lr >= 0):
+            raise BadInput(f"lr={self.lr!r}: expected a finite value >= 0")
+        if not self.width > 0:
+            raise BadInput(f"width={self.width!r}: expected a value > 0")
+        if self.subset is not None and self.subset < 1:
+            raise BadInput(f"subset={self.subset!r}: expected a positive number of images, or none for all")
+        if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(self.milestones):
+            raise BadInput(f"milestones={self.milestones!r}: expected rising shares of the run, each in (0, 1)")
+        if self.reduce == "vote" and self.optimizer not in ("signsgd", "hybrid"):
+            raise BadInput(
+                f"reduce='vote': workers vote with signs, choose optimizer signsgd or hybrid, not {self.optimizer}"
+            )
+        if self.reduce != "mean" and self.workers is None:
+            raise BadInput(
+                f"reduce={self.reduce!r}: start the run's workers with torchrun --nproc-per-node N -m signstep"
+            )
+        refused: tuple[str, ...] = ()
+        if self.optimizer not in ("signsgd", "hybrid"):
+            refused += _SIGN_ONLY
+        if self.optimizer != "hybrid":
+            refused += _HYBRID_ONLY
+        elif self.switch is None or not 0 < self.switch <= 1:
+            raise BadInput(
+                f"switch={self.switch!r}: optimizer hybrid needs the share of steps before the switch, in (0, 1]"
+            )
+        if self.optimizer != "sgd":
+            refused += ("nesterov",)
+        if self.optimizer in ("adam", "adamw"):
+            refused += ("momentum",)
+        for name in refused:
+            if getattr(self, name) is not None:
+                raise BadInput(f"{name}={getattr(self, name)!r}: optimizer {self.optimizer} has no such option")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """The inverse of `to_dict`; an unknown field is BadInput."""
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise BadInput(f"unknown field(s) in a run's configuration: {', '.join(unknown)}")
+        return cls(**values)
+
+    @property
+    def hash(self) -> str:
+        """12 hex digits that name the run: of the fields that differ from their defaults, so that a field added later
+        renames no old run.
+        """
+        defaults = RunConfig().to_dict()
+        changed = {k: v for k, v in self.to_dict().items() if v != defaults[k]}
+        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,111 @@
+"""What a training run shows while it runs: a bar on a terminal, a line per epoch elsewhere, TensorBoard on request."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from signstep.lab.training.config import RunConfig
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> duration(45), duration(1800), duration(5400)
+    ('45 s', '30 min', '1 h 30 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+class Display:
+    """Shows one run; a context manager.
+
+    Args:
+        config: the run.
+        step: steps already taken.
+        steps: steps of the whole run.
+        show: show progress; False: only what `say` is given.
+        quiet: show nothing at all.
+        board: folder for TensorBoard's files; None: none.
+    """
+
+    def __init__(
+        self, config: RunConfig, step: int, steps: int, *, show: bool, quiet: bool, board: Path | None
+    ) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
+        self._label = f"{config.dataset} {config.optimizer} lr {config.lr:g} seed {config.seed}"
+        self._epochs, self._steps, self._batch_size = config.epochs, steps, config.batch_size
+        self._epoch_length = steps // config.epochs
+        # Not time.monotonic(), which on Windows stands still for 16 ms.
+        self._began, self._began_at = time.perf_counter(), step
+        self._lines = show and not self._console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=8),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=quiet or not show or self._lines,
+        )
+        self._task = self._progress.add_task(self._title(step), total=steps, completed=step, numbers="")
+        self._evaluated = ""
+        self._board: Any = None
+        if board is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(board), purge_step=step // self._epoch_length + 1)
+
+    def __enter__(self) -> Display:
+        if not self._progress.disable:
+            self._console.print(self._label, highlight=False)
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._progress.stop()
+        if self._board is not None:
+            self._board.close()
+
+    def _title(self, step: int) -> str:
+        return f"epoch {min(step // self._epoch_length + 1, self._epochs)}/{self._epochs}"
+
+    def step(self, step: int, losses: Tensor, accuracies: Tensor) -> None:
+        """Show where the run is: `losses` and `accuracies` of the epoch's steps so far."""
+        if self._progress.disable:
+            return
+        rate = (step - self._began_at) * self._batch_size / (time.perf_counter() - self._began)
+        numbers = f"{rate:,.0f} images/s  loss {losses.mean():.3f}  accuracy {accuracies.mean():.1%}{self._evaluated}"
+        self._progress.update(self._task, completed=step, description=self._title(step), numbers=numbers)
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        """Show an epoch's line of the record."""
+        if "eval_accuracy" in line:
+            self._evaluated = f", eval {line['eval_accuracy']:.1%}"
+        if self._lines:
+            each = (time.perf_counter() - self._began) / (line["step"] - self._began_at)
+            left = duration(each * (self._steps - line["step"]))
+            self._console.print(
+                f"{self._label}  epoch {line['epoch']}/{self._epochs}"
+                f"  loss {line['train_loss']:.3f}  accuracy {line['train_accuracy']:.1%}{self._evaluated}"
+                f"  {line['timing']['images_per_second']:,.0f} images/s  {left} left",
+                highlight=False,
+                soft_wrap=True,
+            )
+        if self._board is not None:
+            for name, value in line.items():
+                if name not in ("epoch", "step") and isinstance(value, int | float):
+                    self._board.add_scalar(name, value, line["epoch"])
+            self._board.add_scalar("images_per_second", line["timing"]["images_per_second"], line["epoch"])
+
+    def say(self, text: str) -> None:
+        """Print `text`, whether or not progress is shown."""
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)

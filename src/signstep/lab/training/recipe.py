@@ -1,0 +1,165 @@
+"""What a `RunConfig` means: which network, which optimizer with which options, at which learning rate when."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from signstep.lab.data import Images
+from signstep.lab.errors import BadInput
+from signstep.lab.training import models
+from signstep.lab.training.config import RunConfig
+from signstep.optim import HybridSignSGD, SignSGD
+
+
+def step_at(share: float, total_steps: int) -> int:
+    """The step nearest to a share of the run: the schedule's milestones and the hybrid's switch fall together."""
+    return round(share * total_steps)
+
+
+def lr_factor(config: RunConfig, step: int, total_steps: int) -> float:
+    """What the learning rate is multiplied by when `step` of the run's `total_steps` have been taken.
+
+    Example:
+        >>> lr_factor(RunConfig(schedule="step", milestones=(0.5,), gamma=0.1), 5, 10)
+        0.1
+    """
+    progress = step / total_steps
+    warmup = min(1.0, progress / config.warmup) if config.warmup > 0 else 1.0
+    if config.schedule == "cosine":
+        return warmup * 0.5 * (1.0 + math.cos(math.pi * progress))
+    if config.schedule == "step":
+        return warmup * config.gamma ** sum(step >= step_at(m, total_steps) for m in config.milestones)
+    return warmup
+
+
+def build_model(config: RunConfig, images: Images, device: torch.device, batch_size: int) -> nn.Module:
+    """The network that `config` names, with its initial weights, for images of a data set.
+
+    Args:
+        config: the run.
+        images: whose size, channels and classes it is for.
+        device: where it goes; the weights are drawn on the CPU, the same for every device.
+        batch_size: of one worker.
+
+    Raises:
+        BadInput: a bf16 network does not run on this CPU.
+    """
+    network: dict[str, Any] = {
+        "model": config.model,
+        "num_classes": images.num_classes,
+        "width": config.width,
+        "stem": config.stem,
+    }
+    if config.precision == "bf16" and device.type == "cpu":
+        batch = (batch_size, images.channels, images.size, images.size)
+        require_bf16_on_cpu(batch, channels_last=config.channels_last, **network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model: nn.Module = models.build(in_channels=images.channels, **network)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return model.to(device).to(memory_format=layout)  # type: ignore[call-overload,no-any-return]
+
+
+def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, over all parameters of `model`; weight decay applies to every one of them.
+
+    A field left at None keeps the optimizer's default, but for SGD's momentum, whose default here is 0.9.
+    The hybrid switches after `switch` of `total_steps`, and after one step at the earliest.
+
+    Raises:
+        BadInput: an option out of its range.
+    """
+    try:
+        return _optimizer(config, model, total_steps)
+    except ValueError as error:
+        raise BadInput(f"{error}, for optimizer {config.optimizer}") from error
+
+
+def _optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        momentum = 0.9 if config.momentum is None else config.momentum
+        return torch.optim.SGD(model.parameters(), momentum=momentum, nesterov=bool(config.nesterov), **options)
+    if config.optimizer in ("adam", "adamw"):
+        adam = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+        return adam(model.parameters(), **options)
+    names = ["momentum", "dither", "dither_decay", "dither_position", "dither_scale"]
+    if config.optimizer == "hybrid":
+        names += ["calibration", "ema_decay", "sgd_momentum"]
+    options |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if config.state_dtype is not None:
+        options["state_dtype"] = getattr(torch, config.state_dtype)
+    if config.optimizer == "signsgd":
+        return SignSGD(model.parameters(), seed=config.seed, **options)
+    assert config.switch is not None
+    switch_step = max(1, step_at(config.switch, total_steps))
+    return HybridSignSGD(model.parameters(), seed=config.seed, switch_step=switch_step, **options)
+
+
+def likely_cause(config: RunConfig, phase: str | None) -> str:
+    """Why the loss of such a run is usually not finite, for a hybrid by its phase ("sign" or "sgd")."""
+    if phase == "sgd":
+        return "likely cause: the calibrated rate is too high for SGD; lower lr, or set calibration to ratio"
+    if config.optimizer in ("signsgd", "hybrid"):
+        return f"likely cause: lr={config.lr:g}, by which every weight moves in each step, is too high; try a tenth"
+    return f"likely cause: lr={config.lr:g} is too high for {config.optimizer}; try a tenth, or a longer warmup"
+
+
+_BF16_TRIAL = """
+import json, sys, torch
+from signstep.lab.training.models import build
+shape, layout, network = *json.loads(sys.argv[1]), build(**json.loads(sys.argv[2]))
+layout = torch.channels_last if layout else torch.contiguous_format
+network.to(memory_format=layout)
+with torch.autocast("cpu", torch.bfloat16):
+    network(torch.ones(shape).to(memory_format=layout)).sum().backward()
+"""
+
+
+@functools.lru_cache
+def require_bf16_on_cpu(
+    shape: tuple[int, int, int, int], *, channels_last: bool, num_classes: int, model: str, width: float, stem: str
+) -> None:
+    """Try one bfloat16 step of this network on a batch of this shape [B, C, H, W] in a process of its own.
+
+    Raises:
+        BadInput: the trial died, as oneDNN's bfloat16 kernels do on some CPUs (illegal instruction).
+    """
+    network = {"model": model, "num_classes": num_classes, "in_channels": shape[1], "width": width, "stem": stem}
+    command = [sys.executable, "-c", _BF16_TRIAL, json.dumps([shape, channels_last]), json.dumps(network)]
+    code = subprocess.run(command, capture_output=True, check=False).returncode
+    if code:
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        raise BadInput(
+            f"precision='bf16': this CPU cannot train this network in it (a trial step ended with {how}); use fp32, "
+            "or set the environment variable ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
+        )
+
+
+@functools.lru_cache
+def require_compiler(device: str) -> None:
+    """Try torch.compile on one addition.
+
+    Args:
+        device: type of the device, as "cpu".
+
+    Raises:
+        BadInput: it fails, most often for want of a C++ compiler or of Python's headers.
+    """
+    try:
+        torch.compile(torch.neg, dynamic=False)(torch.ones(1, device=device))
+    except Exception as error:  # what a missing tool raises differs from one version of torch to the next
+        reason = str(error).strip().partition("\n")[0]
+        raise BadInput(
+            f"compile=True: torch.compile does not work on this machine ({reason}); install a C++ compiler and "
+            "Python's headers, or set compile to False"
+        ) from error

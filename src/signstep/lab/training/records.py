@@ -1,0 +1,120 @@
+"""The record of one run, `<hash>.jsonl`: a "start" line, one "epoch" line per epoch, an "end" line.
+
+Two executions of the same `RunConfig` write the same lines, but for the fields `timing` and `environment`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from signstep.lab.errors import BadInput
+from signstep.lab.output.machine import environment
+from signstep.lab.training.checkpoint import write_atomically
+from signstep.lab.training.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's file says. `epochs` and `start` are the parsed lines; `end` is None while the run is unfinished."""
+
+    config: RunConfig
+    start: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    end: dict[str, Any] | None
+
+    @property
+    def done(self) -> bool:
+        """The run reached its end, be it that of its epochs or a non-finite loss."""
+        return self.end is not None
+
+    @property
+    def diverged(self) -> bool:
+        """The run was stopped by a non-finite loss."""
+        return self.end is not None and self.end["status"] == "diverged"
+
+    @property
+    def final_accuracy(self) -> float:
+        """Accuracy in percent at the last evaluated epoch; of a diverged run, that of chance (100 / classes).
+
+        Raises:
+            ValueError: the run has not been evaluated yet.
+        """
+        if self.diverged:
+            return 1.0 if self.config.dataset == "cifar100" else 10.0
+        for epoch in reversed(self.epochs):
+            if "eval_accuracy" in epoch:
+                return 100.0 * float(epoch["eval_accuracy"])
+        raise ValueError(f"run {self.config.hash} has not been evaluated yet: let it train for an epoch first")
+
+
+def read_run(path: Path) -> Run:
+    """The run recorded in `path`. A last line cut short by a kill is left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        BadInput: a line is not what `train` writes; the message names file and line.
+    """
+    lines = path.read_bytes().split(b"\n")
+    unfinished = lines.pop()
+    events: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+            expected = ("start",) if number == 1 else ("epoch", "end")
+            if event["event"] not in expected:
+                raise ValueError(f"expected a line of kind {' or '.join(expected)}, found {event['event']!r}")
+            if events and events[-1]["event"] == "end":
+                raise ValueError("a line after the run's end")
+            if number == 1:
+                config = RunConfig.from_dict(event["config"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(
+                f"{path}, line {number}: not a line of a run's record ({error}); delete the file to train the run again"
+            ) from error
+        events.append(event)
+    if not events:
+        what = "its first line is cut short" if unfinished else "it is empty"
+        raise BadInput(f"{path}, line 1: not a run's record, {what}; delete the file to train the run again")
+    end = events.pop() if events[-1]["event"] == "end" else None
+    return Run(config, events[0], events[1:], end)
+
+
+def is_done(path: Path) -> bool:
+    """Whether `path` is the record of a finished run."""
+    return path.exists() and read_run(path).done
+
+
+def read_runs(folder: Path) -> dict[str, Run]:
+    """Every run recorded in `folder` (not below it), by its configuration's hash; none where there is no folder.
+
+    Raises:
+        BadInput: as `read_run`.
+    """
+    runs = (read_run(path) for path in sorted(folder.glob("*.jsonl")))
+    return {run.config.hash: run for run in runs}
+
+
+def write_events(path: Path, events: list[dict[str, Any]]) -> None:
+    """Write a run's lines, atomically. ValueError for a number that JSON does not have (infinity, NaN)."""
+    lines = "".join(json.dumps(event, allow_nan=False) + "\n" for event in events)
+    write_atomically(path, lambda file: file.write(lines.encode()))
+
+
+def start_event(
+    config: RunConfig, parameters: int, train_images: int, eval_images: int, device: torch.device, world_size: int
+) -> dict[str, Any]:
+    """A record's first line."""
+    return {
+        "event": "start",
+        "hash": config.hash,
+        "config": config.to_dict(),
+        "parameters": parameters,
+        "train_images": train_images,
+        "eval_images": eval_images,
+        "environment": environment(device, world_size),
+    }

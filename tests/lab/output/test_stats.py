@@ -1,0 +1,123 @@
+"""Means, intervals, paired differences and their words, against scipy and against simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from signstep.lab.output.stats import (
+    Estimate,
+    against_paper,
+    claim_verdict,
+    estimate,
+    number,
+    paired_difference,
+    paper_number,
+    signed,
+    with_interval,
+)
+
+accuracy = st.floats(0, 100)
+several = st.lists(accuracy, min_size=2, max_size=12)
+by_seed = st.dictionaries(st.integers(0, 9), accuracy, max_size=8)
+
+
+@given(several)
+def test_estimate_is_the_t_interval(values: list[float]) -> None:
+    e = estimate(values)
+    assert e.n == len(values)
+    assert e.mean == pytest.approx(math.fsum(values) / len(values))
+    error = scipy.stats.sem(values)
+    assume(error > 1e-9)
+    low, high = scipy.stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=error)
+    assert e.low == pytest.approx(low)
+    assert e.high == pytest.approx(high)
+
+
+@given(accuracy)
+def test_one_value_has_no_interval(value: float) -> None:
+    e = estimate([value])
+    assert e == Estimate(1, value, None)
+    assert e.low is None
+    assert e.high is None
+    assert e.contains(value) is None
+    assert "±" not in with_interval(e)
+
+
+@pytest.mark.parametrize("values", [[], [math.nan], [1.0, math.inf]])
+def test_what_is_not_measured_is_refused(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="values"):
+        estimate(values)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_the_interval_covers_the_mean_19_times_in_20(n: int) -> None:
+    samples = np.random.default_rng(n).normal(70, 0.5, size=(4000, n))
+    covered = sum(bool(estimate(list(row)).contains(70)) for row in samples)
+    assert abs(covered / 4000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
+
+
+@given(by_seed, by_seed)
+def test_paired_difference_uses_common_seeds_only(ours: dict[int, float], base: dict[int, float]) -> None:
+    found = paired_difference(ours, base)
+    common = sorted(set(ours) & set(base))
+    if not common:
+        assert found is None
+        return
+    assert found is not None
+    assert found.n == len(common)
+    mirrored = paired_difference(base, ours)
+    assert mirrored is not None
+    assert mirrored.mean == pytest.approx(-found.mean)
+    a, b = [ours[s] for s in common], [base[s] for s in common]
+    if len(common) < 2:
+        assert found.half_width is None
+    elif np.std(np.subtract(a, b)) > 1e-6:
+        interval = scipy.stats.ttest_rel(a, b).confidence_interval(0.95)
+        assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_pairing_removes_what_the_seeds_share() -> None:
+    shared = {0: 60.0, 1: 70.0, 2: 80.0}
+    found = paired_difference({seed: value + 1 for seed, value in shared.items()}, shared)
+    assert found == Estimate(3, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("difference", "claimed", "verdict"),
+    [
+        (Estimate(3, 1.0, 0.5), 0.8, "same sign"),
+        (Estimate(3, -1.0, 0.5), -12.0, "same sign"),
+        (Estimate(3, -1.0, 0.5), 0.8, "opposite sign"),
+        (Estimate(3, 1.0, 1.0), 0.8, "undecided"),
+        (Estimate(3, 0.0, 0.0), 0.8, "undecided"),
+        (Estimate(1, 30.0, None), 0.8, "undecided"),
+        (Estimate(3, 1.0, 0.5), 0.0, "undecided"),
+    ],
+)
+def test_claim_verdict(difference: Estimate, claimed: float, verdict: str) -> None:
+    assert claim_verdict(difference, claimed) == verdict
+
+
+@given(st.floats(-200, 200), st.integers(0, 3))
+def test_numbers_read_back(value: float, digits: int) -> None:
+    for text in (number(value, digits), signed(value, digits)):
+        assert "-" not in text
+        assert float(text.replace("−", "-")) == pytest.approx(value, abs=0.5 * 10**-digits + 1e-9)
+    assert signed(value, digits)[0] in "+−" or float(signed(value, digits)) == 0
+
+
+def test_words() -> None:
+    assert with_interval(Estimate(3, 71.0, 2.484)) == "71.00 ± 2.48"
+    assert with_interval(Estimate(3, 0.5, 0.25), sign=True) == "+0.50 ± 0.25"
+    assert (paper_number(77.0), paper_number(91.38)) == ("77", "91.38")
+    assert against_paper(Estimate(3, 92.0, 1.0), 91.38) == (
+        "higher than the paper's number by 0.62; the interval includes it"
+    )
+    assert against_paper(Estimate(1, 91.38, None), 91.38) == "equal to the paper's number; one seed, no interval"
+    assert against_paper(Estimate(2, 90.0, 0.1), 91.38).startswith("lower than the paper's number by 1.38")

@@ -1,0 +1,637 @@
+"""The report: its numbers against direct computation, odd inputs, and the page in a real browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from signstep.lab.output import figures
+from signstep.lab.paper import experiments
+from signstep.lab.paper.experiments import Experiment, Row
+from signstep.lab.paper.report import write
+from signstep.lab.paper.results import Results
+from signstep.lab.training.records import Run
+
+COMMANDS = ["signstep sweep table1 --scale cpu", 'signstep report table1 --scale cpu # <&">']
+RECORDED = {"signstep": "0.1.0", "torch": "2.13.0", "python": "3.12.3", "cpu": "A <fast> CPU", "device": "cpu"}
+
+
+def run(row: Row, dataset: str, seed: int, accuracy: float | None, *, lr: float | None = None, upto: int = 0) -> Run:
+    """A finished run that ends at `accuracy` percent; None: it diverged in epoch 1; with `upto` it has only so many."""
+    config = row.config(dataset, seed, lr)
+    epochs = []
+    for epoch in range(1, (upto or config.epochs) + 1):
+        line: dict[str, Any] = {"event": "epoch", "epoch": epoch, "timing": {"seconds": 2.0}}
+        if accuracy is not None and (epoch % config.eval_every == 0 or epoch == config.epochs):
+            line["eval_accuracy"] = accuracy / 100 * (1 - 0.5 * (1 - epoch / config.epochs))
+        epochs.append(line)
+    end: dict[str, Any] | None = {"event": "end", "status": "done", "epoch": config.epochs}
+    if accuracy is None:
+        epochs, end = epochs[:1], {"event": "end", "status": "diverged", "epoch": 1}
+    if upto:
+        end = None
+    start = {"event": "start", "config": config.to_dict(), "train_images": 5000, "environment": RECORDED}
+    return Run(config, start, epochs, end)
+
+
+def by_hash(*runs: Run) -> dict[str, Run]:
+    return {each.config.hash: each for each in runs}
+
+
+def accuracies(experiment: Experiment, seeds: int) -> dict[tuple[str, str, int], float]:
+    draw = np.random.default_rng(0)
+    return {
+        (row.key, dataset, seed): float(round(60 + 3 * i + draw.normal(), 2))
+        for i, row in enumerate(experiment.rows)
+        for dataset in experiment.datasets
+        for seed in range(seeds)
+    }
+
+
+def full(experiment: Experiment, values: Mapping[tuple[str, str, int], float]) -> dict[str, Run]:
+    return by_hash(*(run(experiment.row(key), dataset, seed, v) for (key, dataset, seed), v in values.items()))
+
+
+class _Table(HTMLParser):
+    """Texts of the result table: {row key: [[data-head, text], ...]}, hidden text left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, list[list[str]]] = {}
+        self.row: str | None = None
+        self.inside = self.hidden = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "tr":
+            self.row = values.get("data-row")
+        if tag == "td" and self.row is not None:
+            self.inside = True
+            self.rows.setdefault(self.row, []).append([values["data-head"] or "", ""])
+        if tag == "span" and values.get("class") == "hidden":
+            self.hidden = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag != "td"
+        self.hidden = self.hidden and tag != "span"
+
+    def handle_data(self, data: str) -> None:
+        if self.inside and self.row is not None and not self.hidden:
+            self.rows[self.row][-1][1] += data
+
+
+def table(page: Path) -> dict[str, list[list[str]]]:
+    parser = _Table()
+    parser.feed(page.read_text(encoding="utf-8"))
+    return parser.rows
+
+
+def plain(text: str) -> str:
+    return text.replace("−", "-").strip()
+
+
+@pytest.fixture(scope="module")
+def table1() -> Experiment:
+    return experiments.load("table1", scale="cpu")
+
+
+@pytest.fixture(scope="module")
+def tuned(table1: Experiment) -> dict[str, dict[str, dict[str, Any]]]:
+    def choice(row: Row) -> dict[str, Any]:
+        rates = [experiments.grid_point(i) for i in row.grid(5)]
+        trials = [{"lr": lr, "accuracy": 50.0 + i, "diverged": i == 4, "hash": "0" * 12} for i, lr in enumerate(rates)]
+        return {"lr": rates[3], "accuracy": 53.0, "at_edge": row.key == "adam", "extensions": 0, "trials": trials}
+
+    return {"cifar10": {row.key: choice(row) for row in table1.rows}}
+
+
+@pytest.fixture(scope="module")
+def page(table1: Experiment, tuned: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Table I with three seeds, one of them diverged, one unfinished, one absent."""
+    runs: list[Run] = []
+    for (key, dataset, seed), accuracy in accuracies(table1, 3).items():
+        row, lr = table1.row(key), tuned.get(dataset, {}).get(key, {}).get("lr")
+        if (key, dataset, seed) == ("post-0.1", "cifar10", 2):
+            continue
+        gone = (key, dataset, seed) == ("pre-0.5", "cifar100", 1)
+        part = 2 if (key, dataset, seed) == ("adam", "cifar100", 2) else 0
+        runs.append(run(row, dataset, seed, None if gone else accuracy, lr=lr, upto=part))
+    out = tmp_path_factory.mktemp("report")
+    return write(table1, by_hash(*runs), out, tuned=tuned, commands=COMMANDS)
+
+
+def test_files_and_names(page: Path, table1: Experiment) -> None:
+    expected = {f"table1.{kind}" for kind in ("html", "md", "json")} | {
+        f"table1-{dataset}-{kind}.{ending}"
+        for dataset in table1.datasets
+        for kind in ("curves", "dots", "differences")
+        for ending in ("png", "svg")
+    }
+    assert {path.name for path in page.parent.iterdir()} == expected
+    assert page.stat().st_size < 2_000_000
+    for path in page.parent.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_against_direct_computation(tmp_path: Path, table1: Experiment) -> None:
+    values = accuracies(table1, 4)
+    page = write(table1, full(table1, values), tmp_path, tuned=None, commands=[])
+    rows = table(page)
+    found = json.loads((tmp_path / "table1.json").read_text(encoding="utf-8"))
+    cells = {(row["key"], d): cell for row in found["rows"] for d, cell in row["cells"].items()}
+    for row in table1.rows:
+        for column, dataset in enumerate(table1.datasets):
+            sample = [values[row.key, dataset, seed] for seed in range(4)]
+            mean, half = np.mean(sample), scipy.stats.t.ppf(0.975, 3) * np.std(sample, ddof=1) / 2
+            here, n, paper, difference = (plain(text) for _, text in rows[row.key][4 * column : 4 * column + 4])
+            assert [float(part) for part in here.split("±")] == pytest.approx([mean, half], abs=0.0051)
+            assert n == "4"
+            cell = cells[row.key, dataset]
+            assert (cell["mean"], cell["low"], cell["high"]) == pytest.approx((mean, mean - half, mean + half))
+            assert [cell["accuracy_by_seed"][str(seed)] for seed in range(4)] == pytest.approx(sample)
+            if dataset in row.paper:
+                assert float(paper) == row.paper[dataset]
+                assert float(difference) == pytest.approx(mean - row.paper[dataset], abs=0.0051)
+            else:
+                assert (paper, difference, cell["paper"]) == ("—", "—", None)
+    for each in found["differences"]:
+        dataset = each["dataset"]
+        pairs = [[values[each[kind], dataset, seed] for seed in range(4)] for kind in ("row", "baseline")]
+        interval = scipy.stats.ttest_rel(*pairs).confidence_interval(0.95)
+        assert (each["low"], each["high"]) == pytest.approx((interval.low, interval.high))
+        numbers = [table1.row(each[kind]).paper.get(dataset) for kind in ("row", "baseline")]
+        if None in numbers:
+            assert each["paper"] is each["verdict"] is None
+        elif interval.low <= 0 <= interval.high:
+            assert each["verdict"] == "undecided"
+        else:
+            agree = (numbers[0] - numbers[1] > 0) == (interval.low > 0)  # type: ignore[operator]
+            assert each["verdict"] == ("same sign" if agree else "opposite sign")
+    assert len(found["differences"]) == 2 * (6 + 5 + 4)
+    assert found["gaps"] == []
+
+
+def test_best_of_each_column_is_bold(tmp_path: Path) -> None:
+    experiment = experiments.load("fig2", scale="cpu")
+    values = {("sgd", "cifar10", 0): 70.0, ("signsgd", "cifar10", 0): 72.0, ("hybrid", "cifar10", 0): 71.0}
+    page = write(experiment, full(experiment, values), tmp_path, tuned=None, commands=[])
+    text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"<strong>([\d.]+)", text)) == {"72.00", "92.18"}
+    assert "**72.00** (1)" in (tmp_path / "fig2.md").read_text(encoding="utf-8")
+
+
+def test_gaps_are_said(page: Path) -> None:
+    found = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    gaps = "\n".join(found["gaps"])
+    assert "SignSGD-M + pre-noise (α = 0.5) on CIFAR-100: 1 of 3 diverged (seed 1)" in gaps
+    assert "SignSGD-M + post-noise (α = 0.1) on CIFAR-10: seed 2 missing" in gaps
+    assert "at epoch 2 of" in gaps
+    assert "edge" in gaps
+    cells = {row["key"]: row["cells"] for row in found["rows"]}
+    assert cells["pre-0.5"]["cifar100"]["accuracy_by_seed"]["1"] == 1.0  # chance of 100 classes
+    assert cells["pre-0.5"]["cifar100"]["n"] == 3
+    assert cells["adam"]["cifar100"]["n"] == 2
+    text = page.read_text(encoding="utf-8")
+    assert "1 run diverged, 2 runs are missing" in text
+    assert "1 of 3 diverged" in text
+    for command in ("signstep sweep table1 --scale cpu", "# &lt;&amp;&#34;&gt;", "A &lt;fast&gt; CPU"):
+        assert command in text
+
+
+def test_tuned_learning_rates_choose_the_runs(tmp_path: Path) -> None:
+    experiment = experiments.load("fig2", scale="smoke")
+    sgd = experiment.row("sgd")
+    runs = by_hash(run(sgd, "cifar10", 0, 60.0), run(sgd, "cifar10", 0, 99.0, lr=0.0123))
+    choices = {"cifar10": {"sgd": {"lr": 0.0123, "trials": []}}}
+    assert Results(experiment, runs, {}, []).cells["sgd", "cifar10"].accuracies == pytest.approx({0: 60.0})
+    assert Results(experiment, runs, choices, []).cells["sgd", "cifar10"].accuracies == pytest.approx({0: 99.0})
+    tuning = by_hash(Run(sgd.tuning_config("cifar10", sgd.lr), {}, [], {"status": "done"}))
+    assert Results(experiment, tuning, {}, []).seeds == ()
+
+
+def test_curve_ends_at_the_table_number(page: Path, table1: Experiment) -> None:
+    row = table1.row("sgd")
+    values = {0: 60.0, 1: None, 2: 64.0}
+    results = Results(table1, by_hash(*(run(row, "cifar100", s, v) for s, v in values.items())), {}, [])
+    (curve,) = results.curves("cifar100")
+    assert curve.estimates[-1] == results.cells["sgd", "cifar100"].estimate
+    assert curve.estimates[-1].mean == pytest.approx((60 + 1 + 64) / 3)
+    assert curve.epochs[-1] == row.config("cifar100").epochs
+    assert curve.diverged_at == (1,)
+
+
+def test_all_diverged_has_no_number(tmp_path: Path) -> None:
+    experiment = experiments.load("fig2", scale="cpu")
+    runs = by_hash(*(run(row, "cifar10", seed, None) for row in experiment.rows for seed in range(3)))
+    page = write(experiment, runs, tmp_path, tuned=None, commands=[])
+    for cells in table(page).values():
+        assert cells[0][1].strip() == "diverged (3 of 3)"
+    found = json.loads((tmp_path / "fig2.json").read_text(encoding="utf-8"))
+    assert found["headline"] == "On CIFAR-10, every run diverged."
+    assert all(row["cells"]["cifar10"]["mean"] is None for row in found["rows"])
+
+
+def test_one_seed_has_no_interval_anywhere(tmp_path: Path) -> None:
+    experiment = experiments.load("fig3", scale="cpu")
+    page = write(experiment, full(experiment, accuracies(experiment, 1)), tmp_path, tuned=None, commands=[])
+    for cells in table(page).values():
+        assert "±" not in cells[0][1]
+    found = json.loads((tmp_path / "fig3.json").read_text(encoding="utf-8"))
+    assert {each["verdict"] for each in found["differences"]} == {"undecided"}
+    assert found["headline"].endswith(
+        "ranks none of them: no learning rate was tuned and fewer than 3 seeds are common to all."
+    )
+    assert not re.search(r"\d ± \d", (tmp_path / "fig3.md").read_text(encoding="utf-8"))
+
+
+def all_tuned(experiment: Experiment) -> dict[str, dict[str, dict[str, Any]]]:
+    choices = {row.key: {"lr": row.lr, "trials": [], "extensions": 0} for row in experiment.rows}
+    return dict.fromkeys(experiment.datasets, choices)
+
+
+@pytest.mark.parametrize(
+    ("tuned", "seeds", "reason"),
+    [
+        (True, 3, ""),
+        (False, 3, "no learning rate was tuned"),
+        (True, 2, "fewer than 3 seeds are common to all"),
+        (False, 2, "no learning rate was tuned and fewer than 3 seeds are common to all"),
+    ],
+)
+def test_the_headline_names_a_winner_only_of_tuned_rates_and_three_seeds(tuned: bool, seeds: int, reason: str) -> None:
+    experiment = experiments.load("fig2", scale="demo", datasets=["fashion-mnist"])
+    runs = full(experiment, {(row.key, "fashion-mnist", seed): 60.0 + 3 * i + 0.1 * seed * i
+                             for i, row in enumerate(experiment.rows) for seed in range(seeds)})  # fmt: skip
+    results = Results(experiment, runs, all_tuned(experiment) if tuned else {}, [])
+    if reason:
+        low, high = "60.00", "66.20" if seeds == 3 else "66.10"
+        assert (
+            results.headline
+            == f"On Fashion-MNIST, 3 methods reach {low} to {high} %, which ranks none of them: {reason}."
+        )
+    else:
+        assert results.headline.startswith("On Fashion-MNIST, Hybrid (SignSGD-M → SGD) beats SGD by 6.20 ±")
+
+
+def test_one_method_with_fewer_seeds_leaves_the_order_open() -> None:
+    experiment = experiments.load("fig2", scale="cpu")
+    values = accuracies(experiment, 3)
+    del values["signsgd", "cifar10", 1]
+    results = Results(experiment, full(experiment, values), all_tuned(experiment), [])
+    assert results.headline.endswith("ranks none of them: fewer than 3 seeds are common to all.")
+
+
+def test_the_recipe_says_whether_rates_were_tuned(tmp_path: Path) -> None:
+    experiment = experiments.load("fig2", scale="cpu")
+    runs = full(experiment, accuracies(experiment, 1))
+    every = all_tuned(experiment)
+    some = {"cifar10": {"sgd": every["cifar10"]["sgd"]}}
+    chosen, not_tuned = "Learning rates are chosen on a held-out tenth", "The learning rates were not tuned"
+    partly = "Not tuned on CIFAR-10, with the preset's learning rate: SignSGD-M and Hybrid (SignSGD-M → SGD)."
+    for tuned, words in [(every, {chosen}), (some, {chosen, partly}), (None, {not_tuned})]:
+        page = write(experiment, runs, tmp_path, tuned=tuned, commands=[])
+        for file in (page, page.with_suffix(".md"), page.with_suffix(".json")):
+            text = html.unescape(file.read_text(encoding="utf-8"))
+            recipe = text[text.index("What the paper does not say") :] if file.suffix != ".json" else text
+            assert {each for each in (chosen, not_tuned, partly) if each in recipe} == words, (file, words)
+
+
+def test_what_some_runs_recorded_is_not_said_of_all() -> None:
+    experiment = experiments.load("fig2", scale="cpu")
+    runs = [run(experiment.row("sgd"), "cifar10", seed, 60.0 + seed) for seed in range(3)]
+    runs[2].start["environment"] = RECORDED | {"git": "abc", "torch": "2.6.0"}
+    environment = Results(experiment, by_hash(*runs), {}, []).environment
+    assert (environment["git"], environment["device"]) == ("abc (1 run)", "cpu")
+    assert environment["torch"] == "2.13.0 (2 runs), 2.6.0 (1 run)"
+
+
+def test_rows_that_take_anothers_rate_say_so(tmp_path: Path) -> None:
+    experiment = experiments.load("state", scale="cpu")
+    every = {"cifar10": {"signsgd": all_tuned(experiment)["cifar10"]["signsgd"]}}
+    lr = every["cifar10"]["signsgd"]["lr"]
+    values = accuracies(experiment, 3)
+    runs = by_hash(*(run(experiment.row(key), d, seed, v, lr=lr) for (key, d, seed), v in values.items()))
+    page = write(experiment, runs, tmp_path, tuned=every, commands=[])
+    results = Results(experiment, runs, every, [])
+    assert "SignSGD-M, int8 momentum beats the next best" in results.headline
+    takers = "SignSGD-M, bfloat16 momentum and SignSGD-M, int8 momentum"
+    words = f"Not tuned, with the learning rate of SignSGD-M: {takers}."
+    for file in (page, page.with_suffix(".md")):
+        text = html.unescape(file.read_text(encoding="utf-8"))
+        assert words in text
+        assert "with the preset's learning rate" not in text
+    assert {row.key for row in experiment.rows if results.difference("cifar10", row, experiment.row("signsgd"))} == {
+        "signsgd-bfloat16",
+        "signsgd-int8",
+    }
+
+
+def test_a_data_set_that_the_paper_does_not_use(tmp_path: Path) -> None:
+    experiment = experiments.load("table1", scale="demo", datasets=["fashion-mnist"])
+    page = write(experiment, full(experiment, accuracies(experiment, 2)), tmp_path, tuned=None, commands=[])
+    assert [head for head, _ in table(page)["sgd"]] == ["Fashion-MNIST", "n"]
+    scope = json.loads((tmp_path / "table1.json").read_text(encoding="utf-8"))["scope"]
+    assert "The paper has no numbers on Fashion-MNIST." in scope
+    assert "it decides nothing about the methods" in scope
+
+
+NASTY = "<script>alert(\"1\")</script> & 'q' | *x* `y` [z](w) {{ 7*7 }}"
+
+
+def test_special_characters_in_labels(tmp_path: Path) -> None:
+    experiment = experiments.load("fig2", scale="cpu")
+    rows = tuple(
+        dataclasses.replace(row, key=row.key if i else "<k>&\"'", label=f"{NASTY} {i}", note=NASTY, in_paper=i != 1)
+        for i, row in enumerate(experiment.rows)
+    )
+    experiment = dataclasses.replace(experiment, rows=rows, title=NASTY, caption=NASTY, guesses=(NASTY,))
+    values = {(row.key, "cifar10", seed): 60.0 + i + seed for i, row in enumerate(rows) for seed in (0, 1)}
+    page = write(experiment, full(experiment, values), tmp_path, tuned=None, commands=[NASTY])
+    text = page.read_text(encoding="utf-8")
+    assert "<script>alert" not in text
+    assert text.count("<script") == text.count("</script>") == 2
+    assert len(table(page)) == 3
+    json.loads((tmp_path / "fig2.json").read_text(encoding="utf-8"))
+    lines = (tmp_path / "fig2.md").read_text(encoding="utf-8").splitlines()
+    widths = {
+        len(re.findall(r"(?<!\\)\|", line)) for line in lines[lines.index("## Final test accuracy") :][3:8] if line
+    }
+    assert widths == {5}
+
+
+@st.composite
+def _situations(draw: st.DrawFn) -> tuple[Experiment, dict[str, Run], dict[tuple[str, str, int], float | None]]:
+    experiment = experiments.load("table1", scale="smoke")
+    rows = draw(st.lists(st.sampled_from(experiment.rows), min_size=1, unique_by=lambda row: row.key))
+    rows = [dataclasses.replace(row, paper=draw(st.sampled_from([row.paper, {}]))) for row in rows]
+    datasets = draw(st.sampled_from([("cifar10",), ("cifar100",), ("cifar10", "cifar100")]))
+    experiment = dataclasses.replace(experiment, rows=tuple(rows), datasets=datasets)
+    cells = [(row.key, d, seed) for row in rows for d in datasets for seed in range(4)]
+    accuracy = st.one_of(st.none(), st.floats(0, 100), st.just("unfinished"), st.just("absent"), st.just("absent"))
+    drawn = {cell: draw(accuracy) for cell in cells}
+    runs, finished = [], {}
+    for (key, d, seed), value in drawn.items():
+        if value == "unfinished":
+            runs.append(run(experiment.row(key), d, seed, 50.0, upto=1))
+        elif not isinstance(value, str):
+            runs.append(run(experiment.row(key), d, seed, value))
+            finished[key, d, seed] = value
+    return experiment, by_hash(*runs), finished
+
+
+@given(_situations())
+@settings(max_examples=30, deadline=None)
+def test_any_situation_is_reported_as_it_is(situation: Any) -> None:
+    experiment, runs, finished = situation
+    results = Results(experiment, runs, {}, [])
+    found = json.loads(json.dumps(results.to_dict(), allow_nan=False))
+    for row in found["rows"]:
+        for dataset, cell in row["cells"].items():
+            chance = 1.0 if dataset == "cifar100" else 10.0
+            mine = {s: v for (k, d, s), v in finished.items() if (k, d) == (row["key"], dataset)}
+            known = {str(seed): chance if v is None else v for seed, v in mine.items()}
+            assert cell["accuracy_by_seed"] == pytest.approx(known)
+            assert cell["diverged_seeds"] == [seed for seed, v in mine.items() if v is None]
+            assert sorted(cell["missing_seeds"]) == [s for s in results.seeds if s not in mine]
+            measured = any(v is not None for v in mine.values())
+            assert cell["n"] == (len(mine) if measured else 0)
+            assert (cell["mean"] is not None) == measured
+            assert (cell["low"] is not None) == (measured and len(mine) > 1)
+    assert all(math.isfinite(e.mean) for d in experiment.datasets for c in results.curves(d) for e in c.estimates)
+    assert found["headline"].endswith(".")
+
+
+@given(_situations())
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_situation_can_be_written(tmp_path: Path, situation: Any) -> None:
+    experiment, runs, _ = situation
+    page = write(experiment, runs, tmp_path, tuned={}, commands=[])
+    assert set(table(page)) == {row.key for row in experiment.rows}
+
+
+def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = experiments.load("fig2", scale="smoke")
+    page = write(experiment, {}, tmp_path, tuned=None, commands=["first"])
+    old = page.read_bytes()
+
+    def full_disk(fd: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write(experiment, {}, tmp_path, tuned=None, commands=["second"])
+    assert page.read_bytes() == old
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+
+def test_a_method_has_one_colour_and_no_two_of_a_table_share_one(table1: Experiment) -> None:
+    for name in experiments.NAMES:
+        keys = [row.key for row in experiments.load(name).rows]
+        assert len({figures.colour(key) for key in keys}) == len(keys)
+    assert figures.colour("a method of tomorrow") == figures.colour("a method of tomorrow")
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(a: str, b: str) -> float:
+    high, low = sorted((_luminance(a), _luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_contrast_of_text_and_marks_in_both_schemes(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    style = text[text.index("<style>") : text.index("</style>")]
+    values: dict[str, list[str]] = {}
+    for name, value in re.findall(r"--([\w-]+):\s*(#[0-9a-f]{6})", style):
+        values.setdefault(name, []).append(value)
+    for i in (0, 1):
+        for name in ("c-ink", "c-muted", "good", "bad", "c-switch"):
+            assert _contrast(values[name][i], values["page"][i]) >= 4.5, (name, i)
+        for key in ("sgd", "adam", "signsgd", "post-0.1", "pre-0.5", "pre-0.1", "hybrid"):
+            assert _contrast(values[f"c-{figures.colour(key)}"][i], values["page"][i]) >= 3, (key, i)
+
+
+@pytest.mark.parametrize(("seeds", "bands", "thin"), [(1, 0, 0), (2, 0, 2), (3, 1, 0)])
+def test_two_seeds_are_two_thin_lines_and_three_a_band(seeds: int, bands: int, thin: int) -> None:
+    experiment = experiments.load("fig2", scale="cpu")
+    lines = Results(experiment, full(experiment, accuracies(experiment, seeds)), {}, []).curves("cifar10")
+    axes = figures.curves(lines, switches=[], epochs=6).axes[0]
+    assert len(axes.collections) == bands * len(lines)
+    assert sum(drawn.get_linewidth() < 1 for drawn in axes.lines) == thin * len(lines)
+    low, high = axes.get_ylim()
+    assert 25 < low < high < 85
+
+
+def test_a_diverged_one_of_two_seeds_goes_on_at_chance() -> None:
+    experiment = experiments.load("fig2", scale="cpu")
+    row = experiment.row("sgd")
+    (curve,) = Results(experiment, by_hash(run(row, "cifar10", 0, 60.0), run(row, "cifar10", 1, None)), {}, []).curves(
+        "cifar10"
+    )
+    assert [list(values) for values in curve.runs] == [list(curve.epochs)] * 2
+    assert set(curve.runs[1].values()) == {10.0}
+    for at, epoch in enumerate(curve.epochs):
+        assert curve.estimates[at].mean == pytest.approx((curve.runs[0][epoch] + 10) / 2)
+
+
+def test_the_page_names_no_address(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"\w+://|@import|<iframe|<img|<base", text)
+    for target in re.findall(r"""(?:src|href|action|srcset|poster)=["']([^"']*)""", text):
+        assert target == "data:," or target.startswith("#"), target
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", text))
+
+
+def test_ids_are_unique_and_references_resolve(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    ids = re.findall(r'\sid="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)|aria-labelledby="([^"]+)"', text)
+    assert {name for names in used for name in names if name} <= set(ids)
+
+
+def test_svg_files_stand_alone_and_are_reproducible(page: Path, table1: Experiment, tmp_path: Path) -> None:
+    for path in page.parent.glob("*.svg"):
+        text = path.read_text(encoding="utf-8")
+        assert "prefers-color-scheme:dark" in text
+        assert "var(--c-ink)" in text
+        assert "#1b1b1a" in text
+    experiment = experiments.load("fig2", scale="smoke")
+    runs = full(experiment, accuracies(experiment, 2))
+    once, twice = (write(experiment, runs, tmp_path / name, tuned=None, commands=[]).parent for name in "ab")
+    for path in once.iterdir():
+        assert path.read_bytes() == (twice / path.name).read_bytes(), path.name
+
+
+# --------------------------------------------------------------------------------------------------------- browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the browser test needs the package playwright")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    executable = next((path for name in names if (path := shutil.which(name))), None)
+    if executable is None:
+        pytest.skip(f"the browser test needs one of {', '.join(names)} on the PATH")
+    quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=executable, args=["--no-sandbox", "--disable-gpu", "--disable-sync", *quiet]
+        )
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def opened(browser: Any, page: Path) -> Iterator[Any]:
+    """Opens the page; at the end there must have been no request but the page itself, and no error."""
+    contexts, problems, requests = [], [], []
+
+    def open_page(**options: Any) -> Any:
+        context = browser.new_context(**options)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: problems.append(message.text))
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto(page.as_uri())
+        return tab
+
+    yield open_page
+    assert problems == []
+    assert [url for url in requests if url not in (page.as_uri(), "data:,")] == []
+    for context in contexts:
+        context.close()
+
+
+# Text that sticks out of the window or its box, or is cut off, or has too little contrast to the page.
+_LOOK = """() => {
+  const width = document.documentElement.clientWidth;
+  const out = [...document.querySelectorAll("main td, main th, main p, h1, h2, figcaption, .key li, svg text")]
+    .filter((e) => e.getClientRects().length && !e.closest(".scroll, .hidden, pre, thead"))
+    .filter((e) => { const r = e.getBoundingClientRect(); return r.right > width + 1 || r.left < -1; });
+  const cells = [...document.querySelectorAll("tr[data-row] td")];
+  return {
+    overflow: document.documentElement.scrollWidth - width,
+    out: out.map((e) => e.textContent.trim()),
+    cells: cells.length,
+    invisible: cells.filter((c) => { const r = c.getBoundingClientRect(); return r.width < 5 || r.height < 5; }).length,
+    background: getComputedStyle(document.body).backgroundColor,
+    smallest: Math.min(...[...document.querySelectorAll("svg text")].map((t) => t.getBoundingClientRect().height)),
+  };
+}"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("script", [True, False])
+def test_the_page_in_a_browser(opened: Any, table1: Experiment, width: int, scheme: str, script: bool) -> None:
+    tab = opened(viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=script)
+    if not script:
+        # Without script the page is complete: the same numbers stand in it.
+        assert tab.locator("figure.curves .key li").count() == 2 * len(table1.rows)
+        assert tab.locator("figure svg").count() == 6
+        assert tab.locator("tr[data-row] td").first.is_visible()
+        return
+    look = tab.evaluate(_LOOK)
+    assert look["overflow"] <= 0
+    assert look["out"] == []
+    assert look["cells"] == 8 * len(table1.rows)
+    assert look["invisible"] == 0
+    assert look["smallest"] >= 9
+    assert (int(re.findall(r"\d+", look["background"])[0]) > 200) == (scheme == "light")
+
+
+def test_values_under_the_pointer_and_toggling(opened: Any) -> None:
+    tab = opened(viewport={"width": 1280, "height": 900})
+    figure = tab.locator("figure.curves").first
+    value = figure.locator(".key li").first.locator("span").last
+    final = value.inner_text()
+    svg = figure.locator("svg")
+    svg.scroll_into_view_if_needed()
+    box = svg.bounding_box()
+    tab.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] / 2)
+    assert figure.locator(".when").inner_text().startswith("epoch ")
+    assert value.inner_text() != final
+    tab.mouse.move(box["x"] - 40, box["y"])
+    assert (figure.locator(".when").inner_text(), value.inner_text()) == ("last epoch", final)
+    item = figure.locator(".key li[data-method=signsgd]")
+    line = figure.locator("svg [data-method=signsgd]").first
+    item.focus()
+    tab.keyboard.press("Enter")
+    assert item.get_attribute("aria-pressed") == "false"
+    assert not line.is_visible()
+    item.click()
+    assert item.get_attribute("aria-pressed") == "true"
+    assert line.is_visible()
+
+
+def test_print_is_dark_on_light_whatever_the_scheme(opened: Any) -> None:
+    tab = opened(viewport={"width": 680, "height": 900}, color_scheme="dark")
+    tab.emulate_media(media="print")
+    look = tab.evaluate(_LOOK)
+    assert look["overflow"] <= 0
+    assert look["out"] == []
+    assert int(re.findall(r"\d+", look["background"])[0]) > 200
+    ink = tab.evaluate("getComputedStyle(document.body).color")
+    assert int(re.findall(r"\d+", ink)[0]) < 60

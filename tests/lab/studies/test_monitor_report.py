@@ -1,0 +1,531 @@
+"""The page on a monitor's records: its numbers against the records, missing numbers, and the page in a real browser."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import html
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from signstep import HybridSignSGD, Monitor, SignSGD
+from signstep.lab.output import figures
+from signstep.lab.studies import monitor_figures, monitor_numbers
+from signstep.lab.studies.monitor_figures import NothingToDraw
+from signstep.lab.studies.monitor_page import PAGE, write, write_runs
+from signstep.monitor.reliability import SNR_EDGES, reliability
+from signstep.monitor.sampling import Columns
+from signstep.theory.stationarity import snr_squared
+
+COMMAND = 'signstep inspect monitor.jsonl --out page # <&">'
+KINDS = ("noise", "snr", "seven", "dither", "calibration")
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def write(self, record: Any) -> None:
+        self.records.append(json.loads(json.dumps(record, allow_nan=False)))
+
+    def close(self) -> None: ...
+
+
+def monitored(steps: int = 9, micro: int = 24, **options: Any) -> list[dict[str, Any]]:
+    """Records of a small real training, every second step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3))
+    chosen = {"lr": 1e-2, "dither": 1e-4} | options
+    optimizer = HybridSignSGD(model.parameters(), **chosen) if "switch_step" in chosen else SignSGD(
+        model.parameters(), **chosen
+    )  # fmt: skip
+    sink = Kept()
+    teacher = torch.randn(12, 3)
+    with Monitor(model, optimizer, every=2, sinks=[sink]):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            for _ in range(micro):
+                x = torch.randn(8, 12)
+                (nn.functional.cross_entropy(model(x), (x @ teacher).argmax(1)) / micro).backward()
+            optimizer.step()
+    return sink.records
+
+
+def skewed() -> list[dict[str, Any]]:
+    """Gradients Exp(1) - 1 + 0.2: the theorem's assumption does not hold."""
+    torch.manual_seed(0)
+    model = nn.Linear(2000, 1, bias=False)
+    monitor = Monitor(model, SignSGD(model.parameters(), lr=1e-3))
+    for _ in range(32):
+        (model.weight * (0.2 - torch.rand(1, 2000).log() - 1) / 32).sum().backward()
+    monitor.optimizer.step()
+    assert monitor.last is not None
+    return [monitor.last]
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict[str, Any]]:
+    return monitored()
+
+
+@pytest.fixture(scope="module")
+def page(records: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(records, tmp_path_factory.mktemp("monitor"), title="a <small> run", command=COMMAND)
+
+
+class _Cells(HTMLParser):
+    """Rows of all tables: lists of the texts of their cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.inside = False
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.inside = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.rows[-1][-1] += data
+
+
+def rows_of(page: Path) -> dict[str, list[str]]:
+    parser = _Cells()
+    parser.feed(page.read_text(encoding="utf-8"))
+    return {row[0]: row[1:] for row in parser.rows}
+
+
+def numbers(text: str) -> list[float]:
+    return [float(x) for x in re.findall(r"-?\d[\d.]*(?:e-?\d+)?", text.replace("−", "-"))]
+
+
+# ---------------------------------------------------------------------------------------------------- the numbers
+
+
+def test_files_and_names(page: Path) -> None:
+    assert page.name == PAGE
+    expected = {PAGE, "monitor.md", *(f"monitor-{kind}.svg" for kind in KINDS)}
+    assert {path.name for path in page.parent.iterdir()} == expected
+    assert page.stat().st_size < 1_000_000
+
+
+def test_numbers_of_the_page_are_those_of_the_last_record(page: Path, records: list[dict[str, Any]]) -> None:
+    rows, last = rows_of(page), records[-1]
+    signs, dither, rates = last["reliability"], last["dither"], last["calibration"]
+    for label, triple in (
+        ("1 − 2p, root mean square", signs["reliability"]),
+        ("S", signs["snr"]),
+        ("Σ |g| (1 − 2p)", signs["alignment"]),
+        ("Φ", signs["phi"]),
+    ):
+        assert numbers(rows[label][0]) == pytest.approx(triple, rel=5e-3)
+    third = signs["phi"][0] / 3
+    interval = [signs["alignment"][0] / third, *(1 + margin / third for margin in signs["margin"][1:])]
+    assert numbers(rows["Σ |g| (1 − 2p) over Φ / 3"][0]) == pytest.approx(interval, rel=5e-3)
+    assert numbers(rows["rms(m) / σ"][0]) == pytest.approx([dither["ratio"]], rel=5e-3)
+    for rule in ("paper", "ratio", "applied", "lagged"):
+        label = f"SGD's lr by {monitor_numbers.RULE_LABELS[rule]}"
+        assert numbers(rows[label][0]) == pytest.approx([rates["average"][rule], rates["now"][rule]], rel=5e-3)
+    for name, layer in signs["layers"].items():
+        assert numbers(rows[name][0]) == pytest.approx(layer["reliability"], rel=5e-3)
+        assert numbers(rows[name][1]) == pytest.approx(layer["snr"][:1], rel=5e-3)
+    # The Markdown has the same.
+    text = (page.parent / "monitor.md").read_text(encoding="utf-8")
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("| 0.weight")]
+    assert widths == [2 + len(rows["Layer"])]
+    assert f"| {rows['rms(m) / σ'][0]} |" in text
+
+
+def test_alarms_come_first_and_layers_are_marked(tmp_path: Path) -> None:
+    page = write(skewed(), tmp_path, title="skewed", command="")
+    text = html.unescape(page.read_text(encoding="utf-8"))
+    assert "<h1>3 alarms at step 0.</h1>" in text
+    assert "Command" not in text
+    places = [text.index(words) for words in ("<h1>", "Alarm:", "symmetry: rejected", "<figure", '<h3 id="layers')]
+    assert places == sorted(places)
+    assert rows_of(page)["weight"][2].endswith("violated")
+    assert "violated" in (tmp_path / "monitor.md").read_text(encoding="utf-8")
+
+
+def test_layers_are_violated_where_the_monitor_raises_its_alarm() -> None:
+    """The same rows, judged by the alarm and by the table: with noise of every kind they agree."""
+    generator = torch.Generator().manual_seed(0)
+    columns = [Columns(f"layer {i}", slice(50 * i, 50 * i + 50), 50, torch.arange(50)) for i in range(6)]
+    seen = set()
+    for trial in range(40):
+        rows = torch.randn(16, 300, generator=generator).double()
+        bad = trial % 4
+        rows[:, : 50 * bad] = 0.25 - (torch.rand(16, 50 * bad, generator=generator).double().log() + 1)
+        found = reliability(rows, columns, micro_batches=16)
+        alarm = next((a for a in found["alarms"] if "layers" in a), "in 0 of")
+        below, count = monitor_numbers.below_one({"reliability": found})
+        assert f"in {sum(below.values())} of" in alarm
+        assert count == 6
+        seen.add(sum(below.values()))
+    assert {0, 3} <= seen
+
+
+def test_of_a_step_that_was_measured_twice_the_last_record_counts(records: list[dict[str, Any]]) -> None:
+    again = [{**record, "lr": [7.0]} for record in records[2:4]]
+    ordered = monitor_numbers.by_step([*records[:4], *again, *records[4:], {"step": None}])
+    assert [record["step"] for record in ordered] == [0, 2, 4, 6, 8]
+    assert [record["lr"] == [7.0] for record in ordered] == [False, False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "—"), (0.0, "0"), (-0.5, "−0.5"), (1234567.0, "1.23e6"), (2.5e-12, "2.5e−12"), (99999.0, "100000")],
+)
+def test_number(value: float | None, text: str) -> None:
+    assert monitor_numbers.number(value) == text
+
+
+# ------------------------------------------------------------------------------------------------- missing numbers
+
+
+def paths(value: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """To every part of a record."""
+    yield prefix
+    if isinstance(value, dict):
+        for key, x in value.items():
+            yield from paths(x, (*prefix, key))
+    elif isinstance(value, list):
+        for i, x in enumerate(value[:4]):
+            yield from paths(x, (*prefix, i))
+
+
+def damaged(record: dict[str, Any], path: tuple[Any, ...], new: Any) -> None:
+    for key in path[:-1]:
+        try:
+            record = record[key]
+        except (KeyError, IndexError, TypeError):
+            return
+    if isinstance(record, dict | list) and path and path != ("step",):
+        try:
+            record[path[-1]] = new
+        except (IndexError, TypeError):
+            return
+
+
+def none_everywhere(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: none_everywhere(x) for key, x in value.items()}
+    return [none_everywhere(x) for x in value] if isinstance(value, list) else None
+
+
+def check(page: Path) -> None:
+    for path in (page, page.with_name("monitor.md")):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\bnan\b|\bNone\b|\binf\b", re.sub(r"<style>.*?</style>", "", text, flags=re.S)), path
+
+
+@functools.cache
+def three() -> str:
+    return json.dumps(monitored(steps=5))
+
+
+@given(data=st.data())
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_missing_the_page_is_written(tmp_path: Path, data: st.DataObject) -> None:
+    kept = json.loads(three())[: data.draw(st.integers(1, 3))]
+    for record in kept:
+        places = list(paths(record))
+        for path in data.draw(st.lists(st.sampled_from(places), max_size=25)):
+            damaged(record, path, data.draw(st.sampled_from([None, [], {}, [None, None, None], True, math.inf, "x"])))
+    check(write(kept, tmp_path, title="damaged", command=COMMAND))
+
+
+def test_a_record_of_nones_and_a_single_one(tmp_path: Path, records: list[dict[str, Any]]) -> None:
+    empty = {**none_everywhere(records[0]), "step": 0}
+    page = write([empty], tmp_path / "none", title="none", command="")
+    check(page)
+    assert "At step 0 nothing is known of the signs." in page.read_text(encoding="utf-8")
+    assert "<figure" not in page.read_text(encoding="utf-8")
+    check(write([{"step": 5}], tmp_path / "bare", title="bare", command=""))
+    page = write(records[:1], tmp_path / "one", title="one", command="")
+    check(page)
+    assert {path.name for path in page.parent.glob("*.svg")} == {"monitor-noise.svg", "monitor-snr.svg"}
+    check(write([empty, records[1]], tmp_path / "two", title="two", command=""))
+
+
+@pytest.mark.parametrize("nothing", [[], [{}], [{"step": None, "lr": [0.1]}]])
+def test_no_record_is_said(nothing: list[dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no record"):
+        write(nothing, tmp_path, title="", command="")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_special_characters(tmp_path: Path, records: list[dict[str, Any]]) -> None:
+    nasty = "<script>alert(\"1\")</script> & 'q' | *x* `y` {{ 7*7 }} $z$"
+    record = copy.deepcopy(records[-1])
+    for part in ("reliability", "dither", "calibration"):
+        layers = record[part]["layers"]
+        layers[nasty] = layers.pop("0.weight")
+    record |= {"alarms": [nasty], "advice": [nasty], "optimizer": nasty}
+    record["samples"][0]["name"] = nasty
+    page = write_runs([(nasty, [record]), ("b", records)], tmp_path, title=nasty, command=nasty)
+    assert "<script" not in page.read_text(encoding="utf-8")
+    assert nasty in rows_of(page)
+    lines = (tmp_path / "monitor.md").read_text(encoding="utf-8").splitlines()
+    table = [line for line in lines if line.startswith(("| Layer", "| \\<script", "| 0.bias"))]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table[:2]}) == 1
+
+
+def test_a_failed_write_leaves_the_old_page(
+    tmp_path: Path, records: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = write(records[:1], tmp_path, title="first", command="")
+    old = page.read_bytes()
+
+    def full_disk(fd: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write(records, tmp_path, title="second", command="")
+    assert page.read_bytes() == old
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+
+def test_figures_have_nothing_to_draw_of_nothing() -> None:
+    for draw in (monitor_figures.snr_distribution, monitor_figures.violations, monitor_figures.dither_meters):
+        with pytest.raises(NothingToDraw):
+            draw([("a", [{"step": 0}]), ("b", [])])
+    with pytest.raises(NothingToDraw):
+        monitor_figures.calibration_rules([{"step": 0}])
+    with pytest.raises(NothingToDraw):
+        monitor_figures.noise_histograms({"step": 0}, {"step": 9})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0.0] * 24, "all are 0"),
+        ([2.0] * 24, "does not vary"),
+        ([0.0] * 6 + [1.0] * 12 + [-1.0] * 6, "25 % are 0"),
+        ([1.0, 2.0, 4.0] * 8, "no zeros"),
+        ([0.0] + [float(i) for i in range(1, 300)], "under 1 % are 0"),
+        ([1e-30, 2e-30, 4e-30] * 8, "no zeros"),
+    ],
+)
+def test_zeros_are_said_in_words(values: list[float], words: str) -> None:
+    record = {"step": 3, "samples": [{"name": "w", "index": 0, "values": values}]}
+    drawn = monitor_figures.noise_histograms(record)
+    assert f"step 3: {words}" in [text.get_text() for text in drawn.axes[0].texts]
+
+
+def test_histograms_are_standardised(records: list[dict[str, Any]]) -> None:
+    """A density: its integral is 1, its mean 0 and its variance 1 up to what bins of 1/2 add."""
+    drawn = monitor_figures.noise_histograms(records[0], records[-1])
+    assert len(drawn.axes) == 2 * len(records[0]["samples"])
+    for axes in drawn.axes:
+        for patch in axes.patches:
+            values, edges, _ = patch.get_data()
+            middle = (edges[1:] + edges[:-1]) / 2
+            assert values.sum() * 0.5 == pytest.approx(1)
+            assert (values * middle).sum() * 0.5 == pytest.approx(0, abs=0.26)
+            assert (values * middle**2).sum() * 0.5 == pytest.approx(1, abs=0.4)
+
+
+@pytest.mark.parametrize("count", [8, 32])
+def test_grey_of_the_snr_figure_is_what_no_signal_shows(count: int) -> None:
+    """Shares above each edge, of 200000 Gaussian coordinates without signal: within 5 standard errors of each."""
+    n = 200_000
+    rows = torch.randn(count, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    squared = snr_squared(rows)
+    for edge in SNR_EDGES:
+        chance = 1 - monitor_figures._silent(edge, count)
+        above = float((squared > edge * edge).double().mean())
+        assert abs(above - chance) <= 5 * math.sqrt(chance * (1 - chance) / n) + 1e-12
+
+
+def test_gaussian_band_is_what_gaussian_noise_gives() -> None:
+    s = torch.logspace(-4, 2, 10_000, dtype=torch.float64)
+    ratio = 3 * torch.erf(s / math.sqrt(2)) / s.clamp(max=1)
+    low, high = monitor_figures.GAUSSIAN
+    assert (float(ratio.min()), float(ratio.max())) == pytest.approx((low, high), abs=0.005)
+
+
+def test_snr_figure_draws_the_histogram(records: list[dict[str, Any]]) -> None:
+    drawn = monitor_figures.snr_distribution([("", records)])
+    solid = [line for line in drawn.axes[0].lines if line.get_linestyle() == "-"]
+    shares = records[-1]["reliability"]["snr_histogram"]
+    for edge, y in zip(*solid[0].get_data(), strict=True):
+        above = 100 * sum(shares[SNR_EDGES.index(edge) + 2 :])
+        assert y == pytest.approx(above) or (math.isnan(y) and above == 0)
+
+
+def test_ratio_is_told_only_where_phi_or_the_ratio_is_known() -> None:
+    part: dict[str, Any] = {"ratio": 2.4, "phi": [3.0, 1.0, 5.0], "margin": [1.4, -0.5, 3.3]}
+    assert monitor_numbers.ratio(part) == pytest.approx((2.4, 0.5, 4.3))
+    part["phi"][1] = -1.0
+    assert monitor_numbers.ratio(part) is None
+    part["margin"] = [-1.5, -2.5, -0.5]
+    assert monitor_numbers.ratio(part) == pytest.approx((2.4, -1.5, 0.5))
+    for key in ("ratio", "phi"):
+        assert monitor_numbers.ratio(part | {key: None}) is None
+
+
+def test_a_value_beyond_the_edge_is_a_triangle_on_it() -> None:
+    part = {"ratio": -5.0, "phi": [3.0, 2.0, 4.0], "margin": [-6.0, -7.0, -5.0]}
+    records = [{"step": 0, "reliability": part}, {"step": 9, "reliability": part | {"ratio": 2.0, "margin": [1, 0, 2]}}]
+    drawn = monitor_figures.violations([("", records)])
+    above = drawn.axes[0]
+    marks = [line for line in above.lines if line.get_marker() == "v"]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in marks] == [(0, -2)]
+    assert above.get_ylim()[0] == -2
+
+
+def test_rules_end_where_sgd_begins() -> None:
+    records = monitored(steps=13, switch_step=7, calibration="ratio")
+    phases = {record["step"]: record["calibration"]["groups"][0]["phase"] for record in records}
+    assert phases == {0: "sign", 2: "sign", 4: "sign", 6: "sgd", 8: "sgd", 10: "sgd", 12: "sgd"}
+    axes = monitor_figures.calibration_rules(records).axes[0]
+    ends = {line.get_color(): max(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) > 2}
+    own = figures._COLOURS[monitor_figures.RULE_COLOURS["calibrated_lr"]][0]
+    assert ends.pop(own) == 12
+    assert set(ends.values()) == {4}
+
+
+def test_two_runs_of_different_lengths_and_colours(records: list[dict[str, Any]], tmp_path: Path) -> None:
+    runs = [("long", records), ("short", records[:2]), ("undithered", monitored(steps=3, dither=0.0))]
+    page = write_runs(runs, tmp_path, title="three", command="", name="inspect")
+    names = {path.name for path in tmp_path.glob("*.svg")}
+    assert names == {f"inspect-{kind}.svg" for kind in ("snr", "seven", "dither")} | {
+        f"inspect-{kind}-{i}.svg" for kind in ("noise", "calibration") for i in (1, 2, 3)
+    }
+    write_runs([*runs[:2], ("one", records[:1])], tmp_path / "one", title="", command="")
+    assert not (tmp_path / "one" / "monitor-calibration-3.svg").exists()
+    assert (tmp_path / "inspect.md").exists()
+    text = page.read_text(encoding="utf-8")
+    assert "3 runs, no alarm in their last records." in text
+    assert text.count("Each plot is one coordinate") == 1
+    drawn = monitor_figures.dither_meters(runs).axes[0]
+    assert "undithered" not in [each.get_text() for each in drawn.texts]
+    check_ids(text)
+
+
+def check_ids(text: str) -> None:
+    ids = re.findall(r'\sid="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)|aria-labelledby="([^"]+)"', text)
+    assert {name for names in used for name in names if name} <= set(ids)
+
+
+def test_the_page_stands_alone(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"\w+://|@import|<iframe|<img|<base|<script", text)
+    assert "a &lt;small&gt; run" in text
+    assert html.escape(COMMAND, quote=False) in html.unescape(text).replace("&", "&amp;").replace("<", "&lt;").replace(
+        ">", "&gt;"
+    )
+    check_ids(text)
+
+
+def test_svg_files_stand_alone_and_are_reproducible(page: Path, records: list[dict[str, Any]], tmp_path: Path) -> None:
+    twice = write(records, tmp_path, title="a <small> run", command=COMMAND)
+    for path in page.parent.iterdir():
+        assert path.read_bytes() == (twice.parent / path.name).read_bytes(), path.name
+        if path.suffix == ".svg":
+            text = path.read_text(encoding="utf-8")
+            assert "prefers-color-scheme:dark" in text
+            assert "var(--c-ink)" in text
+
+
+# --------------------------------------------------------------------------------------------------------- browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the browser test needs the package playwright")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    executable = next((path for name in names if (path := shutil.which(name))), None)
+    if executable is None:
+        pytest.skip(f"the browser test needs one of {', '.join(names)} on the PATH")
+    quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=executable, args=["--no-sandbox", "--disable-gpu", "--disable-sync", *quiet]
+        )
+        yield started
+        started.close()
+
+
+# Text that sticks out of the window, cells that are not to be seen, words of a drawing that lie on each other.
+_LOOK = """() => {
+  const width = document.documentElement.clientWidth;
+  const out = [...document.querySelectorAll("main td, main th, main p, main li, h1, h2, figcaption, svg text")]
+    .filter((e) => e.getClientRects().length && !e.closest(".scroll, pre"))
+    .filter((e) => { const r = e.getBoundingClientRect(); return r.right > width + 1 || r.left < -1; });
+  const cells = [...document.querySelectorAll("main td")];
+  const crossed = [];
+  for (const svg of document.querySelectorAll("svg")) {
+    const boxes = [...svg.querySelectorAll("text")].map((t) => [t.textContent.trim(), t.getBoundingClientRect()]);
+    boxes.forEach(([a, r], i) => boxes.slice(i + 1).forEach(([b, s]) => {
+      const across = Math.min(r.right, s.right) - Math.max(r.left, s.left);
+      const down = Math.min(r.bottom, s.bottom) - Math.max(r.top, s.top);
+      if (across > 1 && down > 0.45 * Math.min(r.height, s.height)) crossed.push([a, b]);
+    }));
+  }
+  return {
+    overflow: document.documentElement.scrollWidth - width,
+    out: out.map((e) => e.textContent.trim()),
+    crossed,
+    invisible: cells.filter((c) => { const r = c.getBoundingClientRect(); return r.width < 5 || r.height < 5; }).length,
+    background: getComputedStyle(document.body).backgroundColor,
+    smallest: Math.min(...[...document.querySelectorAll("svg text")].map((t) => t.getBoundingClientRect().height)),
+  };
+}"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("kind", ["run", "one record", "alarms", "several"])
+def test_the_page_in_a_browser(
+    browser: Any, records: list[dict[str, Any]], tmp_path: Path, width: int, scheme: str, kind: str
+) -> None:
+    runs = {
+        "run": [("", records)],
+        "one record": [("", records[:1])],
+        "alarms": [("", skewed())],
+        "several": [("a run with quite a long name indeed", records), ("b", records[:2]), ("c", skewed())],
+    }[kind]
+    page = write_runs(runs, tmp_path, title=kind, command=COMMAND)
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    tab = context.new_page()
+    problems, requests = [], []
+    tab.on("console", lambda message: problems.append(message.text))
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.goto(page.as_uri())
+    look = tab.evaluate(_LOOK)
+    context.close()
+    assert problems == []
+    assert [url for url in requests if url not in (page.as_uri(), "data:,")] == []
+    assert look["overflow"] <= 0
+    assert look["out"] == []
+    assert look["crossed"] == []
+    assert look["invisible"] == 0
+    assert look["smallest"] >= 9
+    assert (int(re.findall(r"\d+", look["background"])[0]) > 200) == (scheme == "light")

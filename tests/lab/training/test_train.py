@@ -1,0 +1,549 @@
+"""The training loop: what it computes, what it records, and how it says no."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+
+from signstep.lab.data import load, normalise, split
+from signstep.lab.training import display, models, recipe
+from signstep.lab.training import records as runs
+from signstep.lab.training.batches import Batches
+from signstep.lab.training.config import RunConfig
+from signstep.lab.training.loop import train
+from signstep.lab.training.recipe import build_optimizer, likely_cause, lr_factor
+from signstep.lab.training.workers import Workers
+from signstep.optim import HybridSignSGD, SignSGD
+
+TINY: dict[str, Any] = {
+    "dataset": "digits",
+    "subset": 96,
+    "crop": 1,
+    "flip": False,
+    "model": "resnet8",
+    "width": 0.25,
+    "epochs": 2,
+    "batch_size": 32,
+    "lr": 0.01,
+}
+ALONE = Workers(0, 1, torch.device("cpu"))
+
+
+def tiny(**changes: Any) -> RunConfig:
+    return RunConfig(**(TINY | changes))
+
+
+def record(config: RunConfig, out: Path) -> runs.Run:
+    return runs.read_run(out / f"{config.hash}.jsonl")
+
+
+# The learning rate
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"schedule": "constant"}, {0.0: 1.0, 0.7: 1.0, 1.0: 1.0}),
+        ({"schedule": "cosine"}, {0.0: 1.0, 1 / 3: 0.75, 0.5: 0.5, 1.0: 0.0}),
+        (
+            {"schedule": "step", "milestones": (0.3, 0.6), "gamma": 0.2},
+            {0.0: 1.0, 0.299999: 1.0, 60 / 200: 0.2, 0.5: 0.2, 120 / 200: 0.04, 1.0: 0.04},
+        ),
+        ({"schedule": "constant", "warmup": 0.1}, {0.0: 0.0, 0.05: 0.5, 0.1: 1.0, 0.5: 1.0}),
+        ({"schedule": "cosine", "warmup": 0.5}, {0.25: 0.5 * 0.8535534, 0.5: 0.5}),
+    ],
+)
+def test_lr_factor(changes: dict[str, Any], expected: dict[float, float]) -> None:
+    for progress, factor in expected.items():
+        assert lr_factor(tiny(**changes), round(3_000_000 * progress), 3_000_000) == pytest.approx(factor, abs=1e-6)
+
+
+def test_milestones_fall_on_their_epoch() -> None:
+    config = tiny(schedule="step", milestones=(0.3, 0.6, 0.8), gamma=0.2, epochs=200)
+    steps_per_epoch = 391
+    factors = [lr_factor(config, epoch * steps_per_epoch, 200 * steps_per_epoch) for epoch in range(200)]
+    drops = [epoch for epoch in range(1, 200) if factors[epoch] < factors[epoch - 1]]
+    assert drops == [60, 120, 160]
+
+
+@pytest.mark.parametrize("total", [7, 10, 18, 468, 469, 470, 78_000])
+def test_the_hybrid_switches_where_the_schedule_falls(total: int) -> None:
+    """Else SGD would take a step at the rate before the fall."""
+    config = tiny(optimizer="hybrid", switch=0.3, schedule="step", milestones=(0.3, 0.6, 0.8), gamma=0.2)
+    optimizer = build_optimizer(config, torch.nn.Linear(1, 1), total)
+    switch = optimizer.param_groups[0]["switch_step"]
+    assert (lr_factor(config, switch - 1, total), lr_factor(config, switch, total)) == (1.0, 0.2)
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "options"),
+    [
+        ({}, torch.optim.SGD, {"momentum": 0.9, "nesterov": False, "weight_decay": 0.0}),
+        (
+            {"momentum": 0.5, "nesterov": True, "weight_decay": 0.1},
+            torch.optim.SGD,
+            {"momentum": 0.5, "nesterov": True, "weight_decay": 0.1},
+        ),
+        ({"momentum": 0.0}, torch.optim.SGD, {"momentum": 0.0}),
+        ({"optimizer": "adam"}, torch.optim.Adam, {"betas": (0.9, 0.999), "weight_decay": 0.0}),
+        ({"optimizer": "adamw"}, torch.optim.AdamW, {"weight_decay": 0.0}),
+        ({"optimizer": "signsgd", "seed": 5}, SignSGD, {"momentum": 0.9, "dither": 0.0, "seed": 5}),
+        (
+            {
+                "optimizer": "signsgd",
+                "momentum": 0.0,
+                "dither": 0.3,
+                "dither_decay": 0.0,
+                "dither_position": "post",
+                "dither_scale": "relative",
+                "weight_decay": 0.2,
+            },
+            SignSGD,
+            {
+                "momentum": 0.0,
+                "dither": 0.3,
+                "dither_decay": 0.0,
+                "dither_position": "post",
+                "dither_scale": "relative",
+                "weight_decay": 0.2,
+            },
+        ),
+        ({"optimizer": "signsgd"}, SignSGD, {"state_dtype": None}),
+        ({"optimizer": "signsgd", "state_dtype": "float32"}, SignSGD, {"state_dtype": torch.float32}),
+        ({"optimizer": "signsgd", "state_dtype": "int8"}, SignSGD, {"state_dtype": torch.int8}),
+        (
+            {"optimizer": "hybrid", "switch": 0.5, "state_dtype": "bfloat16"},
+            HybridSignSGD,
+            {"state_dtype": torch.bfloat16},
+        ),
+        ({"optimizer": "hybrid", "switch": 0.25}, HybridSignSGD, {"switch_step": 25, "calibration": "paper"}),
+        ({"optimizer": "hybrid", "switch": 1e-9}, HybridSignSGD, {"switch_step": 1}),
+        ({"optimizer": "hybrid", "switch": 1.0}, HybridSignSGD, {"switch_step": 100}),
+        (
+            {"optimizer": "hybrid", "switch": 0.5, "calibration": "ratio", "ema_decay": 0.0, "sgd_momentum": 0.8},
+            HybridSignSGD,
+            {"switch_step": 50, "calibration": "ratio", "ema_decay": 0.0, "sgd_momentum": 0.8},
+        ),
+    ],
+)
+def test_optimizer_options(changes: dict[str, Any], kind: type, options: dict[str, Any]) -> None:
+    model = models.build("resnet8", num_classes=10, width=0.25)
+    optimizer = build_optimizer(tiny(**changes), model, total_steps=100)
+    assert type(optimizer) is kind
+    (group,) = optimizer.param_groups
+    assert len(group["params"]) == len(list(model.parameters()))
+    assert {name: group[name] for name in options} == options
+    assert group["lr"] == 0.01
+
+
+# The batches
+
+
+class _Worker(Workers):
+    """One of several workers, without the others."""
+
+    def in_turn(self, compute: Any) -> Any:
+        return compute()
+
+
+def test_an_epoch_shows_every_image_once_and_the_next_one_in_another_order() -> None:
+    config = tiny(crop=0)
+    batches = Batches(config, ALONE, None)
+    images = load("digits")
+    train_x, train_y, _, _ = split(images, "final", 96)
+    wanted = normalise(train_x, images.mean, images.std)
+    orders = []
+    for epoch in range(2):
+        parts = [batches.training(epoch, index) for index in range(3)]
+        x, y = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        distance = torch.cdist(x.flatten(1), wanted.flatten(1))
+        order = distance.argmin(1)
+        torch.testing.assert_close(x, wanted[order])
+        assert torch.equal(y, train_y[order])
+        assert len(order.unique()) == 96
+        orders.append(order)
+    assert not torch.equal(orders[0], orders[1])
+
+
+def test_workers_share_out_the_same_batch() -> None:
+    config = tiny(crop=0)
+    alone, *shared = (
+        Batches(config, _Worker(rank, size, torch.device("cpu")), None) for rank, size in [(0, 1), (0, 2), (1, 2)]
+    )
+    for epoch, index in [(0, 0), (0, 2), (1, 1)]:
+        x, y = alone.training(epoch, index)
+        parts = [batches.training(epoch, index) for batches in shared]
+        assert torch.equal(torch.cat([p[0] for p in parts]), x)
+        assert torch.equal(torch.cat([p[1] for p in parts]), y)
+    seen = sorted(int(y.numel()) for batches in shared for _, y in batches.evaluation())
+    assert sum(seen) == sum(len(y) for _, y in alone.evaluation()) == 360
+
+
+def test_a_batch_follows_from_seed_epoch_step_and_rank_alone() -> None:
+    def draw(seed: int, epoch: int, index: int, rank: int, size: int = 2) -> torch.Tensor:
+        worker = _Worker(rank, size, torch.device("cpu"))
+        return Batches(tiny(seed=seed), worker, None).training(epoch, index)[0]
+
+    first = draw(0, 1, 1, 0)
+    fresh = Batches(tiny(), _Worker(0, 2, torch.device("cpu")), None)
+    for index in (0, 2, 1):
+        later, _ = fresh.training(1, index)
+    assert torch.equal(later, first)
+    for other in [(1, 1, 1, 0), (0, 0, 1, 0), (0, 1, 0, 0), (0, 1, 1, 1)]:
+        assert not torch.equal(draw(*other), first)
+
+
+# The loop
+
+
+def test_the_loop_is_the_plain_one(tmp_path: Path) -> None:
+    """Against the dozen lines anyone would write."""
+    config = tiny(optimizer="hybrid", lr=1e-3, switch=0.5, dither=0.1, label_smoothing=0.1, channels_last=False, seed=3)
+    assert train(config, tmp_path, progress=False) == "done"
+
+    torch.manual_seed(3)
+    model = models.build("resnet8", num_classes=10, in_channels=1, width=0.25)
+    optimizer = HybridSignSGD(model.parameters(), lr=1e-3, switch_step=3, dither=0.1, seed=3)
+    batches = Batches(config, ALONE, None)
+    for epoch in range(2):
+        losses = []
+        for index in range(3):
+            optimizer.param_groups[0]["lr"] = 1e-3 * 0.5 * (1 + np.cos(np.pi * (3 * epoch + index) / 6))
+            x, y = batches.training(epoch, index)
+            loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    model.eval()
+    images = load("digits")
+    _, _, eval_x, eval_y = split(images, "final", 96)
+    with torch.no_grad():
+        logits = model(normalise(eval_x, images.mean, images.std))
+
+    saved = torch.load(tmp_path / f"{config.hash}.pt", weights_only=True)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(saved["model"][name], value, rtol=1e-5, atol=1e-6)
+    last = record(config, tmp_path).epochs[-1]
+    assert last["train_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert last["eval_loss"] == pytest.approx(F.cross_entropy(logits, eval_y).item(), rel=1e-4)
+    assert last["eval_accuracy"] == pytest.approx((logits.argmax(1) == eval_y).double().mean().item(), abs=1.5 / 360)
+    assert last["phase"] == "sgd"
+    assert last["calibrated_lr"] == pytest.approx(optimizer.calibrated_lr, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "sgd", "lr": 0.05},
+        {"optimizer": "adamw", "lr": 5e-3},
+        {"optimizer": "signsgd", "lr": 3e-3},
+        {"optimizer": "hybrid", "lr": 3e-3, "switch": 0.7, "calibration": "ratio"},
+    ],
+)
+def test_it_learns(changes: dict[str, Any], tmp_path: Path) -> None:
+    config = tiny(subset=None, width=0.5, epochs=4, **changes)
+    assert train(config, tmp_path, progress=False) == "done"
+    assert record(config, tmp_path).final_accuracy > 60
+
+
+def test_the_record(tmp_path: Path) -> None:
+    config = tiny(epochs=5, eval_every=2, schedule="step", milestones=(0.5,), gamma=0.1, split="tune")
+    assert train(config, tmp_path, progress=False) == "done"
+    run = record(config, tmp_path)
+    assert run.config == config
+    assert run.done
+    assert not run.diverged
+    assert run.start["hash"] == config.hash
+    assert run.start["train_images"] == 96
+    assert run.start["eval_images"] == 1437 // 10
+    assert run.start["parameters"] == models.count_parameters(
+        models.build("resnet8", num_classes=10, in_channels=1, width=0.25)
+    )
+    assert {"torch", "python", "cpu", "device", "threads", "signstep", "git"} <= set(run.start["environment"])
+    assert [e["epoch"] for e in run.epochs] == [1, 2, 3, 4, 5]
+    assert [e["step"] for e in run.epochs] == [3, 6, 9, 12, 15]
+    assert [e["lr"] for e in run.epochs] == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.001])
+    assert ["eval_accuracy" in e for e in run.epochs] == [False, True, False, True, True]
+    assert run.end == {
+        "event": "end",
+        "status": "done",
+        "epoch": 5,
+        "step": 15,
+        "eval_accuracy": run.epochs[-1]["eval_accuracy"],
+    }
+    assert run.final_accuracy == 100 * run.epochs[-1]["eval_accuracy"]
+    assert (run.epochs[-1]["eval_accuracy"] * 143) == pytest.approx(round(run.epochs[-1]["eval_accuracy"] * 143))
+    assert runs.read_runs(tmp_path) == {config.hash: run}
+
+
+def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    train(tiny(), tmp_path, progress=False)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_seeds_differ_and_repeat(tmp_path: Path) -> None:
+    losses = []
+    for seed, folder in [(0, "a"), (0, "b"), (1, "c")]:
+        train(tiny(seed=seed), tmp_path / folder, progress=False)
+        losses.append([e["train_loss"] for e in record(tiny(seed=seed), tmp_path / folder).epochs])
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path: Path) -> None:
+    try:
+        recipe.require_compiler("cpu")
+    except ValueError as error:
+        pytest.skip(str(error))
+    status = train(tiny(compile=True), tmp_path, progress=False)
+    assert status == train(tiny(), tmp_path, progress=False) == "done"
+    compiled, plain = (record(tiny(compile=flag), tmp_path).epochs[0] for flag in (True, False))
+    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=0.02)
+
+
+def test_no_compiler_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("No working C++ compiler found")
+
+    recipe.require_compiler.cache_clear()
+    monkeypatch.setattr(recipe.torch, "compile", broken)
+    with pytest.raises(ValueError, match=r"compile=True.*No working C\+\+ compiler.*set compile to False"):
+        train(tiny(compile=True), tmp_path, progress=False)
+    recipe.require_compiler.cache_clear()
+
+
+# What it says
+
+
+def test_a_line_per_epoch_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train(tiny(), tmp_path)
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split("epoch ")[1].split()[0] for line in lines] == ["1/2", "2/2"]
+    for word in ("loss", "accuracy", "eval", "images/s", " s left"):
+        assert word in lines[0]
+    train(tiny(seed=1), tmp_path, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_bar_on_a_terminal_and_a_clock_that_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As time.monotonic does on Windows, for 16 ms."""
+    monkeypatch.setattr("time.monotonic", lambda: 1.0)
+    screen = io.StringIO()
+
+    def terminal(**_: Any) -> Console:
+        return Console(file=screen, force_terminal=True, width=80)
+
+    monkeypatch.setattr(display, "Console", terminal)
+    train(tiny(), tmp_path)
+    assert "epoch 2/2" in screen.getvalue()
+    assert "images/s" in screen.getvalue()
+    assert "eval " in screen.getvalue()
+    assert "…" not in screen.getvalue()
+
+
+def test_going_on_says_from_where(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = tiny(epochs=3)
+    for step, epoch in [(0, 0), (1, 1), (2, 1), (3, 1), (4, 2)]:
+        train(config, tmp_path, max_minutes=0, progress=False)
+        going_on = f"{config.hash}: goes on after step {step} of 9, in epoch {epoch} of 3\n" if step else ""
+        assert capfd.readouterr() == ("", going_on)
+
+
+def test_no_lock_is_left_by_a_run_that_is_over(tmp_path: Path) -> None:
+    config, lock = tiny(), tmp_path / f"{tiny().hash}.lock"
+    assert train(config, tmp_path, max_minutes=0, progress=False) == "stopped"
+    assert lock.exists()
+    assert train(config, tmp_path, progress=False) == "done"
+    assert not lock.exists()
+    assert train(config, tmp_path, progress=False) == "done"
+    assert not lock.exists()
+    hot = tiny(lr=1e20)
+    assert train(hot, tmp_path, progress=False) == "diverged"
+    assert not (tmp_path / f"{hot.hash}.lock").exists()
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tiny()
+    train(config, tmp_path, progress=False, tensorboard=True)
+    board = EventAccumulator(str(tmp_path / "tensorboard" / config.hash))
+    board.Reload()
+    epochs = record(config, tmp_path).epochs
+    for name in ("train_loss", "eval_accuracy", "lr"):
+        assert [(s.step, s.value) for s in board.Scalars(name)] == [
+            (e["epoch"], pytest.approx(e[name])) for e in epochs
+        ]
+
+
+# What it refuses
+
+
+def test_too_large_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size=128: this run has only 96 training images"):
+        train(tiny(batch_size=128), tmp_path, progress=False)
+
+
+def test_the_last_batch_may_be_left_out(tmp_path: Path) -> None:
+    train(tiny(batch_size=50), tmp_path, progress=False)
+    assert [e["step"] for e in record(tiny(batch_size=50), tmp_path).epochs] == [1, 2]
+
+
+def test_an_uneven_batch() -> None:
+    with pytest.raises(ValueError, match="batch_size=32: expected a multiple of the 3 workers"):
+        Batches(tiny(), _Worker(0, 3, torch.device("cpu")), None)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_no_such_device(device: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"device='{device}'"):
+        train(tiny(), tmp_path, device=device, progress=False)
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = tiny(lr=1e20)
+    assert train(config, tmp_path, checkpoint_minutes=0, progress=False) == "diverged"
+    run = record(config, tmp_path)
+    assert run.diverged
+    assert run.final_accuracy == 10.0
+    assert run.end is not None
+    assert run.end["status"] == "diverged"
+    assert run.end["step"] == 2
+    said = capfd.readouterr().err
+    for words in ("the loss of step 2 (of 6) is nan", "lr=1e+20 is too high for sgd", f"{config.hash}.pt"):
+        assert words in said
+    assert str(tmp_path) not in run.end["reason"]
+    saved = torch.load(tmp_path / f"{config.hash}.pt", weights_only=True)
+    assert saved["step"] == 1
+    assert all(value.isfinite().all() for value in saved["model"].values())
+    before = (tmp_path / f"{config.hash}.jsonl").read_bytes()
+    assert train(config, tmp_path, progress=False) == "diverged"
+    assert (tmp_path / f"{config.hash}.jsonl").read_bytes() == before
+
+
+def test_weights_that_are_not_finite_after_the_last_step(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = tiny(subset=32, epochs=1, lr=1e38)
+    assert train(config, tmp_path, progress=False) == "diverged"
+    run = record(config, tmp_path)
+    assert run.end is not None
+    assert "the evaluation loss after step 1 (of 1)" in run.end["reason"]
+    assert run.end["eval_accuracy"] is None
+    assert "there is no earlier checkpoint" in capfd.readouterr().err
+    json.loads((tmp_path / f"{config.hash}.jsonl").read_text().splitlines()[-1])
+
+
+def test_the_likely_cause_fits_the_optimizer() -> None:
+    hybrid = tiny(optimizer="hybrid", switch=0.5)
+    assert "calibrated rate" in likely_cause(hybrid, "sgd")
+    assert "every weight moves" in likely_cause(hybrid, "sign")
+    assert "adam" in likely_cause(tiny(optimizer="adam"), None)
+
+
+def test_bf16_where_the_processor_dies_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def died(*_: Any, **__: Any) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.CompletedProcess([], -4)
+
+    recipe.require_bf16_on_cpu.cache_clear()
+    monkeypatch.setattr(recipe.subprocess, "run", died)
+    with pytest.raises(ValueError, match=r"SIGILL.*use fp32.*ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"):
+        train(tiny(precision="bf16"), tmp_path, device="cpu", progress=False)
+    recipe.require_bf16_on_cpu.cache_clear()
+
+
+def test_bf16(tmp_path: Path) -> None:
+    half, full = tiny(precision="bf16"), tiny()
+    try:
+        assert train(half, tmp_path, device="cpu", progress=False) == "done"
+    except ValueError as error:
+        pytest.skip(str(error))
+    train(full, tmp_path, progress=False)
+    losses = [record(config, tmp_path).epochs[0]["train_loss"] for config in (half, full)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] != losses[1]
+
+
+# Reading a record
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    config = tiny()
+    train(config, tmp_path, progress=False)
+    return tmp_path / f"{config.hash}.jsonl"
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(written: Path) -> None:
+    text = written.read_bytes()
+    whole = runs.read_run(written)
+    lines = text.splitlines(keepends=True)
+    for cut in range(len(lines[0]), len(text)):
+        written.write_bytes(text[:cut])
+        run = runs.read_run(written)
+        complete = text[:cut].count(b"\n")
+        assert len(run.epochs) == min(complete - 1, 2)
+        assert run.end is None
+        assert run.epochs == whole.epochs[: len(run.epochs)]
+    written.write_bytes(text[: len(lines[0]) - 1])
+    with pytest.raises(ValueError, match=r"jsonl, line 1: .*cut short"):
+        runs.read_run(written)
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (1, b"{}"),
+        (1, b'{"event": "epoch"}'),
+        (1, b'{"event": "start", "config": {"colour": 1}}'),
+        (1, b'{"event": "start", "config": {"lr": -1}}'),
+        (2, b"not json"),
+        (2, b"[1]"),
+        (2, b'"event"'),
+        (3, b"\xff\xfe"),
+        (3, b'{"event": "start"}'),
+        (3, b'{"event": "end", "status": "done"}'),
+    ],
+)
+def test_a_damaged_line_is_named(written: Path, number: int, line: bytes) -> None:
+    lines = written.read_bytes().split(b"\n")
+    lines[number - 1] = line
+    written.write_bytes(b"\n".join(lines))
+    at = number + (line == b'{"event": "end", "status": "done"}')
+    with pytest.raises(ValueError, match=rf"{written.name}, line {at}: .*delete the file"):
+        runs.read_run(written)
+    with pytest.raises(ValueError, match=written.name):
+        runs.read_runs(written.parent)
+
+
+def test_an_empty_record(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").touch()
+    with pytest.raises(ValueError, match=r"x.jsonl, line 1: .*empty"):
+        runs.read_run(tmp_path / "x.jsonl")
+    assert runs.read_runs(tmp_path / "nowhere") == {}
+
+
+def test_an_unfinished_record_has_no_final_accuracy(written: Path) -> None:
+    written.write_bytes(written.read_bytes().splitlines(keepends=True)[0])
+    with pytest.raises(ValueError, match="not been evaluated yet"):
+        _ = runs.read_run(written).final_accuracy
+
+
+def test_a_number_that_json_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        runs.write_events(tmp_path / "x.jsonl", [{"event": "epoch", "train_loss": float("nan")}])
+    assert not (tmp_path / "x.jsonl").exists()

@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench browser clean
+.PHONY: help env demo test test-fast test-long lint bench browser clean
 
 help: ## what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(STAMP) ## the environment in .venv
 
@@ -20,13 +20,22 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/signstep/
 demo: $(STAMP) ## train the paper's comparison on real images and write the report (minutes)
 	$(BIN)/signstep demo
 
-test: $(STAMP) browser ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
-lint: $(STAMP) ## ruff and mypy --strict
+test: $(STAMP) browser ## the tests, lint among them (ten minutes on two cores)
+	$(PYTEST) --durations 30 -m 'not long'
+
+test-fast: $(STAMP) ## while you work: the tests that take less than two seconds each (two minutes)
+	$(PYTEST) -m 'not long and not slow'
+
+test-long: $(STAMP) ## what `make test` leaves out: the same laws at greater length, before an issue is closed
+	$(PYTEST) --durations 30 -m long
+
+lint: $(STAMP) ## ruff, mypy --strict, and which file may import which (make test runs this too)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 bench: $(STAMP) ## what a step costs beside other optimizers and the speed of memory (minutes)
 	$(BIN)/signstep bench step --out results/bench

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import importlib.util
 import pkgutil
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -42,12 +43,16 @@ def test_docstring_examples_run(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=["check", "format", "mypy"]
+    "command",
+    ["ruff check", "ruff format --check", "mypy", "lint-imports --no-cache --no-logo"],
+    ids=["check", "format", "types", "imports"],
 )
-def test_lint(command: list[str]) -> None:
-    if importlib.util.find_spec(command[0]) is None:
-        pytest.skip(f"{command[0]} is not installed")
-    ran = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+def test_lint(command: str) -> None:
+    name, *options = command.split()
+    script = shutil.which(name, path=sysconfig.get_path("scripts"))
+    if script is None:
+        pytest.skip(f"{name} is not installed")
+    ran = subprocess.run([script, *options], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 

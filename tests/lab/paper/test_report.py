@@ -19,8 +19,7 @@ import scipy.stats
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from signstep.lab.output import figures
-from signstep.lab.paper import experiments
+from signstep.lab.paper import charts, experiments
 from signstep.lab.paper.experiments import Experiment, Row
 from signstep.lab.paper.report import write
 from signstep.lab.paper.results import Results
@@ -443,8 +442,8 @@ def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.
 def test_a_method_has_one_colour_and_no_two_of_a_table_share_one(table1: Experiment) -> None:
     for name in experiments.NAMES:
         keys = [row.key for row in experiments.load(name).rows]
-        assert len({figures.colour(key) for key in keys}) == len(keys)
-    assert figures.colour("a method of tomorrow") == figures.colour("a method of tomorrow")
+        assert len({charts.colour(key) for key in keys}) == len(keys)
+    assert charts.colour("a method of tomorrow") == charts.colour("a method of tomorrow")
 
 
 def _luminance(colour: str) -> float:
@@ -468,14 +467,14 @@ def test_contrast_of_text_and_marks_in_both_schemes(page: Path) -> None:
         for name in ("c-ink", "c-muted", "good", "bad", "c-switch"):
             assert _contrast(values[name][i], values["page"][i]) >= 4.5, (name, i)
         for key in ("sgd", "adam", "signsgd", "post-0.1", "pre-0.5", "pre-0.1", "hybrid"):
-            assert _contrast(values[f"c-{figures.colour(key)}"][i], values["page"][i]) >= 3, (key, i)
+            assert _contrast(values[f"c-{charts.colour(key)}"][i], values["page"][i]) >= 3, (key, i)
 
 
 @pytest.mark.parametrize(("seeds", "bands", "thin"), [(1, 0, 0), (2, 0, 2), (3, 1, 0)])
 def test_two_seeds_are_two_thin_lines_and_three_a_band(seeds: int, bands: int, thin: int) -> None:
     experiment = experiments.load("fig2", scale="cpu")
     lines = Results(experiment, full(experiment, accuracies(experiment, seeds)), {}, []).curves("cifar10")
-    axes = figures.curves(lines, switches=[], epochs=6).axes[0]
+    axes = charts.curves(lines, switches=[], epochs=6).axes[0]
     assert len(axes.collections) == bands * len(lines)
     assert sum(drawn.get_linewidth() < 1 for drawn in axes.lines) == thin * len(lines)
     low, high = axes.get_ylim()

@@ -403,7 +403,7 @@ def test_rules_end_where_sgd_begins() -> None:
     assert phases == {0: "sign", 2: "sign", 4: "sign", 6: "sgd", 8: "sgd", 10: "sgd", 12: "sgd"}
     axes = monitor_figures.calibration_rules(records).axes[0]
     ends = {line.get_color(): max(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) > 2}
-    own = figures._COLOURS[monitor_figures.RULE_COLOURS["calibrated_lr"]][0]
+    own = figures.shade(monitor_figures.RULE_COLOURS["calibrated_lr"])
     assert ends.pop(own) == 12
     assert set(ends.values()) == {4}
 

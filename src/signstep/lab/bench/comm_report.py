@@ -190,7 +190,7 @@ def bars(result: Result, workload: Workload, heading: tuple[str, str]) -> Figure
     times = [1e3 * cell.seconds(key).median for cell in cells.values() for key in result.methods]
     span = min(times) / 1.5, max(times) * 1.2
     below = height - top - block
-    figure, first = figures._figure(width, height, left, width - left - panel, top, below)
+    figure, first = figures.single_plot(width, height, left, width - left - panel, top, below)
     for i, count in enumerate(counts):
         for j, rate in enumerate(rates):
             if (i, j) == (0, 0):
@@ -203,15 +203,15 @@ def bars(result: Result, workload: Workload, heading: tuple[str, str]) -> Figure
             _panel(axes, result.methods, cells.get((count, rate)), span, title)
             if j == 0:
                 for y, key in enumerate(result.methods):
-                    figures._say(axes, PLANNED[key].label, (0, y), ("axes fraction", "data"), (-6, 0),
-                                 color=figures._INK, fontsize=9, va="center", ha="right")  # fmt: skip
+                    figures.annotate(axes, PLANNED[key].label, (0, y), ("axes fraction", "data"), (-6, 0),
+                                 color=figures.INK, fontsize=9, va="center", ha="right")  # fmt: skip
     x = 12.0
     for kind, (name, shade) in _KINDS.items():
         if any(METHODS[key].kind == kind for key in result.methods):
-            figure.text(x / width, 1 - 46 / height, f"■ {name}", color=figures._COLOURS[shade][0], fontsize=9,
+            figure.text(x / width, 1 - 46 / height, f"■ {name}", color=figures.shade(shade), fontsize=9,
                         va="center")  # fmt: skip
             x += 24 + 5.2 * len(name)
-    figures._head(figure, heading, 12)
+    figures.add_heading(figure, heading, 12)
     return figure
 
 
@@ -219,8 +219,8 @@ def _panel(axes: Any, methods: Sequence[str], cell: Cell | None, span: tuple[flo
     axes.patch.set_alpha(0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(figures._MUTED)
-    axes.tick_params(colors=figures._MUTED, labelsize=8, length=3, width=0.8)
+    axes.spines["bottom"].set_color(figures.MUTED)
+    axes.tick_params(colors=figures.MUTED, labelsize=8, length=3, width=0.8)
     axes.set_xscale("log")
     axes.set_xlim(*span)
     axes.set_ylim(len(methods) - 0.5, -0.5)
@@ -228,19 +228,19 @@ def _panel(axes: Any, methods: Sequence[str], cell: Cell | None, span: tuple[flo
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if span[1] < 30 * span[0] else (1,)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.grid(axis="x", color=figures._GRID, linewidth=0.8)
+    axes.grid(axis="x", color=figures.GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    figures._say(axes, title, (0, 1), "axes fraction", (0, 5), color=figures._INK, fontsize=9.5)
+    figures.annotate(axes, title, (0, 1), "axes fraction", (0, 5), color=figures.INK, fontsize=9.5)
     if cell is None:
-        figures._say(axes, "not measured", (0.5, 0.5), "axes fraction", fontsize=9, ha="center", va="center")
+        figures.annotate(axes, "not measured", (0.5, 0.5), "axes fraction", fontsize=9, ha="center", va="center")
         return
     for y, key in enumerate(methods):
         spread = cell.seconds(key)
-        shade = figures._COLOURS[_KINDS[METHODS[key].kind][1]][0]
+        shade = figures.shade(_KINDS[METHODS[key].kind][1])
         axes.barh(y, 1e3 * spread.median - span[0], 0.62, left=span[0], color=shade, zorder=3)
-        axes.plot([1e3 * spread.low, 1e3 * spread.high], [y, y], color=figures._MUTED, linewidth=1, zorder=4)
-        figures._say(axes, _number(1e3 * spread.median), (1, y), ("axes fraction", "data"), (34, 0),
-                     color=figures._INK, fontsize=8.5, va="center", ha="right")  # fmt: skip
+        axes.plot([1e3 * spread.low, 1e3 * spread.high], [y, y], color=figures.MUTED, linewidth=1, zorder=4)
+        figures.annotate(axes, _number(1e3 * spread.median), (1, y), ("axes fraction", "data"), (34, 0),
+                     color=figures.INK, fontsize=8.5, va="center", ha="right")  # fmt: skip
 
 
 def _put(content: bytes, file: IO[bytes]) -> None:

@@ -203,7 +203,7 @@ def bars(results: Sequence[Result], heading: tuple[str, str]) -> Figure:
     step, top, bottom, left, right, gap, panel = 17.0, 88.0, 40.0, 225.0, 48.0, 52.0, 140.0
     width = left + right + len(results) * panel + (len(results) - 1) * gap
     height = top + bottom + step * len(entries)
-    figure, first = figures._figure(width, height, left, width - left - panel, top, bottom)
+    figure, first = figures.single_plot(width, height, left, width - left - panel, top, bottom)
     ratios = [[result.ratio(key, result.peer) for key in entries] for result in results]
     everything = [spread.median for column in ratios for spread in column if spread is not None]
     span = min(*everything, 1.0) / 1.2, max(*everything, 1.0) * 1.2
@@ -212,14 +212,14 @@ def bars(results: Sequence[Result], heading: tuple[str, str]) -> Figure:
         axes = first if i == 0 else figure.add_axes(place)
         _panel(axes, result.title, list(zip(entries.values(), column, strict=True)), span)
     for y, entry in enumerate(entries.values()):
-        figures._say(first, entry.label, (0, y), ("axes fraction", "data"), (-6, 0), color=figures._INK, fontsize=9,
+        figures.annotate(first, entry.label, (0, y), ("axes fraction", "data"), (-6, 0), color=figures.INK, fontsize=9,
                      va="center", ha="right")  # fmt: skip
     x = 12.0
     for kind in (kind for kind in _KINDS if any(entry.kind == kind for entry in entries.values())):
-        shade = figures._COLOURS[_COLOURS[kind]][0]
+        shade = figures.shade(_COLOURS[kind])
         figure.text(x / width, 1 - 52 / height, f"■ {_KINDS[kind]}", color=shade, fontsize=9, va="center")
         x += 20 + 5.2 * len(_KINDS[kind])
-    figures._head(figure, heading, 12)
+    figures.add_heading(figure, heading, 12)
     return figure
 
 
@@ -227,8 +227,8 @@ def _panel(axes: Any, title: str, lines: Sequence[tuple[Entry, Spread | None]], 
     axes.patch.set_alpha(0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(figures._MUTED)
-    axes.tick_params(colors=figures._MUTED, labelsize=9, length=3, width=0.8)
+    axes.spines["bottom"].set_color(figures.MUTED)
+    axes.tick_params(colors=figures.MUTED, labelsize=9, length=3, width=0.8)
     axes.set_xscale("log")
     axes.set_xlim(*span)
     axes.set_ylim(len(lines) - 0.5, -0.5)
@@ -237,18 +237,27 @@ def _panel(axes: Any, title: str, lines: Sequence[tuple[Entry, Spread | None]], 
     axes.xaxis.set_major_locator(FixedLocator(ladder))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.grid(axis="x", color=figures._GRID, linewidth=0.8)
+    axes.grid(axis="x", color=figures.GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.axvline(1, color=figures._MUTED, linewidth=1, zorder=2)
+    axes.axvline(1, color=figures.MUTED, linewidth=1, zorder=2)
     for y, (entry, spread) in enumerate(lines):
         if spread is not None:
-            shade = figures._COLOURS[_COLOURS[entry.kind]][0]
+            shade = figures.shade(_COLOURS[entry.kind])
             axes.barh(y, spread.median - 1, 0.62, left=1, color=shade, zorder=3)
-            axes.plot([spread.low, spread.high], [y, y], color=figures._MUTED, linewidth=1, zorder=4)
-            figures._say(axes, _number(spread.median), (1, y), ("axes fraction", "data"), (34, 0), color=figures._INK,
-                         fontsize=8.5, va="center", ha="right")  # fmt: skip
-    figures._say(axes, title, (0, 1), "axes fraction", (0, 6), color=figures._INK, fontsize=9.5)
-    axes.set_xlabel("time over SGD", color=figures._MUTED, fontsize=9, loc="right", labelpad=2)
+            axes.plot([spread.low, spread.high], [y, y], color=figures.MUTED, linewidth=1, zorder=4)
+            figures.annotate(
+                axes,
+                _number(spread.median),
+                (1, y),
+                ("axes fraction", "data"),
+                (34, 0),
+                color=figures.INK,
+                fontsize=8.5,
+                va="center",
+                ha="right",
+            )
+    figures.annotate(axes, title, (0, 1), "axes fraction", (0, 6), color=figures.INK, fontsize=9.5)
+    axes.set_xlabel("time over SGD", color=figures.MUTED, fontsize=9, loc="right", labelpad=2)
 
 
 def _put(content: bytes, file: IO[bytes]) -> None:

@@ -49,9 +49,9 @@ def lines(
         limits: of y; None: by the values.
     """
     width, height, right, top = 680.0, 400.0, 190.0, 70.0
-    figure, axes = figures._figure(width, height, left=40, right=right, top=top, bottom=40)
+    figure, axes = figures.single_plot(width, height, left=40, right=right, top=top, bottom=40)
     for order, line in enumerate(chosen):
-        style: dict[str, Any] = {"color": figures._COLOURS[line.colour][0], "zorder": 3 + order}
+        style: dict[str, Any] = {"color": figures.shade(line.colour), "zorder": 3 + order}
         y = [e.mean for e in line.y]
         if line.joined:
             axes.plot(line.x, y, linestyle=(0, (4, 2)) if line.dashed else "-", linewidth=1.6, **style)
@@ -68,23 +68,31 @@ def lines(
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    axes.grid(axis="y", color=figures._GRID, linewidth=0.8)
+    axes.grid(axis="y", color=figures.GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(across, color=figures._MUTED, fontsize=10, loc="right", labelpad=3)
-    figures._say(axes, up, (0, 1), "axes fraction", (-30, 7))
+    axes.set_xlabel(across, color=figures.MUTED, fontsize=10, loc="right", labelpad=3)
+    figures.annotate(axes, up, (0, 1), "axes fraction", (-30, 7))
     low, high = axes.get_ylim()
     named = sorted((line for line in chosen if line.label), key=lambda line: line.y[-1].mean)
     gap = (high - low) * 14 / (height - top - 40)
-    places = figures._spread([line.y[-1].mean for line in named], gap, low, high)
+    places = figures.spread_out([line.y[-1].mean for line in named], gap, low, high)
     for line, place in zip(named, places, strict=True):
-        shade = figures._COLOURS[line.colour][0]
+        shade = figures.shade(line.colour)
         axes.annotate(
             "", (line.x[-1], line.y[-1].mean), (1.05, place), textcoords=("axes fraction", "data"),
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": shade, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 1},
         )  # fmt: skip
-        figures._say(axes, line.label, (1, place), ("axes fraction", "data"), (26, 0), color=figures._INK, fontsize=9.5,
-                     va="center")  # fmt: skip
-    figures._head(figure, heading, 6)
+        figures.annotate(
+            axes,
+            line.label,
+            (1, place),
+            ("axes fraction", "data"),
+            (26, 0),
+            color=figures.INK,
+            fontsize=9.5,
+            va="center",
+        )
+    figures.add_heading(figure, heading, 6)
     return figure

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from signstep.lab.output import figures, stats
+from signstep.lab.output import figures, pages, stats
+from signstep.lab.output.files import write_bytes, write_text
+from signstep.lab.paper import charts
 from signstep.lab.paper.experiments import Experiment
 from signstep.lab.paper.results import Results, listed, plain
-from signstep.lab.training.checkpoint import write_atomically
 from signstep.lab.training.records import Run
 
 
@@ -64,47 +63,13 @@ def _drawings(results: Results) -> Iterator[_Drawing]:
 
 
 def _curves(
-    lines: Sequence[figures.Curve], switches: Sequence[float], epochs: int, heading: tuple[str, str] | None
+    lines: Sequence[charts.Curve], switches: Sequence[float], epochs: int, heading: tuple[str, str] | None
 ) -> Figure:
-    return figures.curves(lines, switches=switches, epochs=epochs, heading=heading)
+    return charts.curves(lines, switches=switches, epochs=epochs, heading=heading)
 
 
-def _dots(dots: Sequence[figures.Dot], axis: str, zero: str, heading: tuple[str, str] | None) -> Figure:
-    return figures.dots(dots, axis=axis, zero=zero, heading=heading)
-
-
-def _environment() -> jinja2.Environment:
-    env = jinja2.Environment(
-        loader=jinja2.PackageLoader("signstep.lab.output"),
-        autoescape=jinja2.select_autoescape(["html"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters["number"] = stats.number
-    env.filters["signed"] = stats.signed
-    env.filters["interval"] = stats.with_interval
-    env.filters["paper"] = stats.paper_number
-    env.filters["shortsigned"] = lambda v: stats.signed(v, 0 if abs(v - round(v)) < 1e-9 else 2)
-    env.filters["unbroken"] = _unbroken
-    env.filters["plain"] = plain
-    env.filters["colour"] = figures.colour
-    env.filters["md"] = lambda text: str(text).translate({ord(c): f"\\{c}" for c in "\\|*_`[]<>"})
-    return env
-
-
-def _unbroken(text: str) -> Markup:
-    """Text whose hyphenated words, intervals and bracketed remarks stay on one line."""
-    glued = re.sub(r" ± | %", lambda m: m[0].replace(" ", "\xa0"), text)
-    glued = re.sub(r"\([^()]{1,12}\)", lambda m: m[0].replace(" ", "\xa0"), glued)
-    words = (
-        Markup('<span class="whole">{}</span>').format(w) if "-" in w else Markup.escape(w) for w in glued.split(" ")
-    )
-    return Markup(" ").join(words)
-
-
-def _save(path: Path, content: bytes) -> None:
-    write_atomically(path, lambda file: file.write(content))
+def _dots(dots: Sequence[charts.Dot], axis: str, zero: str, heading: tuple[str, str] | None) -> Figure:
+    return charts.dots(dots, axis=axis, zero=zero, heading=heading)
 
 
 def write(
@@ -143,8 +108,8 @@ def write(
     for drawing in _drawings(results):
         stem = f"{name}-{drawing.dataset}-{drawing.kind}"
         alone = drawing.draw((drawing.title, f"{results.setting}; {marks[drawing.kind]}"))
-        _save(out / f"{stem}.png", figures.png(alone))
-        _save(out / f"{stem}.svg", figures.svg(alone, name=stem, description=drawing.description, alone=True).encode())
+        write_bytes(out / f"{stem}.png", figures.png(alone))
+        write_text(out / f"{stem}.svg", figures.svg(alone, name=stem, description=drawing.description, alone=True))
         inline = figures.svg(drawing.draw(None), name=stem, description=drawing.description, alone=False)
         drawn[drawing.dataset, drawing.kind] = {
             "svg": Markup(inline),
@@ -152,15 +117,10 @@ def write(
             "title": drawing.title,
             "description": drawing.description,
         }
-    env = _environment()
-    context = {
-        "results": results,
-        "experiment": experiment,
-        "drawn": drawn,
-        "palette": Markup(figures.palette_css(":root")),
-    }
-    _save(out / f"{name}.json", (json.dumps(results.to_dict(), indent=1, ensure_ascii=False) + "\n").encode())
-    _save(out / f"{name}.md", env.get_template("report.md").render(context).encode())
+    context = {"results": results, "experiment": experiment, "drawn": drawn}
+    filters = {"plain": plain, "colour": charts.colour}
+    write_text(out / f"{name}.json", json.dumps(results.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    write_text(out / f"{name}.md", pages.render("report.md", context, filters))
     page = out / f"{name}.html"
-    _save(page, env.get_template("report.html").render(context).encode())
+    write_text(page, pages.render("report.html", context, filters))
     return page

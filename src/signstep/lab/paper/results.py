@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from signstep.lab.output import figures, stats
+from signstep.lab.output import stats
+from signstep.lab.paper import charts
 from signstep.lab.paper.experiments import Experiment, Row, dataset_title
 from signstep.lab.paper.sweep import learning_rate
 from signstep.lab.training.config import RunConfig
@@ -414,7 +415,7 @@ class Results:
 
     # ------------------------------------------------------------------------------------------------ figures
 
-    def curves(self, dataset: str) -> tuple[figures.Curve, ...]:
+    def curves(self, dataset: str) -> tuple[charts.Curve, ...]:
         """Mean accuracy over epochs of each row that has been evaluated; its last point is the table's number."""
         lines = []
         for row in self.experiment.rows:
@@ -430,7 +431,7 @@ class Results:
             points = [stats.estimate([values[epoch] for values in series if epoch in values]) for epoch in epochs]
             if epochs:
                 lines.append(
-                    figures.Curve(
+                    charts.Curve(
                         method=row.key,
                         label=row.label,
                         epochs=tuple(epochs),
@@ -443,7 +444,7 @@ class Results:
                 )
         return tuple(lines)
 
-    def key(self, dataset: str) -> list[tuple[figures.Curve, str]]:
+    def key(self, dataset: str) -> list[tuple[charts.Curve, str]]:
         """The curves by falling final accuracy, each with that accuracy as printed."""
         lines = sorted(self.curves(dataset), key=lambda line: (line.diverged, -line.estimates[-1].mean))
         return [(line, "diverged" if line.diverged else stats.with_interval(line.estimates[-1])) for line in lines]
@@ -464,10 +465,10 @@ class Results:
         """The trial of a learning rate, if it was tried."""
         return next((t for t in choice["trials"] if t["lr"] == lr), None)
 
-    def dots(self, dataset: str) -> tuple[figures.Dot, ...]:
+    def dots(self, dataset: str) -> tuple[charts.Dot, ...]:
         """The table's column of a data set."""
         return tuple(
-            figures.Dot(
+            charts.Dot(
                 row.key,
                 row.label,
                 cell.estimate,
@@ -480,7 +481,7 @@ class Results:
             if (cell := self.cells[row.key, dataset])
         )
 
-    def difference_dots(self, dataset: str, baseline: Row) -> tuple[figures.Dot, ...]:
+    def difference_dots(self, dataset: str, baseline: Row) -> tuple[charts.Dot, ...]:
         """The differences to a baseline on a data set."""
         base = self.cells[baseline.key, dataset].accuracies
         lines = []
@@ -491,7 +492,7 @@ class Results:
                     own = self.cells[row.key, dataset].accuracies
                     values = tuple(own[s] - base[s] for s in own if s in base) if each.estimate else ()
                     text = stats.with_interval(each.estimate, sign=True) if each.estimate else "—"
-                    lines.append(figures.Dot(row.key, row.label, each.estimate, values, each.paper, text))
+                    lines.append(charts.Dot(row.key, row.label, each.estimate, values, each.paper, text))
         return tuple(lines)
 
     def switches(self, dataset: str) -> tuple[float, ...]:

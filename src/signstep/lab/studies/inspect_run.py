@@ -25,8 +25,8 @@ from rich.table import Table
 from torch import Tensor
 
 from signstep.lab.errors import BadInput
+from signstep.lab.output.files import write_text
 from signstep.lab.output.machine import environment
-from signstep.lab.paper.report import _save
 from signstep.lab.studies import monitor_numbers
 from signstep.lab.studies import monitor_page as monitor_report
 from signstep.lab.studies.monitor_numbers import Record, at, by_step, number
@@ -135,7 +135,7 @@ def run(options: Options, *, command: str, say: Callable[[str], None] = print) -
         ],
     }
     text = json.dumps(written, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    _save(options.out / f"{NAME}.json", text.encode())
+    write_text(options.out / f"{NAME}.json", text)
     say(f"page: {page}")
 
 

@@ -93,18 +93,18 @@ def noise_histograms(early: Record, late: Record | None = None, *, page: bool = 
         left = margin + group * (across * cell + (across - 1) * gap + between)
         bottom = height - top - row * step - 34 - plot
         for index, column in enumerate(columns):
-            axes = figures._plot(figure, left + index * (cell + gap), bottom, cell, plot)
+            axes = figures.add_plot(figure, left + index * (cell + gap), bottom, cell, plot)
             words = _histogram(axes, column.get(key))
             when = f"step {count(at(shown[index], 'step'))}"
-            figures._say(axes, f"{when}: {words}", (0, 1), "axes fraction", (0, 5), fontsize=9.5)
+            figures.annotate(axes, f"{when}: {words}", (0, 1), "axes fraction", (0, 5), fontsize=9.5)
             axes.tick_params(labelbottom=row == rows - 1 or place + groups >= len(coordinates))
             if index == 0:
                 name = _short(f"{key[0]} [{key[1]}]", (across * cell + (across - 1) * gap) / 5.4)
-                figures._say(axes, name, (0, 1), "axes fraction", (0, 18), color=figures._INK, fontsize=9.5)
+                figures.annotate(axes, name, (0, 1), "axes fraction", (0, 18), color=figures.INK, fontsize=9.5)
     if not page:
         counts = " and ".join(dict.fromkeys(str(len(next(iter(column.values())))) for column in columns))
         subtitle = f"gradients of {counts} micro-batches, less their mean, over their standard deviation; grey: the "
-        figures._head(figure, ("Noise of the gradient at single coordinates", subtitle + "normal law"), 8)
+        figures.add_heading(figure, ("Noise of the gradient at single coordinates", subtitle + "normal law"), 8)
     return figure
 
 
@@ -132,8 +132,8 @@ def _histogram(axes: Axes, values: Sequence[float] | None) -> str:
     axes.yaxis.set_visible(False)
     x = np.linspace(-_BINS, _BINS, 81)
     normal = scipy.stats.norm.pdf(x)
-    axes.fill_between(x, normal, color=figures._GRID, linewidth=0, zorder=1)
-    axes.plot(x, normal, color=figures._MUTED, linewidth=0.8, zorder=4)
+    axes.fill_between(x, normal, color=figures.GRID, linewidth=0, zorder=1)
+    axes.plot(x, normal, color=figures.MUTED, linewidth=0.8, zorder=4)
     axes.set_ylim(0, 0.5)
     if values is None:
         return "not measured"
@@ -145,7 +145,7 @@ def _histogram(axes: Axes, values: Sequence[float] | None) -> str:
     edges = np.arange(-_BINS, _BINS + 0.25, 0.5 if len(array) < 200 else 0.25)
     inside = np.clip((array - array.mean()) / spread, -_BINS, _BINS)
     density, _ = np.histogram(inside, edges, density=True)
-    axes.stairs(density, edges, fill=True, color=figures._COLOURS["blue"][0], alpha=0.75, linewidth=0, zorder=2)
+    axes.stairs(density, edges, fill=True, color=figures.shade("blue"), alpha=0.75, linewidth=0, zorder=2)
     axes.set_ylim(0, max(0.5, 1.05 * float(density.max())))
     return "no zeros" if zeros == 0 else f"{100 * zeros:.0f} % are 0" if zeros >= 0.01 else "under 1 % are 0"
 
@@ -166,7 +166,7 @@ def snr_distribution(runs: Sequence[Run], *, page: bool = False) -> Figure:
     counts, beyond = set(), [CRITICAL_SNR]
     for index, (label, records) in enumerate(runs):
         known = [(record, shares) for record in by_step(records) if (shares := _histogram_of(record)) is not None]
-        shade = figures._COLOURS[colour(index)][0]
+        shade = figures.shade(colour(index))
         for place in dict.fromkeys((0, len(known) - 1)) if known else ():
             record, shares = known[place]
             late = place == len(known) - 1
@@ -185,9 +185,9 @@ def snr_distribution(runs: Sequence[Run], *, page: bool = False) -> Figure:
     if few is not None and few >= 4:
         # At the same edges, so that straight lines between them are as wrong.
         silent = [100 * max(1 - _silent(s, few), 1e-9) for s in SNR_EDGES]
-        axes.fill_between(SNR_EDGES, silent, 1e-9, color=figures._GRID, linewidth=0, zorder=1)
-    axes.axvline(CRITICAL_SNR, color=figures._SWITCH, linestyle=(0, (5, 3)), linewidth=1.2, zorder=2)
-    figures._say(axes, "2/√3", (CRITICAL_SNR, 1), ("data", "axes fraction"), (3, 3), color=figures._SWITCH)
+        axes.fill_between(SNR_EDGES, silent, 1e-9, color=figures.GRID, linewidth=0, zorder=1)
+    axes.axvline(CRITICAL_SNR, color=figures.SWITCH, linestyle=(0, (5, 3)), linewidth=1.2, zorder=2)
+    figures.annotate(axes, "2/√3", (CRITICAL_SNR, 1), ("data", "axes fraction"), (3, 3), color=figures.SWITCH)
     axes.set_xscale("log")
     axes.set_xlim(0.03, min(100.0, 2 * max(beyond)))
     axes.xaxis.set_major_locator(FixedLocator([0.03, 0.1, 0.3, 1, 3, 10, 30, 100]))
@@ -201,7 +201,7 @@ def snr_distribution(runs: Sequence[Run], *, page: bool = False) -> Figure:
         # Lines end below the plot: names by how far right each is.
         _name_ends(axes, ends, plot, joined=False)
         grey = "" if few is None else f"; grey: without any signal, from {few} micro-batches"
-        figures._head(
+        figures.add_heading(
             figure, ("Signal over noise of single coordinates", f"dashed: first record; solid: last{grey}"), 6
         )
     return figure
@@ -233,8 +233,8 @@ def violations(runs: Sequence[Run], *, page: bool = False) -> Figure:
     lower, upper = (88.0, height - top - 40.0 - 88.0 - 36.0)
     figure = Figure(figsize=(width / 72, height / 72))
     figure.patch.set_alpha(0)
-    above = figures._plot(figure, 40, height - top - upper, width - 40 - right, upper)
-    below = figures._plot(figure, 40, 40, width - 40 - right, lower)
+    above = figures.add_plot(figure, 40, height - top - upper, width - 40 - right, upper)
+    below = figures.add_plot(figure, 40, 40, width - 40 - right, lower)
     ends: list[tuple[str, str, float, float]] = []
     seen: list[float] = []
     lows, highs, most = [0.0], [3.2], 0.0
@@ -244,7 +244,7 @@ def violations(runs: Sequence[Run], *, page: bool = False) -> Figure:
         known = [(step, value, low, high) for step, value, low, high in found if not math.isnan(value)]
         if not known:
             continue
-        shade = figures._COLOURS[colour(index)][0]
+        shade = figures.shade(colour(index))
         steps, values, low_ends, high_ends = zip(*found, strict=True)
         seen += steps
         above.fill_between(steps, low_ends, high_ends, color=shade, alpha=0.14, linewidth=0, zorder=3)
@@ -265,10 +265,10 @@ def violations(runs: Sequence[Run], *, page: bool = False) -> Figure:
             most = max(most, *guessed, *sure)
     if not ends:
         raise NothingToDraw("no record has both sides of inequality (7)")
-    above.axhspan(*GAUSSIAN, color=figures._GRID, alpha=0.7, linewidth=0, zorder=1)
+    above.axhspan(*GAUSSIAN, color=figures.GRID, alpha=0.7, linewidth=0, zorder=1)
     for axes in (above, below):
         _steps(axes, seen)
-    above.axhline(1, color=figures._SWITCH, linestyle=(0, (5, 3)), linewidth=1.2, zorder=2)
+    above.axhline(1, color=figures.SWITCH, linestyle=(0, (5, 3)), linewidth=1.2, zorder=2)
     above.set_ylim(max(-2.0, min(lows)), min(6.0, max(highs)))
     low, high = above.get_ylim()
     for shade, step, value in beyond:
@@ -285,7 +285,7 @@ def violations(runs: Sequence[Run], *, page: bool = False) -> Figure:
     if not page:
         _name_ends(above, ends, upper)
         subtitle = "95 % interval; grey: Gaussian noise; layers: solid by their intervals, dotted by their estimates"
-        figures._head(figure, ("Inequality (7): at least 1 under symmetric, unimodal noise", subtitle), 6)
+        figures.add_heading(figure, ("Inequality (7): at least 1 under symmetric, unimodal noise", subtitle), 6)
     return figure
 
 
@@ -319,7 +319,7 @@ def calibration_rules(records: Sequence[Record], *, page: bool = False) -> Figur
         if not found:
             continue
         seen += [step for step, _ in found]
-        shade = figures._COLOURS[RULE_COLOURS[rule]][0]
+        shade = figures.shade(RULE_COLOURS[rule])
         positive = [x if x > 0 else math.nan for _, x in found]
         dashed = _DASHES if own else None
         # Where rules agree, each is still to be seen.
@@ -333,15 +333,15 @@ def calibration_rules(records: Sequence[Record], *, page: bool = False) -> Figur
         axes.plot(steps, [0.015] * len(steps), "v", color=shade, markersize=4, transform=axes.get_xaxis_transform(),
                   clip_on=False, zorder=9)  # fmt: skip
     if switch < math.inf:
-        axes.axvline(switch, color=figures._SWITCH, linestyle=(0, (5, 3)), linewidth=1.2, zorder=2)
-        figures._say(axes, "SGD", (switch, 1), ("data", "axes fraction"), (3, 3), color=figures._SWITCH)
+        axes.axvline(switch, color=figures.SWITCH, linestyle=(0, (5, 3)), linewidth=1.2, zorder=2)
+        figures.annotate(axes, "SGD", (switch, 1), ("data", "axes fraction"), (3, 3), color=figures.SWITCH)
     _steps(axes, seen)
     _log(axes)
     _finish(axes, "step", "SGD's learning rate")
     if not page:
         _name_ends(axes, ends, plot)
         triangle = "; triangle: 0" if any(steps for _, steps in zeros) else ""
-        figures._head(
+        figures.add_heading(
             figure, ("Calibration: SGD's learning rate by every rule", f"averages over the measured steps{triangle}"), 6
         )
     return figure
@@ -370,7 +370,7 @@ def dither_meters(runs: Sequence[Run], *, page: bool = False) -> Figure:
         found = [(step, x) for step, r in _over(records) if (x := at(r, "dither", "ratio")) is not None and x > 0]
         if not found:
             continue
-        shade = figures._COLOURS[colour(index)][0]
+        shade = figures.shade(colour(index))
         _line(axes, [step for step, _ in found], [x for _, x in found], shade, zorder=4 + index)
         ends.append((label, shade, *found[-1]))
         seen += [step for step, _ in found]
@@ -378,8 +378,8 @@ def dither_meters(runs: Sequence[Run], *, page: bool = False) -> Figure:
     if not ends:
         raise NothingToDraw("no record has a dithered layer whose momentum is above 0")
     _steps(axes, seen)
-    axes.axhspan(1 / MATCH, MATCH, color=figures._GRID, alpha=0.7, linewidth=0, zorder=1)
-    axes.axhline(1, color=figures._MUTED, linewidth=0.8, zorder=2)
+    axes.axhspan(1 / MATCH, MATCH, color=figures.GRID, alpha=0.7, linewidth=0, zorder=1)
+    axes.axhline(1, color=figures.MUTED, linewidth=0.8, zorder=2)
     axes.set_yscale("log")
     axes.set_ylim(min(values) / 4, max(values) * 4)
     _log(axes)
@@ -387,12 +387,20 @@ def dither_meters(runs: Sequence[Run], *, page: bool = False) -> Figure:
         (MATCH, "dither changes next to no sign", "bottom"),
         (1 / MATCH, "steps are random", "top"),
     ):
-        figures._say(axes, words, (1, y), ("axes fraction", "data"), (-3, 2 if place == "bottom" else -2), fontsize=9,
-                     va=place, ha="right")  # fmt: skip
+        figures.annotate(
+            axes,
+            words,
+            (1, y),
+            ("axes fraction", "data"),
+            (-3, 2 if place == "bottom" else -2),
+            fontsize=9,
+            va=place,
+            ha="right",
+        )
     _finish(axes, "step", "rms(m) / σ")
     if not page:
         _name_ends(axes, ends, plot)
-        figures._head(figure, ("Dither beside the momentum", "grey: they match within a factor of 10"), 6)
+        figures.add_heading(figure, ("Dither beside the momentum", "grey: they match within a factor of 10"), 6)
     return figure
 
 
@@ -403,7 +411,7 @@ def _over(records: Sequence[Record]) -> list[tuple[float, Record]]:
 def _one(page: bool, *, named: bool) -> tuple[Figure, Axes, float]:
     """A figure with one plot, and the plot's height."""
     width, height, right, top = (400.0, 290.0, 14.0, 22.0) if page else (680.0, 400.0, 190.0 if named else 16.0, 70.0)
-    figure, axes = figures._figure(width, height, left=44, right=right, top=top, bottom=40)
+    figure, axes = figures.single_plot(width, height, left=44, right=right, top=top, bottom=40)
     return figure, axes, height - top - 40
 
 
@@ -448,11 +456,11 @@ def _log(axes: Axes) -> None:
 
 
 def _finish(axes: Axes, across: str, up: str) -> None:
-    axes.grid(axis="y", color=figures._GRID, linewidth=0.8)
+    axes.grid(axis="y", color=figures.GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(across, color=figures._MUTED, fontsize=10, loc="right", labelpad=3)
-    figures._say(axes, up, (0, 1), "axes fraction", (-34, 7))
+    axes.set_xlabel(across, color=figures.MUTED, fontsize=10, loc="right", labelpad=3)
+    figures.annotate(axes, up, (0, 1), "axes fraction", (-34, 7))
 
 
 def _name_ends(
@@ -470,7 +478,7 @@ def _name_ends(
             placed.append((y, label, shade, x, y))
     placed.sort(key=lambda each: each[0])
     gap = min(14 / height, 1 / max(1, len(placed)))
-    places = figures._spread([each[0] if joined else 1.0 for each in placed], gap, 0.0, 1.0)
+    places = figures.spread_out([each[0] if joined else 1.0 for each in placed], gap, 0.0, 1.0)
     for (_, label, shade, x, y), place in zip(placed, places, strict=True):
         start, where = ((x, y), "data") if joined else ((1.015, place), "axes fraction")
         axes.annotate(
@@ -478,5 +486,5 @@ def _name_ends(
             arrowprops={"arrowstyle": "-", "color": shade, "linewidth": 1.0 if joined else 1.8, "shrinkA": 0,
                         "shrinkB": 1},
         )  # fmt: skip
-        figures._say(axes, _short(label, 28), (1, place), "axes fraction", (21, 0), color=figures._INK, fontsize=9.5,
+        figures.annotate(axes, _short(label, 28), (1, place), "axes fraction", (21, 0), color=figures.INK, fontsize=9.5,
                      va="center")  # fmt: skip

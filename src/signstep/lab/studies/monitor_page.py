@@ -14,8 +14,8 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from signstep.lab.output import figures
-from signstep.lab.paper import report
+from signstep.lab.output import figures, pages
+from signstep.lab.output.files import write_text
 from signstep.lab.studies import monitor_figures, monitor_numbers
 from signstep.lab.studies.monitor_figures import NothingToDraw, Run, colour
 from signstep.lab.studies.monitor_numbers import Layers, Part, Record, at, by_step, count, number, sentences
@@ -147,9 +147,6 @@ def write_runs(
     drawn = list(_drawn(ordered, name, out))
     sentences_about = about or [scope(records) for _, records in ordered]
     told = [_told(*run, said) for run, said in zip(ordered, sentences_about, strict=True)]
-    environment = report._environment()
-    environment.filters["count"] = lambda x: count(at(x))
-    environment.filters["series"] = colour
     context = {
         "title": title,
         "command": command,
@@ -158,11 +155,11 @@ def write_runs(
         "drawn": drawn,
         "firsts": {next(each.file for each in drawn if each.kind == kind) for kind in {each.kind for each in drawn}},
         "layer_note": monitor_numbers.LAYER_NOTE,
-        "palette": Markup(figures.palette_css(":root")),
     }
-    report._save(out / f"{name}.md", environment.get_template("monitor.md").render(context).encode())
+    filters = {"count": lambda x: count(at(x)), "series": colour}
+    write_text(out / f"{name}.md", pages.render("monitor.md", context, filters))
     page = out / PAGE
-    report._save(page, environment.get_template("monitor.html").render(context).encode())
+    write_text(page, pages.render("monitor.html", context, filters))
     return page
 
 
@@ -260,7 +257,7 @@ def _draw(
     title, note = _NOTES[kind]
     title += f": {label}" if label else ""
     file = f"{name}-{kind}" + (f"-{index + 1}" if label else "")
-    report._save(out / f"{file}.svg", figures.svg(draw(), name=file, description=title, alone=True).encode())
+    write_text(out / f"{file}.svg", figures.svg(draw(), name=file, description=title, alone=True))
     parts = [
         Markup(figures.svg(piece(), name=f"{file}-part{i}", description=title, alone=False))
         for i, piece in enumerate(pieces)

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import jinja2
 import rich.box
 import torch
 from markupsafe import Markup
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from signstep.lab.output import figures
+from signstep.lab.output import figures, pages
 from signstep.lab.output.machine import environment
 from signstep.lab.training.checkpoint import write_atomically
 from signstep.lab.verify import drawings
@@ -191,15 +190,6 @@ def _cell(text: str) -> str:
 
 
 def _page(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
-    env = jinja2.Environment(
-        loader=jinja2.PackageLoader("signstep.lab.output"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters["typeset"] = typeset
-    env.filters["sentence"] = _sentence
     drawn = {}
     slope = next((each.result.values for each in outcomes if each.check.name == "theorem.slope"), None)
     if slope is not None:
@@ -216,9 +206,8 @@ def _page(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
         "titles": GROUPS,
         "kinds": _KINDS,
         "drawn": drawn,
-        "palette": Markup(figures.palette_css(":root")),
     }
-    return env.get_template("verify.html").render(context)
+    return pages.render("verify.html", context, {"typeset": typeset, "sentence": _sentence})
 
 
 def _put(content: str, file: IO[bytes]) -> None:

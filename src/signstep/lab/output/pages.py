@@ -1,0 +1,55 @@
+"""Pages from the templates beside this file, HTML for a browser and Markdown, with the filters that they share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from signstep.lab.output import figures, stats
+
+__all__ = ["render"]
+
+
+def render(template: str, context: Mapping[str, Any], filters: Mapping[str, Callable[..., Any]] | None = None) -> str:
+    """The text of a page.
+
+    Args:
+        template: name of a file in `templates`; in one that ends in `.html`, values are escaped unless they are Markup.
+        context: the template's variables by name. `palette`, the CSS of the figures' colours, comes on top of them.
+        filters: the template's own filters by name, beside number, signed, shortsigned, interval, paper, unbroken, md.
+
+    Raises:
+        jinja2.UndefinedError: the template uses a variable that is not there.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("signstep.lab.output"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": stats.number,
+        "signed": stats.signed,
+        "shortsigned": lambda value: stats.signed(value, 0 if abs(value - round(value)) < 1e-9 else 2),
+        "interval": stats.with_interval,
+        "paper": stats.paper_number,
+        "unbroken": _unbroken,
+        "md": lambda text: str(text).translate({ord(c): f"\\{c}" for c in "\\|*_`[]<>"}),
+        **(filters or {}),
+    }
+    return environment.get_template(template).render(palette=Markup(figures.palette_css(":root")), **context)
+
+
+def _unbroken(text: str) -> Markup:
+    """Text whose hyphenated words, intervals and bracketed remarks stay on one line."""
+    glued = re.sub(r" ± | %", lambda m: m[0].replace(" ", "\xa0"), text)
+    glued = re.sub(r"\([^()]{1,12}\)", lambda m: m[0].replace(" ", "\xa0"), glued)
+    words = (
+        Markup('<span class="whole">{}</span>').format(w) if "-" in w else Markup.escape(w) for w in glued.split(" ")
+    )
+    return Markup(" ").join(words)

@@ -27,7 +27,8 @@ from gang import gang
 from signstep import HybridSignSGD, SignSGD
 from signstep.distributed import CollectiveError, MajorityVote
 from signstep.distributed import fsdp as module
-from signstep.distributed.fsdp import FSDPMajorityVote, _Part, _Routes
+from signstep.distributed.fsdp import FSDPMajorityVote
+from signstep.distributed.fsdp_shards import Part, Routes
 from signstep.kernels import bits, fused
 from signstep.kernels.bits import word_count
 
@@ -825,9 +826,9 @@ def _payload() -> list[int]:
 )
 def test_bits_are_cut_where_shards_are(shapes: list[tuple[int, int]], ranks: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    parts = [_Part(str(i), None, r * c, -(-r // ranks) * c) for i, (r, c) in enumerate(shapes)]  # type: ignore[arg-type]
+    parts = [Part(str(i), None, r * c, -(-r // ranks) * c) for i, (r, c) in enumerate(shapes)]  # type: ignore[arg-type]
     ups = [torch.rand(part.size, generator=generator) > 0.5 for part in parts]
-    cut = _Routes.of(parts, ranks, torch.device("cpu")).cut(torch.cat([bits.pack(up) for up in ups]))
+    cut = Routes.of(parts, ranks, torch.device("cpu")).cut(torch.cat([bits.pack(up) for up in ups]))
     first = 0
     for part, up in zip(parts, ups, strict=True):
         for rank in range(ranks):

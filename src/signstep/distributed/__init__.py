@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from signstep.distributed.collectives import CollectiveError
 from signstep.distributed.compressors import (
     QSGD,
     CompressedGradients,
@@ -12,9 +13,9 @@ from signstep.distributed.compressors import (
     TernGrad,
     TopK,
 )
-from signstep.distributed.hooks import Bucket, CollectiveError, Entry, GradientHook
+from signstep.distributed.ddp import MajorityVote
+from signstep.distributed.hooks import Bucket, Entry, GradientHook
 from signstep.distributed.simulation import SimulatedVote
-from signstep.distributed.vote import MajorityVote
 from signstep.distributed.worker import resplit
 
 if TYPE_CHECKING:

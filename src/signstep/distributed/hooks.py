@@ -15,7 +15,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -26,7 +25,9 @@ from torch.autograd import Variable
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Bucket", "CollectiveError", "Entry", "GradientHook", "own_group"]
+from signstep.distributed.collectives import CollectiveError, own_group
+
+__all__ = ["Bucket", "Entry", "GradientHook"]
 
 
 class Entry(NamedTuple):
@@ -54,25 +55,6 @@ class Bucket:
     original: GradBucket
     joined: bool
     """This rank has no more batches and is inside `model.join()`: its gradients are zeros."""
-
-
-def own_group(group: dist.ProcessGroup | None, device: torch.device) -> dist.ProcessGroup:
-    """A new process group of the same ranks, backend and timeout, so that its collectives meet no others.
-
-    Args:
-        group: the group to copy; None: all ranks.
-        device: of the tensors that are going to be sent.
-    """
-    group = group or dist.group.WORLD
-    assert group is not None
-    ranks = dist.get_process_group_ranks(group)
-    timeout: timedelta = group._get_backend(device).options._timeout
-    everyone = len(ranks) == dist.get_world_size()
-    copy = dist.new_group(
-        ranks, timeout=timeout, backend=dist.get_backend(group), use_local_synchronization=not everyone
-    )
-    assert isinstance(copy, dist.ProcessGroup)
-    return copy
 
 
 class GradientHook(ABC):
@@ -220,10 +202,6 @@ class GradientHook(ABC):
                 f"({str(self._failure).strip().partition(chr(10))[0]}); if other ranks report a lost connection, look "
                 "for the one that stopped first"
             ) from self._failure
-
-
-class CollectiveError(RuntimeError):
-    """What all ranks raise together, as they all know of it."""
 
 
 def _warn_of_second_backward(hook: "GradientHook | None", p: Tensor) -> None:

@@ -1,27 +1,51 @@
-"""PowerSGD (Vogels et al. 2019, arXiv 1905.13727) by torch's own hook, for a `GradientHook` to call."""
+"""PowerSGD (Vogels et al. 2019, arXiv 1905.13727): means of low rank, by torch's own hook."""
 
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
+from torch.nn.parallel import DistributedDataParallel
 
-from signstep.distributed.hooks import Bucket
-from signstep.distributed.plan import POWERSGD_RANK
+from signstep.distributed.hooks import Bucket, GradientHook
+
+__all__ = ["RANK", "PowerSGD", "PowerSGDHook"]
+
+RANK = 2
 
 
 class PowerSGD:
-    """Means of rank `POWERSGD_RANK` with error feedback, one bucket at a time: with two under way torch's hook hangs on
-    gloo. The first two steps send everything.
+    """Means of rank `RANK` with error feedback, one bucket at a time, because torch's hook hangs on gloo with two under
+    way. The first two steps send everything. What it keeps between steps cannot be saved.
 
     Args:
         group: the workers.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
+        # It takes its time to import.
+        from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
+
+        self._hook = powersgd.powerSGD_hook
         self._state = powersgd.PowerSGDState(
-            group, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=2, warm_start=True
+            group, matrix_approximation_rank=RANK, start_powerSGD_iter=2, warm_start=True
         )
 
     def average(self, bucket: Bucket) -> None:
         """Write the mean of low-rank approximations into the bucket."""
-        bucket.buffer.copy_(powersgd.powerSGD_hook(self._state, bucket.original).wait())
+        bucket.buffer.copy_(self._hook(self._state, bucket.original).wait())
+
+
+class PowerSGDHook(GradientHook):
+    """The communication hook of `PowerSGD`.
+
+    Args:
+        model: wrapped in DistributedDataParallel.
+    """
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        super().__init__(model)
+        self._power = PowerSGD(self.group)
+        self.attach(model)
+
+    def reduce(self, bucket: Bucket) -> None:
+        """The mean of low-rank approximations."""
+        self._power.average(bucket)

@@ -19,20 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from signstep.distributed.attacks import Attack, Collude
-from signstep.distributed.hooks import CollectiveError, Entry
-from signstep.distributed.vote import (
-    PRESENT,
-    Election,
-    accept,
-    check_options,
-    fill,
-    give_up_momentum,
-    nonfinite_found,
-    start_sgd,
-    tally,
-)
-from signstep.distributed.worker import Worker, in_memory_order
-from signstep.optim.hybrid import HybridSignSGD
+from signstep.distributed.hooks import Entry
+from signstep.distributed.vote import Vote, cast_entries, nonfinite_rule
+from signstep.distributed.worker import Worker, check_choice, in_memory_order
 from signstep.optim.signsgd import SignSGD
 
 __all__ = ["SimulatedMean", "SimulatedVote", "per_worker_gradients"]
@@ -171,7 +160,8 @@ class SimulatedVote(_Simulation):
         attacks: Mapping[int, Attack] | None = None,
     ) -> None:
         super().__init__(model, world_size, attacks=attacks)
-        self.optimizer, self.ties, self.nonfinite = optimizer, ties, check_options(ties, nonfinite, scaled=False)
+        check_choice("ties", ties, ("random", "abstain"))
+        nonfinite = nonfinite_rule(nonfinite, scaled=False)
         names = {p: name for name, p in self.params.items()}
         self.workers = [
             Worker(optimizer, names, rank, world_size, dither_workers=dither_workers, error_feedback=error_feedback)
@@ -182,6 +172,8 @@ class SimulatedVote(_Simulation):
             worker.state = {
                 name: {key: x.clone() for key, x in tensors.items()} for name, tensors in self.workers[0].state.items()
             }
+        self.optimizer, self.ties, self.nonfinite = optimizer, ties, nonfinite
+        self._vote = Vote("SimulatedVote", self.workers, ties=ties, nonfinite=nonfinite)
 
     @torch.no_grad()
     def vote(self, gradients: Sequence[Gradients | None]) -> None:
@@ -194,9 +186,7 @@ class SimulatedVote(_Simulation):
             ValueError: not as many as workers, or of other parameters.
             CollectiveError: a gradient is not finite, under ``nonfinite="raise"``.
         """
-        steps = [int(group["step"]) for group in self.optimizer.param_groups]
-        for worker in self.workers:
-            worker.steps = list(steps)
+        self._vote.begin()
         everyone = self._entries(gradients)
         present = [any(e.present for e in column) for column in zip(*everyone, strict=True)]
         voting = [self.workers[0].votes(name) for name in self.params]
@@ -206,53 +196,34 @@ class SimulatedVote(_Simulation):
             if not voting[i]:
                 everyone[0][i].flat.copy_(self._average(everyone, i))
                 if name in self.workers[0].groups:
-                    self._hand_over(p)
+                    self._vote.hand_over(p, self._mean_of_all)
             if present[i]:
                 self._give(p, everyone[0][i].flat)
 
     def _elect(self, everyone: Sequence[list[Entry]]) -> None:
-        """Write the votes over the gradients of the first worker (of all, where they are calibrated on)."""
-        first, hybrid = self.workers[0], isinstance(self.optimizer, HybridSignSGD)
+        """Write the votes over the gradients of the first worker (of all, if the optimizer calibrates on them)."""
+        vote, names = self._vote, [e.name for e in everyone[0]]
         ballots = []
         for worker, entries in zip(self.workers, everyone, strict=True):
             whole = torch.cat([e.flat for e in entries])
-            ballots.append(fill(worker, entries, finite=bool(whole.dot(whole).isfinite())))
+            ballots.append(cast_entries(worker, entries, finite=bool(whole.dot(whole).isfinite())))
         flags = torch.tensor([b.flags for b in ballots], dtype=torch.uint8)
-        found = nonfinite_found(flags, everyone[0]) if self.nonfinite == "raise" else None
-        if found is not None:
-            raise CollectiveError(found)
-        indices = [first.groups[e.name] for e in everyone[0]]
-        result = tally(
-            torch.stack([b.words for b in ballots]),
-            (flags == PRESENT).sum(dim=0).tolist(),
-            ballots[0].slots,
-            seeds=[self.optimizer.param_groups[i]["seed"] for i in indices],
-            steps=[first.steps[i] for i in indices],
-            keep_ties=self.ties == "abstain",
-        )
-        election = Election(result[0], result[1] if self.ties == "abstain" else None, flags)
-        voted: set[int] = set()
-        sums = torch.zeros(len(self.optimizer.param_groups), 2, dtype=torch.float64, device=result.device)
+        result = vote.tally(torch.stack([b.words for b in ballots]), flags, ballots[0].slots, names)
+        election = vote.election(result, flags)
+        outcomes = []
         for worker, entries, ballot in zip(self.workers, everyone, ballots, strict=True):
-            voted, own = accept(worker, entries, ballot, election)
-            sums += own
-            if not hybrid:
+            outcomes.append(vote.accept(worker, ballot, election, names, [e.flat for e in entries]))
+            if not self.optimizer.calibrates:
                 break
-        for worker in self.workers:
-            for index in voted:
-                worker.steps[index] += 1
-        if isinstance(self.optimizer, HybridSignSGD):
-            self.optimizer.receive_voted_sums((sums / self.world_size).unbind())
+        vote.count_votes(outcomes[0].voted)
+        if self.optimizer.calibrates:
+            vote.receive_sums(sum((o.sums for o in outcomes), vote.no_sums(result.device)))
 
-    def _hand_over(self, p: Tensor) -> None:
-        """After the switch: SGD's momentum starts from the mean of the workers', and theirs is freed."""
-        momenta = [give_up_momentum(worker, p) for worker in self.workers]
-        kept = [m / self.world_size for m in momenta if m is not None]
-        if kept:
-            mean = kept[0]
-            for m in kept[1:]:
-                mean += m
-            start_sgd(self.workers[0], p, mean)
+    def _mean_of_all(self, momenta: list[Tensor]) -> Tensor:
+        mean = momenta[0] / self.world_size
+        for momentum in momenta[1:]:
+            mean += momentum / self.world_size
+        return mean
 
 
 def per_worker_gradients(

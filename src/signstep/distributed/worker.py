@@ -15,13 +15,17 @@ from signstep.kernels.bits import Slot
 from signstep.kernels.engine import Dither, Options, Tensors, select
 from signstep.kernels.reference import Segment
 from signstep.optim.dither import dither_std
-from signstep.optim.hybrid import HybridSignSGD
 from signstep.optim.signsgd import SignSGD, decays
 
 __all__ = ["Gradient", "Worker", "resplit", "worker_seed"]
 
-DITHER_WORKERS = ("independent", "scaled")
 _GOLDEN = 0x9E3779B97F4A7C15
+
+
+def check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise a ValueError if an option is none of the names that it may be."""
+    if value not in allowed:
+        raise ValueError(f"Invalid {option}: {value!r}, expected one of {', '.join(map(repr, allowed))}")
 
 
 def worker_seed(seed: int, rank: int) -> int:
@@ -85,8 +89,7 @@ class Worker:
                 f"a vote needs SignSGD or HybridSignSGD, got {type(optimizer).__name__}; for other optimizers compress "
                 "the gradients, with signstep.distributed.CompressedGradients"
             )
-        if dither_workers not in DITHER_WORKERS:
-            raise ValueError(f"Invalid dither_workers: {dither_workers!r}, expected one of {DITHER_WORKERS}")
+        check_choice("dither_workers", dither_workers, ("independent", "scaled"))
         self.optimizer, self.rank, self.world_size = optimizer, rank, world_size
         self.names = dict(names)
         self.error_feedback = error_feedback
@@ -140,12 +143,8 @@ class Worker:
         if name not in self.groups:
             return False
         index = self.groups[name]
-        group = self.optimizer.param_groups[index]
-        if not isinstance(self.optimizer, HybridSignSGD):
-            return True
-        # By the count of votes: a rank that has joined does not step its optimizer.
-        due = group["switch_step"] is not None and self.steps[index] >= group["switch_step"]
-        return group["phase"] == "sign" and not due
+        # By the count of votes, because a rank that has joined does not step its optimizer.
+        return self.optimizer.is_sign_step(self.optimizer.param_groups[index], self.steps[index])
 
     def cast(self, gradients: Sequence[Gradient], words: Tensor, slots: Sequence[Slot]) -> None:
         """Take gradients into the momentum and write the signs into the words of their slots.
@@ -174,7 +173,7 @@ class Worker:
             tensors.grads.append(flat)
             tensors.ordinals.append(self.ordinals[name])
             tensors.offsets.append(start)
-            state = self.state.setdefault(_key(name, start), {})
+            state = self.state.setdefault(state_key(name, start), {})
             if group["momentum"] > 0:
                 if "exp_avg" not in state:
                     state.update(buffers.new_momentum(flat, group["state_dtype"]))
@@ -189,17 +188,22 @@ class Worker:
                 state["residual"] = torch.zeros_like(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
         return tensors
 
+    def dither(self, group: dict[str, Any], step: int) -> Dither | None:
+        """The noise that this worker adds to the momentum of a param_group before the sign."""
+        if group["dither"] == 0:
+            return None
+        sigma = dither_std(torch.tensor(step), group["dither"], group["dither_decay"])
+        return Dither("pre", sigma * self._sigma_factor)
+
     def _options(self, group: dict[str, Any], step: int) -> Options:
-        count = torch.tensor(step)
-        sigma = dither_std(count, group["dither"], group["dither_decay"]) * self._sigma_factor
         return Options(
-            step=count,
+            step=torch.tensor(step),
             rate=0.0,
             decay=1.0,
             coupled_weight_decay=decays(0.0, group["weight_decay"], group["decoupled_weight_decay"])[1],
             momentum=group["momentum"],
             state_dtype=group["state_dtype"],
-            dither=Dither("pre", sigma) if group["dither"] > 0 else None,
+            dither=self.dither(group, step),
             seed=worker_seed(group["seed"], self.rank),
             maximize=group["maximize"],
             sums=None,
@@ -218,7 +222,7 @@ class Worker:
         for i, (gradient, slot) in enumerate(zip(gradients, slots, strict=True)):
             one = select(tensors, [i])
             g = -gradient.flat if options.maximize else gradient.flat
-            residual = self.state[_key(gradient.name, gradient.start)]["residual"]
+            residual = self.state[state_key(gradient.name, gradient.start)]["residual"]
             if options.coupled_weight_decay:
                 g = g.to(residual.dtype).add(gradient.param.to(residual.dtype), alpha=options.coupled_weight_decay)
             corrected = buffers.update_entry(one, 0, g, options) + residual
@@ -280,8 +284,8 @@ class Worker:
         }
 
 
-def _key(name: str, start: int) -> str:
-    """Of a run of a parameter in a worker's state."""
+def state_key(name: str, start: int) -> str:
+    """The key, in a worker's state, of a parameter's elements from `start` on."""
     return name if start == 0 else f"{name}@{start}"
 
 

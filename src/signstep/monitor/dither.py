@@ -157,7 +157,7 @@ class DitherMeter:
         assert step is not None
         if self.worker is None:
             return dither_sigma(group, step, self._mean_squares.get(p))
-        noise = self.worker._options(group, step).dither
+        noise = self.worker.dither(group, step)
         assert noise is not None
         square = self.worker.state.get(self.worker.names.get(p, ""), {}).get("mean_square")
         return noise.sigma if square is None else noise.sigma.to(square.device) * square.sqrt()

@@ -22,7 +22,7 @@ from signstep.monitor.symmetry import symmetry
 from signstep.monitor.untouched import untouched
 
 if TYPE_CHECKING:
-    from signstep.distributed.vote import MajorityVote
+    from signstep.distributed.ddp import MajorityVote
     from signstep.monitor.sinks import Sink
 
 __all__ = ["Monitor"]

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from signstep.distributed.collectives import CollectiveError, all_gather
 from signstep.distributed.compressors.blocks import BLOCK, Blocks, Layout, own_blocks, pack, unpack
 from signstep.distributed.compressors.noise import SERVER, WORKER, random_integers
-from signstep.distributed.hooks import Bucket, CollectiveError, Entry, GradientHook
-from signstep.distributed.vote import all_gather
+from signstep.distributed.hooks import Bucket, Entry, GradientHook
 
 __all__ = ["BlockCompressor", "CompressedGradients", "Compressor"]
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from signstep.distributed.collectives import mean_over
 from signstep.distributed.compressors.base import CompressedGradients, in_shape
 from signstep.distributed.compressors.ef_sign import EFSign
 from signstep.distributed.hooks import Bucket, Entry
@@ -180,8 +180,7 @@ class OneBitAdamHook(CompressedGradients):
         if self._optimizer.frozen:
             super().reduce(bucket)
         else:
-            bucket.buffer.div_(self.world_size)
-            dist.all_reduce(bucket.buffer, group=self.group)
+            mean_over(self.group, bucket.buffer)
 
     def fill(self, entry: Entry, place: Tensor) -> bool:
         """The momentum with this worker's gradient in it, also where that is 0."""

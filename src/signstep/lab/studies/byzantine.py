@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from signstep.distributed.attacks import Attack, Collude, Random, SignFlip
+from signstep.distributed.ddp import MajorityVote
 from signstep.distributed.hooks import Bucket, GradientHook
 from signstep.distributed.simulation import SimulatedMean, SimulatedVote, per_worker_gradients
-from signstep.distributed.vote import MajorityVote
 from signstep.lab.data import normalise
 from signstep.lab.errors import BadInput
 from signstep.lab.output import figures

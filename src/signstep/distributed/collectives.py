@@ -1,0 +1,52 @@
+"""What every reduction over torch.distributed needs: the collectives themselves, a process group, and a common error.
+
+Nothing here knows of votes, compressors or models.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["CollectiveError", "all_gather", "mean_over", "own_group", "reduce_scatter"]
+
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Concatenates one tensor per rank; torch renamed it."""
+
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+"""Adds up one tensor per rank and leaves each rank its part of the sum; torch renamed it."""
+
+
+class CollectiveError(RuntimeError):
+    """An error that all ranks raise together, because all of them know of it."""
+
+
+def mean_over(group: dist.ProcessGroup, x: Tensor) -> Tensor:
+    """The mean of every rank's x, in place: x is divided by the number of ranks first, then added up."""
+    size = dist.get_world_size(group)
+    x /= size
+    if size > 1:
+        dist.all_reduce(x, group=group)
+    return x
+
+
+def own_group(group: dist.ProcessGroup | None, device: torch.device) -> dist.ProcessGroup:
+    """A new process group of the same ranks, backend and timeout, whose collectives cannot meet those of the old one.
+
+    Args:
+        group: the group to copy; None: all ranks.
+        device: where the tensors are that will be sent.
+    """
+    group = group or dist.group.WORLD
+    assert group is not None
+    ranks = dist.get_process_group_ranks(group)
+    timeout: timedelta = group._get_backend(device).options._timeout
+    everyone = len(ranks) == dist.get_world_size()
+    copy = dist.new_group(
+        ranks, timeout=timeout, backend=dist.get_backend(group), use_local_synchronization=not everyone
+    )
+    assert isinstance(copy, dist.ProcessGroup)
+    return copy

@@ -1,0 +1,189 @@
+"""`MajorityVote`: a DDP model trained by majority vote. The rules of the vote are in vote.py.
+
+With n coordinates and M workers a worker sends n (M - 1) / (4 M) bytes per step, where the fp32 ring all-reduce sends
+8 n (M - 1) / M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+
+from signstep.distributed.collectives import mean_over
+from signstep.distributed.hooks import Bucket, Entry, GradientHook
+from signstep.distributed.power_sgd import PowerSGD
+from signstep.distributed.vote import Vote, cast_entries, nonfinite_rule
+from signstep.distributed.worker import Worker, check_choice
+from signstep.optim.signsgd import SignSGD
+
+__all__ = ["MajorityVote"]
+
+
+class MajorityVote(GradientHook):
+    r"""Train a DDP model by majority vote: one bit per coordinate each way.
+
+    With :math:`m_w` the momentum of worker w's own gradient and :math:`\xi_w` its own dither,
+
+    .. math::
+        v = \mathrm{sign}\Big(\sum_w \mathrm{sign}(m_w + \xi_w)\Big), \qquad x \leftarrow x - \delta\, v
+
+    Momentum, dither and sign of the optimizer move to the worker's side; ``p.grad`` holds v after backward, and
+    ``optimizer.step()``, schedulers, ``zero_grad`` and ``no_sync`` are used as ever. The step takes the sign of what is
+    in ``p.grad``, so clipping and ``GradScaler.unscale_``, which scale v, change nothing.
+
+    What one bit cannot say is decided so:
+
+    - a coordinate whose momentum is exactly 0 casts a coin, from a stream of its rank's own;
+    - a parameter that this rank's backward has not reached, or a rank that has joined (``model.join()``), abstains: one
+      byte per parameter, and its momentum stays as it is;
+    - a tie of an even number of voters is a coin that all ranks share.
+
+    Args:
+        model: wrapped in DistributedDataParallel; parameters that are not the optimizer's get the ordinary mean.
+        optimizer: `SignSGD` or `HybridSignSGD` over the model's parameters, with dither before the sign or none.
+        ties: "random", or "abstain": a tied coordinate does not move, which costs a second bit on the way back, 3 n (M
+            - 1) / (8 M) bytes in all.
+        error_feedback: each worker adds to its momentum what its earlier signs left out, see `Worker`.
+        nonfinite: what a gradient that is not finite does. "raise": backward raises on all ranks, with rank and
+            parameter. "abstain": that worker has no vote on that parameter, and its momentum stays as it is. "skip":
+            the gradients become NaN on all ranks, so that a GradScaler skips the step; what was finite stays in its
+            worker's momentum. With a grad_scaler it is "skip" or "raise", by default "skip"; else "raise" or "abstain",
+            by default "raise".
+        dither_workers: "independent": every worker's noise has the optimizer's sigma; "scaled": sigma sqrt(M), which
+            keeps the range in which the expected vote is linear in the momentum.
+        grad_scaler: of a loop with float16 autocast: gradients are divided by its scale before they enter the momentum.
+        after_switch: how gradients are averaged in the SGD phase of HybridSignSGD: "mean" (all-reduce), "bf16" or
+            "powersgd" (rank 2, with error feedback; Vogels et al. 2019, arXiv 1905.13727; what it keeps between steps
+            is not saved).
+
+    Attributes:
+        worker: this rank's `signstep.distributed.worker.Worker`; names, group, rank, world_size: see `GradientHook`.
+
+    Raises:
+        TypeError, ValueError: a model, optimizer or option that does not fit, one sentence.
+        CollectiveError: from backward, on all ranks: a gradient is not finite.
+
+    HybridSignSGD calibrates on each worker's own gradient g_w against the vote: the means over workers of <v, g_w> and
+    ||g_w||^2 take the place of <s, g> and ||g||^2. A worker's gradient is noisier than the mean's, so the rate is that
+    of a worker's batch, too small for the mean's rather than too large. "applied" is the same as "ratio" here.
+
+    Example:
+        .. code-block:: python
+
+            model = DistributedDataParallel(net)
+            optimizer = SignSGD(model.parameters(), lr=1e-3)
+            vote = MajorityVote(model, optimizer)
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        optimizer: SignSGD,
+        *,
+        ties: str = "random",
+        error_feedback: bool = False,
+        nonfinite: str | None = None,
+        dither_workers: str = "independent",
+        grad_scaler: GradScaler | None = None,
+        after_switch: str = "mean",
+    ) -> None:
+        check_choice("ties", ties, ("random", "abstain"))
+        nonfinite = nonfinite_rule(nonfinite, scaled=grad_scaler is not None)
+        check_choice("after_switch", after_switch, ("mean", "bf16", "powersgd"))
+        super().__init__(model)
+        self.worker = Worker(
+            optimizer,
+            self.names,
+            self.rank,
+            self.world_size,
+            dither_workers=dither_workers,
+            error_feedback=error_feedback,
+        )
+        self.optimizer, self.ties, self.nonfinite = optimizer, ties, nonfinite
+        self.grad_scaler, self.after_switch = grad_scaler, after_switch
+        self._vote = Vote("MajorityVote", [self.worker], ties=ties, nonfinite=nonfinite)
+        self._power: PowerSGD | None = None
+        self._start_round()
+        self.attach(model)
+
+    def _start_round(self) -> None:
+        """Of one backward's buckets: who has voted, whether the step is to be skipped, the calibration's sums."""
+        self._voted: set[int] = set()
+        self._spoiled = False
+        self._sums = self._vote.no_sums(self.device)
+
+    def begin(self) -> None:
+        """Number the votes by the optimizer's steps."""
+        self._vote.begin()
+
+    def reduce(self, bucket: Bucket) -> None:
+        """Vote on what is in the sign phase, average the rest."""
+        voting = [e for e in bucket.entries if self.worker.votes(e.name)]
+        if self.grad_scaler is not None:
+            for entry in voting:  # the scaler unscales what is averaged
+                entry.flat.mul_(1.0 / self.grad_scaler.get_scale())
+        if voting:
+            self._elect(voting, finite=bool(bucket.buffer.dot(bucket.buffer).isfinite()))
+        averaged = [e for e in bucket.entries if not self.worker.votes(e.name)]
+        strangers = [e for e in averaged if e.name not in self.worker.groups]
+        switched = [e for e in averaged if e.name in self.worker.groups]
+        if strangers:
+            self._average(bucket, strangers, "mean")
+        if switched:
+            for entry in switched:
+                self._vote.hand_over(entry.param, lambda momenta: mean_over(self.group, momenta[0]))
+            self._average(bucket, switched, self.after_switch)
+        if bucket.is_last:
+            self._end_round(bucket.joined)
+
+    def _elect(self, entries: Sequence[Entry], finite: bool) -> None:
+        names, outs = [e.name for e in entries], [e.flat for e in entries]
+        ballot = cast_entries(self.worker, entries, finite=finite)
+        election = self._vote.hold(ballot, names, self.group)
+        outcome = self._vote.accept(self.worker, ballot, election, names, outs, spoiled=self._spoiled)
+        self._voted |= outcome.voted
+        self._sums += outcome.sums
+        self._spoiled = outcome.spoiled
+
+    def _average(self, bucket: Bucket, entries: Sequence[Entry], how: str) -> None:
+        if how == "powersgd" and len(entries) == len(bucket.entries):
+            self._power = self._power or PowerSGD(self.group)
+            self._power.average(bucket)
+            return
+        whole = bucket.buffer if len(entries) == len(bucket.entries) else torch.cat([e.flat for e in entries])
+        mean = whole / self.world_size
+        if how == "bf16":
+            mean = mean.to(torch.bfloat16)
+        if self.world_size > 1:
+            dist.all_reduce(mean, group=self.group)
+        for entry, part in zip(entries, torch.split(mean, [e.flat.numel() for e in entries]), strict=True):
+            entry.flat.copy_(part)
+
+    def _end_round(self, joined: bool) -> None:
+        if self.optimizer.calibrates:
+            if self.world_size > 1 and self._voted:  # by all ranks alike
+                dist.all_reduce(self._sums, group=self.group)
+            self._vote.receive_sums(self._sums)
+        if not self._spoiled:
+            self._vote.count_votes(self._voted, joined=joined)
+        self._start_round()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rank's own state, with the momentum of its own gradients by parameter name: save it per rank."""
+        return self.worker.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load this rank's state, after the optimizer's; ValueError for another rank's or another world size's."""
+        for p, name in self.names.items():
+            for key, x in state["state"].get(name, {}).items():
+                if key in ("exp_avg", "residual") and x.numel() != p.numel():
+                    raise ValueError(
+                        f"the {key} of {name} was saved with {x.numel()} elements, the parameter has {p.numel()}: load "
+                        "the state of this model"
+                    )
+        self.worker.load_state_dict(state)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import references
 from signstep import HybridSignSGD, SignSGD
 from signstep.distributed.simulation import SimulatedVote
-from signstep.monitor.calibration import DECAY, RULES, CalibrationPanel, wilson
+from signstep.monitor.calibration_panel import DECAY, RATE_RULES, CalibrationPanel, wilson
 
 Array = npt.NDArray[np.float64]
 SHAPES = {"weight": (7, 5), "bias": (7,), "scale": ()}
@@ -130,7 +130,9 @@ def test_every_rule_is_its_formula(case: str, drift: float) -> None:
         alone = CalibrationReference(steps)
         alone.history, alone.lr = [dict(reference.history[-1])], lr
         now, expected = record["now"], alone.rules()
-        assert {n: now[n] for n in RULES if n != "lagged"} == _approx({n: expected[n] for n in RULES if n != "lagged"})
+        assert {n: now[n] for n in RATE_RULES if n != "lagged"} == _approx(
+            {n: expected[n] for n in RATE_RULES if n != "lagged"}
+        )
         last = reference.history[-1]
         cosine = last["inner"] / math.sqrt(last["length"] * last["square"])
         assert record["cosine"] == pytest.approx(cosine, rel=1e-4, abs=1e-7)
@@ -340,7 +342,7 @@ def test_after_the_switch(sgd_momentum: float) -> None:
     records = [_measured_step(panel, optimizer, params, _gradients(k)) for k in range(6)]
     # On the step that switches, the momentum is there only if SGD goes on with it.
     assert [r["own_steps"] for r in records] == [1, 2, 3, 3 + bool(sgd_momentum), *[3 + bool(sgd_momentum)] * 2]
-    assert records[-1]["now"] == dict.fromkeys(RULES)
+    assert records[-1]["now"] == dict.fromkeys(RATE_RULES)
     assert records[-1]["groups"][0]["phase"] == "sgd"
     assert records[-1]["advice"].startswith("calibration: in the SGD phase, at lr ")
     rate = float(optimizer.param_groups[0]["lr_ratio"]) * 1e-3
@@ -467,7 +469,7 @@ def test_no_nan_in_a_record_and_none_is_averaged(case: str, value: float) -> Non
     record = _measured_step(panel, optimizer, params, bad)
     if not math.isfinite(value):
         assert record["own_steps"] == 1
-        assert record["now"] == dict.fromkeys(RULES)
+        assert record["now"] == dict.fromkeys(RATE_RULES)
         assert record["average"]["ratio"] is not None
     fresh = CalibrationPanel()
     record = _measured_step(fresh, optimizer, params, bad)

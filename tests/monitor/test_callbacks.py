@@ -84,10 +84,10 @@ def _same(found: list[Any], expected: list[Any]) -> None:
 def test_a_callback_finds_the_optimizer_inside_its_wrappers_and_the_scaler() -> None:
     network = _network()
     optimizer = _optimizer(network)
-    scaler = SimpleNamespace(get_scale=lambda: 1024.0)
+    plugin = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 1024.0))
     wrapped = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))
     sink = _List()
-    monitor = begin(network, wrapped, scaler, {"step": 3}, {"every": 3, "sinks": [sink]})  # type: ignore[arg-type]
+    monitor = begin(network, wrapped, plugin, {"step": 3}, {"every": 3, "sinks": [sink]})  # type: ignore[arg-type]
     assert monitor.step == 3
     x, y = _data()
     for _ in range(4):

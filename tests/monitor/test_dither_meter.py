@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import references
 from signstep import HybridSignSGD, SignSGD
 from signstep.distributed.simulation import SimulatedVote
-from signstep.monitor.dither import DitherMeter
+from signstep.monitor.dither_meter import DitherMeter
 from signstep.theory.vote import linear_slope
 
 SHAPES = {"weight": (7, 5), "bias": (7,), "scale": ()}

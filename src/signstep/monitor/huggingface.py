@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from signstep.monitor.callbacks import begin
-from signstep.monitor.monitor import Monitor
+from signstep.monitor.callbacks import MonitorHolder, base_class, begin
 
 __all__ = ["MonitorCallback"]
 
 _SAVED = "signstep.monitor"
+_TrainerCallback: Any = base_class("TrainerCallback", "transformers")
 
 
-def _callback() -> Any:
-    """The class to inherit from; object where transformers is not installed."""
-    try:
-        return importlib.import_module("transformers").TrainerCallback
-    except ImportError:
-        return object
-
-
-_Callback: Any = _callback()
-
-
-class MonitorCallback(_Callback):  # type: ignore[misc]
+class MonitorCallback(MonitorHolder, _TrainerCallback):  # type: ignore[misc]
     """Monitors a Trainer's training: `Trainer(..., callbacks=[MonitorCallback(every=50, sinks=[...])])`.
 
     Each backward pass is a micro-batch, so ``gradient_accumulation_steps`` of 4 or more is all that it needs: intervals
@@ -48,18 +36,17 @@ class MonitorCallback(_Callback):  # type: ignore[misc]
     """
 
     def __init__(self, **options: Any) -> None:
-        if _Callback is object:
+        if _TrainerCallback is object:
             raise ImportError("MonitorCallback: transformers is not installed: pip install transformers accelerate")
         self.options = options
-        self.monitor: Monitor | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin: the optimizer is built, wrapped and restored now."""
-        self._end()
+        self.end()
         if state.is_world_process_zero:
             optimizer = kwargs["optimizer"]
             saved = state.stateful_callbacks.get(_SAVED, {"step": state.global_step})
-            self.monitor = begin(kwargs["model"], optimizer, getattr(optimizer, "scaler", None), saved, self.options)
+            self.monitor = begin(kwargs["model"], optimizer, optimizer, saved, self.options)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put what a checkpoint of this step must hold where the Trainer saves it from.
@@ -71,9 +58,4 @@ class MonitorCallback(_Callback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End: hooks off, sinks closed."""
-        self._end()
-
-    def _end(self) -> None:
-        if self.monitor is not None:
-            self.monitor.close()
-            self.monitor = None
+        self.end()

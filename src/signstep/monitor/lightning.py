@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from signstep.monitor.callbacks import begin
-from signstep.monitor.monitor import Monitor
+from signstep.monitor.callbacks import MonitorHolder, base_class, begin
 
 __all__ = ["MonitorCallback"]
 
-_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+_LightningCallback: Any = base_class("Callback", "lightning.pytorch", "pytorch_lightning")
 
 
-def _callback() -> Any:
-    """The class to inherit from, of the package that is in use; object where there is none."""
-    for name in sorted(_PACKAGES, key=lambda name: name not in sys.modules):
-        try:
-            return importlib.import_module(name).Callback
-        except ImportError:
-            continue
-    return object
-
-
-_Callback: Any = _callback()
-
-
-class MonitorCallback(_Callback):  # type: ignore[misc]
+class MonitorCallback(MonitorHolder, _LightningCallback):  # type: ignore[misc]
     """Monitors a Trainer's training: `Trainer(callbacks=[MonitorCallback(every=50, sinks=[...])])`.
 
     With ``accumulate_grad_batches`` of 4 or more, or several ranks under DDP, nothing else is needed: each backward
@@ -69,12 +53,10 @@ class MonitorCallback(_Callback):  # type: ignore[misc]
         optimizer: int = 0,
         **options: Any,
     ) -> None:
-        if _Callback is object:
+        if _LightningCallback is object:
             raise ImportError("MonitorCallback: Lightning is not installed: pip install pytorch-lightning")
         super().__init__()
         self.loss, self.parts, self.optimizer, self.options = loss, parts, optimizer, options
-        self.monitor: Monitor | None = None
-        self._state: dict[str, Any] | None = None
 
     @property
     def state_key(self) -> str:
@@ -83,12 +65,11 @@ class MonitorCallback(_Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin: optimizers are built, wrapped and restored now."""
-        self._end()
+        self.end()
         # A Trainer without steps is a new one, whatever an earlier one has left here.
-        state = (self._state if trainer.global_step > 0 else None) or {"step": trainer.global_step}
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        state = (self.last_state if trainer.global_step > 0 else None) or {"step": trainer.global_step}
         optimizer = trainer.optimizers[self.optimizer]
-        self.monitor = begin(trainer.strategy.model, optimizer, scaler, state, self.options)
+        self.monitor = begin(trainer.strategy.model, optimizer, trainer.precision_plugin, state, self.options)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measure a batch, if it was asked for, at the first micro-batch of an own step."""
@@ -104,22 +85,16 @@ class MonitorCallback(_Callback):  # type: ignore[misc]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """End: hooks off, sinks closed."""
-        self._end()
+        self.end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """End."""
-        self._end()
+        self.end()
 
     def state_dict(self) -> dict[str, Any]:
         """The monitor's, for Lightning's checkpoint."""
-        return self.monitor.state_dict() if self.monitor is not None else dict(self._state or {})
+        return self.monitor.state_dict() if self.monitor is not None else dict(self.last_state or {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Of a checkpoint, from which the next training goes on."""
-        self._state = dict(state_dict) or None
-
-    def _end(self) -> None:
-        if self.monitor is not None:
-            self._state = self.monitor.state_dict()
-            self.monitor.close()
-            self.monitor = None
+        self.last_state = dict(state_dict) or None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,16 +14,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from signstep.monitor.calibration import CalibrationPanel
-from signstep.monitor.dither import DitherMeter
+from signstep.distributed import MajorityVote
+from signstep.monitor.calibration_panel import CalibrationPanel
+from signstep.monitor.dither_meter import DitherMeter
+from signstep.monitor.last_step import did_nothing
 from signstep.monitor.reliability import reliability
 from signstep.monitor.sampling import Sampler
+from signstep.monitor.sinks import Sink
 from signstep.monitor.symmetry import symmetry
 from signstep.monitor.untouched import untouched
-
-if TYPE_CHECKING:
-    from signstep.distributed.ddp import MajorityVote
-    from signstep.monitor.sinks import Sink
+from signstep.optim.signsgd import SignSGD
 
 __all__ = ["Monitor"]
 
@@ -31,7 +31,7 @@ _TESTED = 1024
 """Coordinates whose noise is tested for symmetry."""
 _SHOWN = 8
 """Coordinates whose values go into the record, for histograms, where there are enough micro-batches."""
-_ENOUGH = 20
+_SHOWN_FROM = 20
 
 
 class Monitor:
@@ -104,7 +104,7 @@ class Monitor:
         for name, value in (("every", every), ("coordinates", coordinates)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
-        if getattr(optimizer, "steps_in_backward", False):
+        if isinstance(optimizer, SignSGD) and optimizer.steps_in_backward:
             raise ValueError("optimizer steps inside backward (attach_to_backward): there is no gradient to look at")
         inner = _without_compile(model)
         wrapped = inner if isinstance(inner, DistributedDataParallel) else None
@@ -244,11 +244,9 @@ class Monitor:
 
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
-        if self.due:
-            found_inf = getattr(self.optimizer, "found_inf", None)
-            if found_inf is not None and float(found_inf) != 0:  # a fused step under a GradScaler that does nothing
-                self._sampler.rows, self._measured = [], None
-                return
+        if self.due and did_nothing(self.optimizer):
+            self._sampler.rows, self._measured = [], None
+            return
         try:
             record = self._record() if self.due else None
             if record is not None:
@@ -292,7 +290,7 @@ class Monitor:
             "advice": [f"reliability: {found['reason']}"] if "reason" in found else [],
         }
         record["advice"] += [part["advice"] for part in (noise, dither, calibration) if part.get("advice")]
-        if len(finite) >= _ENOUGH:
+        if len(finite) >= _SHOWN_FROM:
             record["samples"] = self._samples(finite)
         return record
 

@@ -22,8 +22,8 @@ from signstep.lab.training.batches import Batches
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.loop import _Run, train
 from signstep.lab.training.workers import Workers
-from signstep.monitor.calibration import CalibrationPanel
-from signstep.monitor.dither import DitherMeter
+from signstep.monitor.calibration_panel import CalibrationPanel
+from signstep.monitor.dither_meter import DitherMeter
 from signstep.monitor.sinks import JSONLines
 from signstep.theory import stationarity
 from signstep.theory.bounds import CRITICAL_SNR

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
-from signstep.monitor.calibration import RULES
+from signstep.monitor.calibration_panel import RATE_RULES
 from signstep.theory.bounds import PAPER_CONSTANT
 
 __all__ = [
@@ -262,7 +262,7 @@ def _calibration(record: Record) -> Part:
     found = _mapping(record, "calibration")
     steps = at(found, "own_steps")
     rows = []
-    for rule in RULES:
+    for rule in RATE_RULES:
         now, average = at(found, "now", rule), at(found, "average", rule)
         value = number(average) + ("" if now is None or steps == 1 else f" (this step {number(now)})")
         rows.append((f"SGD's lr by {RULE_LABELS[rule]}", value, _RULE_NOTES[rule]))

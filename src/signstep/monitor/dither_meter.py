@@ -30,24 +30,21 @@ from torch.optim import Optimizer
 
 from signstep.distributed.worker import Worker
 from signstep.kernels import momentum as buffers
-from signstep.monitor.momentum import (
-    Before,
-    Param,
-    chunks,
-    finite,
-    flat,
-    gradient,
-    inner,
+from signstep.monitor.last_step import (
+    BeforeStep,
+    MovedParam,
+    entered_gradient,
     keeps_average,
-    kept,
-    numbers,
-    stepped,
+    kept_momentum,
+    moved_params,
+    phase,
+    takes_votes,
 )
-from signstep.optim.dither import dither_std
+from signstep.monitor.totals import chunks, finite, flat, inner_product, span, to_floats
 from signstep.optim.signsgd import SignSGD
 from signstep.theory.vote import accuracy, linear_slope
 
-__all__ = ["DitherMeter", "dither_sigma", "previous_mean_squares"]
+__all__ = ["DitherMeter"]
 
 RANDOM = 10.0
 """sigma / rms(m) from which a step is called random: a sign at rms(m) is right with probability 0.54."""
@@ -79,13 +76,11 @@ class DitherMeter:
 
     def __init__(self, names: Mapping[Any, str], *, worker: Worker | None = None) -> None:
         self.names, self.worker = names, worker
-        self._before: Before | None = None
-        self._mean_squares: dict[Tensor, Tensor] = {}
+        self._before: BeforeStep | None = None
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Keep what the step is going to overwrite."""
-        self._before = Before.of(optimizer, lambda group: not keeps_average(optimizer, group))
-        self._mean_squares = previous_mean_squares(optimizer)
+        self._before = BeforeStep.of(optimizer, lambda group: not keeps_average(optimizer, group))
 
     def after_step(self, optimizer: Optimizer) -> dict[str, Any]:
         """Measure the step.
@@ -108,12 +103,12 @@ class DitherMeter:
         before, self._before = self._before, None
         if before is None:
             raise RuntimeError("DitherMeter.after_step without before_step, which keeps what the step overwrites")
-        if getattr(optimizer, "takes_votes", False) and self.worker is None:
+        if takes_votes(optimizer) and self.worker is None:
             return _record([], {}, _VOTED)
         order = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         layers, values = [], []
-        for moved in stepped(optimizer, before):
+        for moved in moved_params(optimizer, before):
             p, index, group = moved
             m = self._momentum(optimizer, moved, before)
             if m is None:
@@ -122,7 +117,7 @@ class DitherMeter:
             name = self.names.get(p, f"parameter {order[p]}")
             layer = _Layer(name, m.numel(), group, rates[index], before.steps[index])
             if isinstance(optimizer, SignSGD) and before.phases[index] == "sign" and group["dither"] > 0:
-                sigma = self._sigma(moved, layer.step)
+                sigma = self._sigma(moved, before)
                 layer.position = group["dither_position"]
                 if optimizer.takes_votes and self.worker is not None:
                     layer.slope = linear_slope(self.worker.world_size)
@@ -130,58 +125,37 @@ class DitherMeter:
             edge = sigma.to(m.device) * (_ONE / layer.slope / 2)
             linear = sum((torch.count_nonzero(x.abs() < edge) for (x,) in chunks(m)), torch.zeros_like(edge))
             weight = flat(p)
-            values += [inner(m, m), sigma, linear, inner(weight, weight)]
+            values += [inner_product(m, m), sigma, linear, inner_product(weight, weight)]
             layers.append(layer)
-        measured = numbers(values)
+        measured = to_floats(values)
         for i, layer in enumerate(layers):
             layer.measure(*measured[4 * i : 4 * i + 4])
-        self._mean_squares = {}
-        problem = _NO_MOMENTUM if getattr(optimizer, "takes_votes", False) and not layers else None
+        problem = _NO_MOMENTUM if takes_votes(optimizer) and not layers else None
         return _record(layers, {layer.name: layer.record() for layer in layers}, problem)
 
-    def _momentum(self, optimizer: Optimizer, moved: Param, before: Before) -> Tensor | None:
+    def _momentum(self, optimizer: Optimizer, moved: MovedParam, before: BeforeStep) -> Tensor | None:
         p, _, group = moved
-        if getattr(optimizer, "takes_votes", False) and group.get("phase", "sign") == "sign":
+        if takes_votes(optimizer) and phase(optimizer, group) == "sign":
             assert self.worker is not None
             state = self.worker.state.get(self.worker.names.get(p, ""), {})
             m = state.get("exp_avg")
             return None if m is None else buffers.read(m, state.get("exp_avg_scale")).to(torch.float32)
         if keeps_average(optimizer, group):
-            return kept(optimizer, group, p)
-        if before.phases[moved.group_index] == "sign" and group.get("phase") == "sgd" and group["momentum"] > 0:
+            return kept_momentum(optimizer, group, p)
+        if before.phases[moved.group_index] == "sign" and phase(optimizer, group) == "sgd" and group["momentum"] > 0:
             return None  # freed at the switch, which this step has made
-        return gradient(optimizer, moved, before)
+        return entered_gradient(optimizer, moved, before)
 
-    def _sigma(self, moved: Param, step: int | None) -> Tensor:
-        p, _, group = moved
-        assert step is not None
+    def _sigma(self, moved: MovedParam, before: BeforeStep) -> Tensor:
+        p, index, group = moved
         if self.worker is None:
-            return dither_sigma(group, step, self._mean_squares.get(p))
+            return before.sigma(moved)
+        step = before.steps[index]
+        assert step is not None
         noise = self.worker.dither(group, step)
         assert noise is not None
         square = self.worker.state.get(self.worker.names.get(p, ""), {}).get("mean_square")
         return noise.sigma if square is None else noise.sigma.to(square.device) * square.sqrt()
-
-
-def previous_mean_squares(optimizer: Optimizer) -> dict[Tensor, Tensor]:
-    """What relative dither is going to multiply sigma with, squared, for each parameter; before the step."""
-    squares = {}
-    for group in optimizer.param_groups:
-        if not isinstance(optimizer, SignSGD) or not optimizer._needs_mean_square(group):
-            continue
-        for p in group["params"]:
-            square = optimizer.state.get(p, {}).get("mean_square")
-            if square is None:
-                m = kept(optimizer, group, p)
-                square = torch.zeros((), device=p.device) if m is None else buffers.mean_square(m)
-            squares[p] = square.clone()
-    return squares
-
-
-def dither_sigma(group: Mapping[str, Any], step: int, mean_square: Tensor | None) -> Tensor:
-    """sigma_k of a group's step k, a 0-dim tensor: eq. (9), times the rms of the momentum before if there is one."""
-    sigma = dither_std(torch.tensor(step), group["dither"], group["dither_decay"])
-    return sigma if mean_square is None else sigma.to(mean_square.device) * mean_square.sqrt()
 
 
 _ONE = math.sqrt(2 / math.pi)
@@ -342,8 +316,8 @@ def _advice_dithered(on: list[_Layer]) -> str:
     rates = [layer.lr * layer.slope / layer.sigma for layer in on]
     ratios = [1 / x for x in noise if 1 / RANDOM < x < RANDOM]
     said = (
-        f"dither and momentum match: rms(m) / sigma is {_span(ratios)}, and {linear:.0%} of the "
-        f"coordinates move on average as under SGD with lr {_span(rates)}"
+        f"dither and momentum match: rms(m) / sigma is {span(ratios, 2)}, and {linear:.0%} of the "
+        f"coordinates move on average as under SGD with lr {span(rates, 2)}"
     )
     outside = len(loud) + len(quiet)
     if outside:
@@ -357,15 +331,10 @@ def _advice_undithered(layers: list[_Layer]) -> str:
     counted = layers[0].step is not None
     decay = f"{float(layers[0].group['dither_decay']):g}" if counted else "0.0"
     said = (
-        f"no dither: rms(m) is {_span(rms)} over {len(layers)} layers; dither={alpha:.2g}, dither_decay={decay} would"
+        f"no dither: rms(m) is {span(rms, 2)} over {len(layers)} layers; dither={alpha:.2g}, dither_decay={decay} would"
     )
     said += " have matched the median at this step"
     if max(rms) > RANDOM * min(rms):
         apart = f"{max(rms) / min(rms):.3g}"
         said += f", but not layers {apart} times apart: dither_scale='relative', dither=1.0, dither_decay=0.0 does"
     return said
-
-
-def _span(values: list[float]) -> str:
-    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
-    return low if low == high else f"{low} to {high}"

@@ -28,19 +28,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from signstep.kernels.reference import wide_dtype
-from signstep.monitor.dither import dither_sigma, previous_mean_squares
-from signstep.monitor.momentum import (
-    Before,
-    Param,
-    chunks,
-    finite,
-    gradient,
-    inner,
+from signstep.monitor.last_step import (
+    BeforeStep,
+    MovedParam,
+    entered_gradient,
     keeps_average,
-    kept,
-    numbers,
-    stepped,
+    kept_momentum,
+    moved_params,
+    phase,
+    takes_votes,
 )
+from signstep.monitor.totals import chunks, finite, inner_product, span, to_floats
 from signstep.optim.calibration import EPS
 from signstep.optim.dither import expected_sign
 from signstep.optim.hybrid import HybridSignSGD
@@ -49,8 +47,8 @@ from signstep.optim.signsgd import SignSGD
 __all__ = ["CalibrationPanel", "wilson"]
 
 DECAY = 0.9
-RULES = ("paper", "ratio", "applied", "lagged", "swats")
-_ENOUGH = 5
+RATE_RULES = ("paper", "ratio", "applied", "lagged", "swats")
+_COMPARED_FROM = 5
 """Own steps before the averages are compared in words."""
 _RISEN = 0.9
 """Of its value, below which an average that starts at 0 is called low."""
@@ -96,8 +94,7 @@ class CalibrationPanel:
 
     def __init__(self, names: Mapping[Any, str] | None = None) -> None:
         self.names = dict(names or {})
-        self._before: Before | None = None
-        self._mean_squares: dict[Tensor, Tensor] = {}
+        self._before: BeforeStep | None = None
         self._signs: dict[Tensor, Tensor] = {}
         self._averages: list[_Averages] = []
         self._paper = _Average()
@@ -105,12 +102,11 @@ class CalibrationPanel:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Keep what the step is going to overwrite."""
-        self._before = Before.of(optimizer, lambda group: group.get("phase", "sign") == "sign")
-        self._mean_squares = previous_mean_squares(optimizer)
+        self._before = BeforeStep.of(optimizer, lambda group: phase(optimizer, group) != "sgd")
         self._signs = {}
         for group in optimizer.param_groups:
             for p in group["params"] if keeps_average(optimizer, group) else ():
-                m = None if hasattr(p, "to_local") else kept(optimizer, group, p)
+                m = None if hasattr(p, "to_local") else kept_momentum(optimizer, group, p)
                 if m is not None:
                     self._signs[p] = torch.sign(m).to(torch.int8)
 
@@ -137,9 +133,9 @@ class CalibrationPanel:
             raise RuntimeError("CalibrationPanel.after_step without before_step, which keeps what the step overwrites")
         lrs = [float(g["lr"]) for g in optimizer.param_groups]
         self._averages += [_Averages() for _ in lrs[len(self._averages) :]]
-        voted = getattr(optimizer, "takes_votes", False)
+        voted = takes_votes(optimizer)
         found, layers = (_voted(optimizer, before), {}) if voted else self._summed(optimizer, before, lrs)
-        self._mean_squares, self._signs = {}, {}
+        self._signs = {}
         whole = _total(sums.scaled(lrs[i]) for i, sums in found.items())
         if whole is not None and all(x is None or math.isfinite(x) for x in whole):
             self._negative.count(whole.inner < 0)
@@ -181,16 +177,16 @@ class CalibrationPanel:
         self._negative, self._lagged_negative = _Share(*state["negative"]), _Share(*state["lagged_negative"])
 
     def _summed(
-        self, optimizer: Optimizer, before: Before, lrs: list[float]
+        self, optimizer: Optimizer, before: BeforeStep, lrs: list[float]
     ) -> tuple[dict[int, _Sums], dict[str, Any]]:
         """Of each param_group, and the layers of the record."""
         moved, values = [], []
-        for one in stepped(optimizer, before):
+        for one in moved_params(optimizer, before):
             terms = self._terms(optimizer, one, before) if before.phases[one.group_index] != "sgd" else None
             if terms is not None:
                 moved.append(one)
                 values += terms
-        measured = numbers(values)
+        measured = to_floats(values)
         found: dict[int, _Sums] = {}
         layers = {}
         for k, (p, i, _) in enumerate(moved):
@@ -206,26 +202,24 @@ class CalibrationPanel:
                 }
         return found, layers
 
-    def _terms(self, optimizer: Optimizer, moved: Param, before: Before) -> list[Tensor] | None:
+    def _terms(self, optimizer: Optimizer, moved: MovedParam, before: BeforeStep) -> list[Tensor] | None:
         """The numbers of `_Sums` for one parameter; None where its momentum is not there any more, or no average."""
-        p, i, group = moved
-        g = gradient(optimizer, moved, before)
+        p, _, group = moved
+        g = entered_gradient(optimizer, moved, before)
         ours = isinstance(optimizer, SignSGD)
         momentum = group["momentum"] > 0 if ours else keeps_average(optimizer, group)
-        m = kept(optimizer, group, p) if momentum else g
+        m = kept_momentum(optimizer, group, p) if momentum else g
         if m is None:
             return None
         sigma = None
         if ours and group["dither"] > 0 and group["dither_position"] == "pre":
-            step = before.steps[i]
-            assert step is not None
-            sigma = dither_sigma(group, step, self._mean_squares.get(p)).to(m.device)
+            sigma = before.sigma(moved).to(m.device)
         sums = torch.zeros(5, dtype=wide_dtype(g.device), device=g.device)
         for x, y, last in chunks(g, m, self._signs.get(p, g)):
             s = torch.sign(y).to(x.dtype)
             expected = s if sigma is None else expected_sign(y, sigma).to(x.dtype)
             factors = ((s, x), (expected, x), (last.to(x.dtype), x), (x, x), (s, s))
-            sums += torch.stack([inner(a, b) for a, b in factors])
+            sums += torch.stack([inner_product(a, b) for a, b in factors])
         return list(sums.unbind())
 
     def _group(self, optimizer: Optimizer, index: int, lr: float) -> dict[str, Any]:
@@ -245,18 +239,18 @@ def _advice(optimizer: Optimizer, record: Mapping[str, Any], average: _Sums | No
         rule = optimizer.param_groups[0]["calibration"]
         if optimizer.phase == "sgd":
             present = [float(g["lr_ratio"]) * float(g["lr"]) for g in optimizer.param_groups]
-            return f"calibration: in the SGD phase, at lr {_span(present)} (when it began: {_span(rates)})"
-    elif average is None and getattr(optimizer, "takes_votes", False):
+            return f"calibration: in the SGD phase, at lr {span(present, 3)} (when it began: {span(rates, 3)})"
+    elif average is None and takes_votes(optimizer):
         return "calibration: the workers' own gradients are gone after a vote; HybridSignSGD keeps their sums"
     if average is None:
         why = "not finite" if measured else "of no parameter that has moved"
         return f"calibration: nothing measured yet, the gradient and its momentum are {why}"
     if isinstance(optimizer, HybridSignSGD):
-        said = f"calibration: switch() now would go on with SGD at lr {_span(rates)} (rule {rule!r})"
+        said = f"calibration: switch() now would go on with SGD at lr {span(rates, 3)} (rule {rule!r})"
     else:
         steps = "its steps" if isinstance(optimizer, SignSGD) else "sign steps along its momentum"
-        said = f"calibration: SGD at lr {_span(rates)} (rule 'ratio') is worth what {steps} are"
-        said += f" at lr {_span([g['lr'] for g in groups])}"
+        said = f"calibration: SGD at lr {span(rates, 3)} (rule 'ratio') is worth what {steps} are"
+        said += f" at lr {span([g['lr'] for g in groups], 3)}"
     if len(rates) == 1 and rates[0] is not None:
         length = finite(_quotient(rates[0] * math.sqrt(average.square), math.sqrt(average.length)))
         said += "" if length is None else f", in steps {length:.2g} times as long"
@@ -265,10 +259,10 @@ def _advice(optimizer: Optimizer, record: Mapping[str, Any], average: _Sums | No
         risen = 1 - first["ema_decay"] ** int(first["step"])
         if risen < _RISEN:
             said += f"; eq. (12)'s average starts at 0, and has come to {risen:.0%} of the rate"
-    return said + (_cautions(record, rule) if record["own_steps"] >= _ENOUGH else "")
+    return said + (_cautions(record, rule) if record["own_steps"] >= _COMPARED_FROM else "")
 
 
-def _voted(optimizer: Optimizer, before: Before) -> dict[int, _Sums]:
+def _voted(optimizer: Optimizer, before: BeforeStep) -> dict[int, _Sums]:
     """Under a vote `HybridSignSGD` has the sums of the workers' own gradients against the votes."""
     if not isinstance(optimizer, HybridSignSGD) or not optimizer.voted_sums:
         return {}
@@ -276,7 +270,7 @@ def _voted(optimizer: Optimizer, before: Before) -> dict[int, _Sums]:
     for i, (group, steps) in enumerate(zip(optimizer.param_groups, before.steps, strict=False)):
         if before.phases[i] == "sign" and steps is not None and int(group["step"]) > steps:
             votes = [torch.count_nonzero(p.grad) for p in group["params"] if p.grad is not None]
-            inner, square, *cast = numbers([*optimizer.voted_sums[i], *votes])
+            inner, square, *cast = to_floats([*optimizer.voted_sums[i], *votes])
             found[i] = _Sums(inner, inner, None, square, sum(cast))
     return found
 
@@ -336,7 +330,7 @@ class _Sums(NamedTuple):
 
 def _rules(sums: _Sums | None, paper: float | None) -> dict[str, float | None]:
     if sums is None:
-        return dict.fromkeys(RULES)
+        return dict.fromkeys(RATE_RULES)
 
     def project(inner: float | None) -> float | None:
         return None if inner is None else finite(max(0.0, inner) / (sums.square + EPS))
@@ -422,11 +416,3 @@ def _quotient(a: float, b: float) -> float:
 
 def _number(x: float | None) -> str:
     return "unknown" if x is None else f"{x:.3g}"
-
-
-def _span(values: Sequence[float | None]) -> str:
-    known = [x for x in values if x is not None]
-    if not known:
-        return "unknown"
-    low, high = _number(min(known)), _number(max(known))
-    return low if low == high else f"{low} to {high}"

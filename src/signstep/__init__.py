@@ -1,20 +1,28 @@
-"""One-bit optimizers for PyTorch."""
+"""One-bit optimizers for PyTorch.
 
+The public names are imported when they are first used: torch takes a second to import, and `signstep --help` needs none
+of it.
+"""
+
+import importlib
 from typing import TYPE_CHECKING, Any
-
-from signstep.optim import HybridSignSGD, SignSGD
 
 if TYPE_CHECKING:
     from signstep.monitor import Monitor
+    from signstep.optim import HybridSignSGD, SignSGD
 
 __all__ = ["HybridSignSGD", "Monitor", "SignSGD", "__version__"]
 __version__ = "0.1.0"
 
+_HOMES = {"HybridSignSGD": "signstep.optim", "Monitor": "signstep.monitor", "SignSGD": "signstep.optim"}
+
 
 def __getattr__(name: str) -> Any:
-    # torch.distributed, which the monitor needs, takes its time to import.
-    if name == "Monitor":
-        from signstep.monitor import Monitor
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
 
-        return Monitor
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

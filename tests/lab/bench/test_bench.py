@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from signstep.lab.bench import step as bench
-from signstep.lab.bench import step_report as bench_report
-from signstep.lab.bench.step import BenchError, Result, Round, Runner, Spread, set_up
+from signstep.lab.bench import step_report, step_timing
+from signstep.lab.bench.spread import BenchError, Spread
 from signstep.lab.bench.step_contestants import COPY, PEER, SPARE_PEER, Contestant, CopyLoop, PlainDither, groups
-from signstep.lab.bench.step_targets import targets
+from signstep.lab.bench.step_targets import step_targets
+from signstep.lab.bench.step_timing import StepEntry, StepResult, StepRound, StepRunner, set_up
+from signstep.lab.bench.workloads import STEP_WORKLOADS, shapes_of
 from signstep.lab.cli import main
 
 CPU = torch.device("cpu")
@@ -201,7 +202,7 @@ def test_a_contestant_that_does_not_do_its_work_is_an_error(change: str, message
 
 def test_gradients_that_an_optimizer_takes_away_are_given_back() -> None:
     params, grads = lists()
-    runner = Runner(fake("takes gradients"), params, grads)
+    runner = StepRunner(fake("takes gradients"), params, grads)
     assert params[0].grad is None
     assert runner.seconds() > 0
 
@@ -219,29 +220,29 @@ def test_a_missing_package_and_a_failure_are_reported(monkeypatch: pytest.Monkey
         key: f"not installed: pip install {key}" for key in PACKAGES
     }
     assert entries["broken"].missing == "not available: no compiler"
-    result = Result("50m", "few", 2, 7, PEER, entries, [Round("packages", dict.fromkeys(runners, 1.0))] * 2)
-    assert bench_report.row(result, "lion-pytorch") == (
+    result = StepResult("50m", "few", 2, 7, PEER, entries, [StepRound("packages", dict.fromkeys(runners, 1.0))] * 2)
+    assert step_report.row(result, "lion-pytorch") == (
         "lion-pytorch Lion",
         "not installed: pip install lion-pytorch",
     )
-    assert {t.text: t.verdict for t in targets(replace_missing(result), "float32")}[
+    assert {t.text: t.verdict for t in step_targets(replace_missing(result), "float32")}[
         "clean, times faster than lion-pytorch Lion"
     ] == "not measured"
     with pytest.raises(RuntimeError, match="no compiler"):
         set_up([replace(broken, optional=False)], *lists())
 
 
-def replace_missing(result: Result) -> Result:
+def replace_missing(result: StepResult) -> StepResult:
     """`result` with an entry for every contestant."""
     for key in ALL:
-        result.entries.setdefault(key, bench.Entry(key, "torch", missing="not here"))
+        result.entries.setdefault(key, StepEntry(key, "torch", missing="not here"))
     return result
 
 
 @pytest.mark.slow
 def test_a_compiler_that_is_not_there_is_a_row_of_the_table() -> None:
     code = (
-        "import torch; from signstep.lab.bench.step import set_up; "
+        "import torch; from signstep.lab.bench.step_timing import set_up; "
         "from signstep.lab.bench.step_contestants import groups; "
         "c = [c for c in groups(torch.float32)['plain dither'] if c.key == 'plain-compiled']; "
         "print(set_up(c, [torch.nn.Parameter(torch.randn(7))], [torch.randn(7)])[1]['plain-compiled'].missing)"
@@ -258,25 +259,25 @@ def test_a_compiler_that_is_not_there_is_a_row_of_the_table() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_other_dtypes(dtype: bench.DType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_dtypes(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = ("signstep", "torch")
     monkeypatch.setattr(
-        bench, "groups", lambda dtype, peer: {k: v for k, v in groups(dtype, peer).items() if k in fast}
+        step_timing, "groups", lambda dtype, peer: {k: v for k, v in groups(dtype, peer).items() if k in fast}
     )
-    result = bench.run("50m", dtype=dtype, device=CPU, rounds=2, millions=0.01)
+    result = step_timing.measure_workload("50m", dtype=dtype, device=CPU, rounds=2, millions=0.01)
     assert result.entries["clean"].bytes_per_parameter == result.entries[COPY].bytes_per_parameter == 10
     assert result.entries["clean"].state_bytes == 2 * result.parameters
     assert "bf16" not in result.entries
     works = result.peer == PEER
     assert result.entries[PEER].missing is None or not works
     assert result.entries[SPARE_PEER].missing is None
-    assert {t.verdict for t in targets(replace_missing(result), dtype) if "SGD(" in t.text} <= {"met", "not met"}
+    assert {t.verdict for t in step_targets(replace_missing(result), dtype) if "SGD(" in t.text} <= {"met", "not met"}
 
 
 def test_workloads() -> None:
     expected = {"resnet18": (62, 11_173_962), "50m": (5, 50_000_000), "gpt2": (148, 124_439_808)}
-    for name in bench.WORKLOADS:
-        _, shapes = bench.shapes_of(name, 50.0)
+    for name in STEP_WORKLOADS:
+        _, shapes = shapes_of(name, 50.0)
         assert (len(shapes), sum(torch.Size(shape).numel() for shape in shapes)) == expected[name]
 
 
@@ -299,7 +300,9 @@ def test_the_copy_moves_the_clean_steps_bytes() -> None:
 
 def test_state_is_counted_once_and_at_any_depth() -> None:
     t = torch.zeros(10)
-    assert bench.state_bytes({"a": {0: [t, t[2:]], "step": 3}, "b": (torch.zeros(2, dtype=torch.int8), None)}) == 42
+    assert (
+        step_timing.state_bytes({"a": {0: [t, t[2:]], "step": 3}, "b": (torch.zeros(2, dtype=torch.int8), None)}) == 42
+    )
     assert Spread.of([1.0, 3.0]) == Spread(2.0, pytest.approx(1.2), pytest.approx(2.8))
 
 
@@ -317,10 +320,3 @@ def test_bad_input_is_one_sentence(arguments: list[str], message: str, capsys: p
         main(["bench", "step", "--workload", "50m", *arguments])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == f"signstep: {message}\n"
-
-
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["bench", "--help"])
-    assert stopped.value.code == 0
-    assert "usage: signstep bench" in capsys.readouterr().out

@@ -21,14 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from gang import gang
 from signstep.distributed import Bucket, GradientHook
 from signstep.distributed.plan import FRAMING
-from signstep.lab.bench import comm as bench_comm
-from signstep.lab.bench import comm_methods as bench_comm_methods
-from signstep.lab.bench import comm_report as bench_comm_report
-from signstep.lab.bench import netns, plan_report
-from signstep.lab.bench.comm import Plan, Ranks, Workload
+from signstep.lab.bench import comm_cells, comm_methods, comm_report, netns, plan_report
+from signstep.lab.bench.comm_cells import CommPlan, CommResult, CommWorkload, Ranks, default_rates, measure_cells
 from signstep.lab.bench.comm_methods import METHODS, PEER, Method, Stepper
-from signstep.lab.bench.comm_rank import Runner
-from signstep.lab.bench.step import BenchError
+from signstep.lab.bench.comm_rank import CommRunner
+from signstep.lab.bench.spread import BenchError
 from signstep.lab.cli import main
 
 REASON = netns.missing()
@@ -103,11 +100,11 @@ def test_loopback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @needs_namespaces
 def test_every_method_sends_what_its_formula_says() -> None:
-    workload = Workload.of("1e5")
+    workload = CommWorkload.of("1e5")
     with netns.Network(3) as network, Ranks(3, network) as ranks:
         trial = ranks.set_up(workload, list(METHODS), time.monotonic() + 100)
     for key in METHODS:
-        payload = bench_comm.PLANNED[key].payload(workload.gradients, 3)
+        payload = comm_cells.PLANNED[key].payload(workload.gradients, 3)
         # Headers, acknowledgements, padding and two barriers.
         assert payload <= trial[key].sent < 1.03 * payload + 12_000, key
 
@@ -118,13 +115,13 @@ def test_namespaces_limit_rates(tmp_path: Path) -> None:
     cells: list[int] = []
     seen: set[int] = set()
 
-    def done(result: bench_comm.Result) -> None:
+    def done(result: CommResult) -> None:
         cells.append(len(result.cells))
         seen.update(processes(os.getpid()))
 
-    workload, methods = Workload.of("1e5"), (PEER, "vote")
-    plan = Plan(("none", "20mbit"), (2,), methods, (workload,), rounds=3, seconds=0.0)
-    result = bench_comm.run(plan, minutes=3, done=done)
+    workload, methods = CommWorkload.of("1e5"), (PEER, "vote")
+    plan = CommPlan(("none", "20mbit"), (2,), methods, (workload,), rounds=3, seconds=0.0)
+    result = measure_cells(plan, minutes=3, done=done)
     assert cells == [1, 2]
     assert len(seen) >= 5  # a hub, and for each rank a namespace's holder and a process
     assert are_gone(list(seen - set(processes(os.getpid()))))
@@ -134,9 +131,9 @@ def test_namespaces_limit_rates(tmp_path: Path) -> None:
         for each in shaped.rounds:
             assert each[key].seconds * steps > 0.9 * total * 8 / 20e6, key
 
-    paths = bench_comm_report.write(result, tmp_path, "signstep bench comm")
+    paths = comm_report.write(result, tmp_path, "signstep bench comm")
     checked = plan_report.check(paths[0])
-    assert [each.label for each in checked] == [bench_comm.PLANNED[key].label for key in methods]
+    assert [each.label for each in checked] == [comm_cells.PLANNED[key].label for key in methods]
     peer = checked[0]
     assert peer.predicted.communication == pytest.approx(8 * 400_000 * FRAMING / 20e6)
     assert 0 <= peer.bytes_error < 0.05
@@ -190,7 +187,7 @@ def test_without_root_or_tools_a_rate_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert bench_comm.default_rates() == ("loopback",)
+    assert default_rates() == ("loopback",)
     with pytest.raises(SystemExit) as stopped:
         main(["bench", "comm", "--rates", "100mbit", "--ranks", "2", "--params", "1e4"])
     assert stopped.value.code == 2
@@ -229,14 +226,14 @@ def test_no_rank_outlives_the_command(number: signal.Signals, tmp_path: Path) ->
 def test_a_rank_that_fails_is_named() -> None:
     with Ranks(2, None) as ranks:
         with pytest.raises(BenchError, match=r"rank [01] of 2 has ended: KeyError: 'nonsense'"):
-            ranks.set_up(Workload.of("1000"), ["nonsense"], time.monotonic() + 60)
+            ranks.set_up(CommWorkload.of("1000"), ["nonsense"], time.monotonic() + 60)
         ids = [each.pid for each in ranks._processes]
     assert are_gone(ids)
 
 
 def test_a_rank_that_is_killed_ends_the_benchmark_and_time_runs_out() -> None:
     with Ranks(2, None) as ranks:
-        ranks.set_up(Workload.of("1000"), [PEER], time.monotonic() + 60)
+        ranks.set_up(CommWorkload.of("1000"), [PEER], time.monotonic() + 60)
         endless = {"rate": None, "rounds": 10**9, "seconds": 1e9}
         with pytest.raises(BenchError, match="time is over: give it more with --max-minutes"):
             ranks.ask([endless] * 2, time.monotonic() + 0.2)
@@ -265,11 +262,11 @@ def _local(model: DistributedDataParallel) -> Stepper:
 
 
 def _refusal(make: str) -> str:
-    bench_comm_methods.METHODS["wrong"] = Method("plain", {"idle": lambda _: Idle(), "local": _local}[make])
+    comm_methods.METHODS["wrong"] = Method("plain", {"idle": lambda _: Idle(), "local": _local}[make])
     params = [torch.ones(5, 4), torch.ones(7)]
     grads = [torch.full_like(p, 1.0 + dist.get_rank()) for p in params]
     try:
-        Runner("wrong", params, grads, None)
+        CommRunner("wrong", params, grads, None)
     except RuntimeError as error:
         return str(error)
     return ""
@@ -288,7 +285,7 @@ def test_a_method_that_does_not_do_its_work_is_refused(make: str, message: str) 
 
 def _default_mean() -> list[float]:
     params = [torch.zeros(3)]
-    Runner("ddp-fp32", params, [torch.full((3,), 1.0 + dist.get_rank())], None)
+    CommRunner("ddp-fp32", params, [torch.full((3,), 1.0 + dist.get_rank())], None)
     return params[0].tolist()
 
 
@@ -304,22 +301,22 @@ def test_the_given_gradients_are_the_models() -> None:
 
 @pytest.mark.parametrize("text", ["4e6", "1000", "123457"])
 def test_workloads_have_as_many_parameters_in_six_tensors(text: str) -> None:
-    gradients = Workload.of(text).gradients
+    gradients = CommWorkload.of(text).gradients
     assert gradients.parameters == int(float(text))
     assert len(gradients.shapes) == 6
     assert all(math.prod(shape) > 0 for shape in gradients.shapes)
-    assert Workload.of("resnet18").gradients.parameters == 11_173_962
+    assert CommWorkload.of("resnet18").gradients.parameters == 11_173_962
 
 
 def test_cells_that_would_take_minutes_or_all_memory_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = Workload.of("resnet18")
-    plan = Plan(("10mbit",), (4,), (PEER, "vote"), (workload,), rounds=3, seconds=1.0)
-    result = bench_comm.run(plan, minutes=1, done=lambda _: None)
+    workload = CommWorkload.of("resnet18")
+    plan = CommPlan(("10mbit",), (4,), (PEER, "vote"), (workload,), rounds=3, seconds=1.0)
+    result = measure_cells(plan, minutes=1, done=lambda _: None)
     assert result.cells == []
     assert result.left_out == ["ResNet-18, 4 ranks, 10mbit: a step of DDP, fp32 would take 56 s"]
-    monkeypatch.setattr(bench_comm, "_free_memory", lambda: 2**30)
-    plan = Plan(("100mbit",), (4,), (PEER, "vote"), (workload,), rounds=3, seconds=1.0)
-    (line,) = bench_comm.run(plan, minutes=1, done=lambda _: None).left_out
+    monkeypatch.setattr(comm_cells, "_free_memory", lambda: 2**30)
+    plan = CommPlan(("100mbit",), (4,), (PEER, "vote"), (workload,), rounds=3, seconds=1.0)
+    (line,) = measure_cells(plan, minutes=1, done=lambda _: None).left_out
     assert line.startswith("ResNet-18, 4 ranks, 100mbit: 2 methods take about 2.7 GiB and 1.0 are free: name fewer")
 
 

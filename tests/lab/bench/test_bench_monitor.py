@@ -19,11 +19,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from signstep.lab.bench import monitor as bench_monitor
-from signstep.lab.bench import monitor_report as bench_monitor_report
-from signstep.lab.bench.monitor import COCKPIT, EVERY, PARTS, Loop, Result, Training, network, set_up, timed
+from signstep.lab.bench import monitor_loops, monitor_report
+from signstep.lab.bench.monitor_loops import (
+    COCKPIT,
+    EVERY,
+    PARTS,
+    Loop,
+    MonitorResult,
+    Training,
+    network,
+    set_up,
+    timed,
+)
 from signstep.lab.bench.peak_memory import forward_pass, peaks
-from signstep.lab.bench.step import BenchError
+from signstep.lab.bench.spread import BenchError
 from signstep.lab.cli import main
 
 CPU = torch.device("cpu")
@@ -111,8 +120,8 @@ def rounds(*seconds: tuple[float, float, float]) -> list[dict[str, float]]:
 
 
 @pytest.fixture
-def result() -> Result:
-    made = Result("net", 250, 1000)
+def result() -> MonitorResult:
+    made = MonitorResult("net", 250, 1000)
     monitor = rounds((1, 1, 3), (2, 2, 8), (1, 1, 6))
     accumulation = rounds((2, 2.2, 3), (2, 2, 4), (2, 2, 2))
     made.rounds = [{"monitor": a, "monitor-accumulation": b} for a, b in zip(monitor, accumulation, strict=True)]
@@ -124,7 +133,7 @@ def result() -> Result:
     return made
 
 
-def test_ratios_are_taken_within_a_round(result: Result) -> None:
+def test_ratios_are_taken_within_a_round(result: MonitorResult) -> None:
     assert result.over("monitor", "other").median == 1
     assert result.over("monitor", "own").median == 4
     own = [(49 * 1 + 3) / 50 - 1, (49 * 2 + 8) / 100 - 1, (49 * 1 + 6) / 50 - 1]
@@ -135,9 +144,9 @@ def test_ratios_are_taken_within_a_round(result: Result) -> None:
     assert result.excess("monitor-accumulation") == (2.1, None)
 
 
-def test_targets_compare_the_medians(result: Result) -> None:
+def test_targets_compare_the_medians(result: MonitorResult) -> None:
     assert [(t.limit, t.verdict) for t in result.targets()] == [(5, "not met"), (2, "met"), (5, "met"), (2, "not met")]
-    assert [bench_monitor_report._target_row(t)[2] for t in result.targets()][1::2] == ["1.50", "2.10"]
+    assert [t.row[2] for t in result.targets()][1::2] == ["1.50", "2.10"]
 
 
 def test_a_round_has_one_own_step_among_the_others_and_plain_ones() -> None:
@@ -208,7 +217,7 @@ def without_cockpit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_cockpit")
 def test_without_cockpit_the_others_run_and_it_is_said(tmp_path: Path) -> None:
-    found = Result("net", 1, 1)
+    found = MonitorResult("net", 1, 1)
     loops = set_up(make, batch(), tmp_path, found)
     assert loops.keys() == {"monitor", "monitor-accumulation"}
     assert list(found.missing) == ["Cockpit"]
@@ -230,7 +239,7 @@ def test_a_monitor_that_measures_nothing_ends_the_benchmark(tmp_path: Path) -> N
     model = nn.Linear(3, 10)
     data = torch.full((16, 3), float("nan")), torch.randint(10, (16,))
     with pytest.raises(BenchError, match="has measured nothing"):
-        set_up(lambda: model, data, tmp_path, Result("net", 1, 1))
+        set_up(lambda: model, data, tmp_path, MonitorResult("net", 1, 1))
 
 
 class FakeCockpit:
@@ -279,7 +288,7 @@ def test_cockpit_looks_at_the_same_steps(monkeypatch: pytest.MonkeyPatch, tmp_pa
         return made[-1]
 
     install(monkeypatch, build, copy.copy)
-    found = Result("net", 1, 1)
+    found = MonitorResult("net", 1, 1)
     loops = set_up(make, batch(), tmp_path, found)
     assert found.missing == {}
     assert [each.output for each in made] == [{0: dict.fromkeys(names, 1.0)} for names in COCKPIT.values()]
@@ -303,7 +312,7 @@ def test_what_cockpit_cannot_do_is_said_in_its_words(
         return FakeCockpit(params, quantities[:-1])
 
     install(monkeypatch, build, extend)
-    found = Result("net", 1, 1)
+    found = MonitorResult("net", 1, 1)
     assert not set_up(make, batch(), tmp_path, found).keys() & COCKPIT.keys()
     first = f"Cockpit {COCKPIT['cockpit-snr'][0]}"
     expected = "NotImplementedError: no such layer" if fails == "extend" else "BenchError: Cockpit has not measured all"
@@ -313,7 +322,7 @@ def test_what_cockpit_cannot_do_is_said_in_its_words(
 
 def test_the_real_cockpit_has_something_to_say(tmp_path: Path) -> None:
     pytest.importorskip("cockpit")
-    found = Result("net", 1, 1)
+    found = MonitorResult("net", 1, 1)
     loops = set_up(make, batch(), tmp_path, found)
     assert found.missing == {}
     assert loops.keys() >= COCKPIT.keys()
@@ -373,6 +382,6 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
             # Of the plain loop the gradients last, and the sums that a loss is made of.
             assert each["gradient_bytes"] <= plain["lasting"] < 2 * each["gradient_bytes"] < plain["all"]
             assert own["lasting"] > plain["lasting"]
-    for line in (*bench_monitor_report.NOTES, "Cockpit: not measured: "):
+    for line in (*monitor_report.NOTES, "Cockpit: not measured: "):
         assert line in text
-    assert str(bench_monitor.INSTALL) in text
+    assert str(monitor_loops.INSTALL) in text

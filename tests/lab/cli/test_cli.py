@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -14,8 +15,11 @@ from typing import get_args
 
 import pytest
 
-from signstep.lab import cli
-from signstep.lab.cli import main
+import signstep
+from signstep.lab.cli import COMMANDS, main
+from signstep.lab.cli.commands import Commands
+from signstep.lab.cli.data import say_where
+from signstep.lab.cli.train import default_config
 from signstep.lab.paper.experiments import default_lr, load
 from signstep.lab.training.config import Optimizer, RunConfig
 
@@ -105,12 +109,6 @@ def test_what_the_parser_refuses_ends_with_exit_code_2(
     assert "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize("command", [[], ["data"], ["train"], ["sweep"], ["reproduce"], ["report"], ["demo"]])
-def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*command, "--help") == 0
-    assert "usage: signstep" in capsys.readouterr().out
-
-
 def test_every_option_of_train_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--help") == 0
     text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
@@ -121,21 +119,80 @@ def test_every_option_of_train_has_a_help_text(capsys: pytest.CaptureFixture[str
         assert re.search(rf"{optimizer} [a-z ]*{default_lr(optimizer):g}\b", text), optimizer
 
 
-def test_nothing_heavy_is_imported_before_a_command_runs() -> None:
-    # torch is not in the list: `import signstep` needs it.
+def commands(of: Commands) -> list[tuple[str, str, str]]:
+    """Every command's words, place and line of help; those of a choice of commands too."""
+    found = []
+    for name, (place, line) in of.entries.items():
+        found.append((f"{of.prog} {name}", place, line))
+        target = target_of(place)
+        found += commands(target) if isinstance(target, Commands) else []
+    return found
+
+
+def target_of(place: str) -> object:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+ALL = commands(COMMANDS)
+
+
+@pytest.mark.parametrize("words", ["signstep", *(words for words, _, _ in ALL)])
+def test_help(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*words.split()[1:], "--help") == 0
+    assert f"usage: {words}" in capsys.readouterr().out
+
+
+def test_a_line_of_help_is_that_of_the_command() -> None:
+    assert {words for words, _, _ in ALL} >= {"signstep train", "signstep bench comm", "signstep study vote-curve"}
+    for words, place, line in ALL:
+        target = target_of(place)
+        if isinstance(target, type):
+            assert (target.__doc__ or "").replace("\n    ", " ").startswith(line.removesuffix(".")), words
+
+
+def test_the_list_of_commands_is_short_and_imports_none_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for name, (_, line) in COMMANDS.entries.items():
+        assert f"{name} {line}" in printed
+    code = """
+import sys
+from signstep.lab.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    print("loaded:", *sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(ran.stdout.rpartition("loaded: ")[2].split())
+    # Those that a command needs, by their names in the registries, so that none of them goes by unnoticed.
+    heavy = {place.partition(":")[0] for _, place, _ in ALL}
+    assert {"signstep.lab.cli.train", "signstep.lab.bench.step"} <= heavy <= sys.modules.keys()
+    heavy |= {"torch", "tyro", "rich", "matplotlib", "scipy", "sklearn", "numpy", "signstep.optim"}
+    assert "signstep.lab.cli.commands" in loaded
+    assert loaded & heavy == set()
+
+
+def test_the_help_of_train_needs_no_torch() -> None:
     code = (
-        "import sys, torch, signstep; import signstep.lab.cli; "
-        "print(*[m for m in ('matplotlib', 'sklearn', 'scipy', 'signstep.lab.training.loop', 'signstep.lab.data') "
-        "if m in sys.modules])"
+        "import sys; from signstep.lab.cli.train import default_config; default_config(['--preset', 'table1/sgd']); "
+        "print(*[m for m in ('torch', 'matplotlib', 'sklearn', 'scipy', 'signstep.lab.training.loop', "
+        "'signstep.lab.data') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"signstep {signstep.__version__}\n"
+
+
 def test_a_preset_is_the_runs_default_and_options_override_it() -> None:
     arguments = ["--preset", "table1/pre-0.1", "--scale", "smoke", "--recipe", "paper", "--dataset", "digits"]
-    preset = cli._preset(arguments)
+    preset = default_config(arguments)
     assert (preset.dataset, preset.dither, preset.dither_position, preset.schedule) == ("digits", 0.1, "pre", "step")
-    assert cli._preset(["--lr", "1"]) == RunConfig()
+    assert default_config(["--lr", "1"]) == RunConfig()
 
 
 @pytest.mark.parametrize(
@@ -152,7 +209,7 @@ def test_a_preset_is_the_runs_default_and_options_override_it() -> None:
     ],
 )
 def test_each_optimizer_has_its_own_learning_rate(arguments: list[str], lr: float) -> None:
-    assert cli._preset(arguments).lr == lr
+    assert default_config(arguments).lr == lr
 
 
 def test_train_says_where_the_data_is_if_not_in_the_folder_named(
@@ -175,9 +232,9 @@ def test_nothing_is_said_of_data_that_is_in_the_folder_named(
         Listed("fashion-mnist", None, ""),
     ]
     monkeypatch.setattr("signstep.lab.data.listing", lambda folder: lines)
-    cli._say_where(["mnist", "cifar10", "fashion-mnist"], tmp_path)
+    say_where(["mnist", "cifar10", "fashion-mnist"], tmp_path)
     assert capsys.readouterr().out == f"cifar10 is not in {tmp_path}: found in /elsewhere/cifar10\n"
-    cli._say_where(["cifar10"], None)
+    say_where(["cifar10"], None)
     assert capsys.readouterr().out == ""
 
 

@@ -67,7 +67,7 @@ class Constants(nn.Module):
 
 
 @dataclass(frozen=True)
-class Sample:
+class CommWindow:
     """What a method took in one window, per step; the same on all ranks."""
 
     seconds: float
@@ -78,7 +78,7 @@ class Sample:
     """Mean over ranks of processor seconds."""
 
 
-class Runner:
+class CommRunner:
     """A method that is set up and has stepped, with the same result on every rank.
 
     Args:
@@ -122,7 +122,7 @@ class Runner:
             self._optimizer.step()
             self._model.zero_grad()
 
-    def window(self, count: int, *, lead_in: bool) -> Sample:
+    def window(self, count: int, *, lead_in: bool) -> CommWindow:
         """Take `count` steps without a barrier between them."""
         dist.barrier()
         sent = self._sent()
@@ -137,7 +137,7 @@ class Runner:
         every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(every, own)
         rows = torch.stack(every)
-        return Sample(float(rows[:, 0].max()), float(rows[:, 1].mean()), float(rows[:, 2].mean()))
+        return CommWindow(float(rows[:, 0].max()), float(rows[:, 1].mean()), float(rows[:, 2].mean()))
 
 
 @contextmanager
@@ -158,7 +158,7 @@ class Timing:
         rate: of the links in bits per second; None: not limited.
     """
 
-    def __init__(self, runners: dict[str, Runner], rate: float | None) -> None:
+    def __init__(self, runners: dict[str, CommRunner], rate: float | None) -> None:
         self._runners = runners
         self._shuffle = random.Random(_SEED)
         self._expected = {
@@ -168,7 +168,7 @@ class Timing:
         self.steps = {
             key: min(_MOST_STEPS, max(1, round(_WINDOW_SECONDS / each))) for key, each in self._expected.items()
         }
-        self.rounds: list[dict[str, Sample]] = []
+        self.rounds: list[dict[str, CommWindow]] = []
 
     def run(self, rounds: int, seconds: float) -> None:
         """Rounds until there are so many or the time is over, but `LEAST_ROUNDS` in any case."""
@@ -193,7 +193,7 @@ class Timing:
             )
 
 
-def set_up(command: dict[str, Any]) -> dict[str, Runner]:
+def set_up(command: dict[str, Any]) -> dict[str, CommRunner]:
     """Join the process group and set up every method."""
     os.environ["GLOO_SOCKET_IFNAME"] = command["interface"]
     torch.set_num_threads(1)
@@ -205,7 +205,7 @@ def set_up(command: dict[str, Any]) -> dict[str, Runner]:
     params = [torch.randn(shape, generator=same) for shape in command["shapes"]]
     grads = [torch.randn(shape, generator=own) for shape in command["shapes"]]
     counted = command["interface"] if command["counted"] else None
-    return {key: Runner(key, params, grads, counted) for key in command["methods"]}
+    return {key: CommRunner(key, params, grads, counted) for key in command["methods"]}
 
 
 def _listen(commands: queue.SimpleQueue[dict[str, Any]]) -> None:

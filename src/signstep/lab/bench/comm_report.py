@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import datetime
-import functools
-import json
 import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import rich.box
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from signstep.distributed.plan import METHODS as PLANNED
 from signstep.lab.bench import netns
-from signstep.lab.bench.comm import LOOPBACK, UNSHAPED, Cell, Plan, Result, Workload
+from signstep.lab.bench.comm_cells import LOOPBACK, UNSHAPED, CommCell, CommPlan, CommResult, CommWorkload
 from signstep.lab.bench.comm_methods import METHODS, PEER
-from signstep.lab.bench.step import Spread
+from signstep.lab.bench.report import now, print_table
+from signstep.lab.bench.spread import number
 from signstep.lab.output import figures
+from signstep.lab.output.files import write_all
 from signstep.lab.output.machine import environment
-from signstep.lab.training.checkpoint import write_atomically
+from signstep.lab.output.tables import markdown_table
 
 NAME = "bench-comm"
 HEAD = ("method", "ms per step", "times faster", "CPU ms", "bytes per step", "per parameter", "payload")
@@ -35,7 +31,7 @@ _WIDTH = 120
 _KINDS = {"signstep": ("signstep", "blue"), "torch": ("torch", "black"), "plain": ("plain torch", "orange")}
 
 
-def notes(result: Result) -> list[str]:
+def notes(result: CommResult) -> list[str]:
     """What the columns mean, and what the network was."""
     lines = [
         "ms per step: forward and backward that only hand out given gradients, communication hook, optimizer; the mean "
@@ -55,56 +51,42 @@ def notes(result: Result) -> list[str]:
     return lines
 
 
-def _ms(spread: Spread) -> str:
-    return " ".join([_number(1e3 * spread.median), f"({_number(1e3 * spread.low)}–{_number(1e3 * spread.high)})"])
-
-
-def _number(value: float) -> str:
-    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
-
-
-def row(cell: Cell, workload: Workload, key: str) -> tuple[str, ...]:
+def row(cell: CommCell, workload: CommWorkload, key: str) -> tuple[str, ...]:
     """A method's line of a cell's table."""
     faster, count = cell.faster(key), workload.gradients.parameters
     sent = cell.sent(key, workload.gradients)
     return (
         PLANNED[key].label,
-        _ms(cell.seconds(key)),
-        f"{_number(faster.median)} ({_number(faster.low)}–{_number(faster.high)})" if faster else "",
-        _number(1e3 * cell.cpu(key)),
+        str(cell.seconds(key).scaled(1e3)),
+        str(faster or ""),
+        number(1e3 * cell.cpu(key)),
         "" if cell.rate == LOOPBACK else f"{sent:,.0f}",
         "" if cell.rate == LOOPBACK else f"{sent / count:.4f}",
         f"{PLANNED[key].payload(workload.gradients, cell.ranks) / count:.4f}",
     )
 
 
-def _place(cell: Cell) -> str:
+def _place(cell: CommCell) -> str:
     if cell.rate == LOOPBACK:
         return f"{cell.ranks} ranks, loopback interface"
     return f"{cell.ranks} ranks, links " + ("not shaped" if cell.rate == UNSHAPED else f"of {cell.rate}")
 
 
-def _size(workload: Workload) -> str:
+def _size(workload: CommWorkload) -> str:
     gradients = workload.gradients
     return f"{workload.title}: {gradients.parameters:,} parameters in {len(gradients.shapes)} tensors"
 
 
-def show(console: Console, result: Result) -> None:
+def show(console: Console, result: CommResult) -> None:
     """Print the table of the last cell."""
-    # A pipe has no width of its own.
-    console.width = max(console.width, _WIDTH) if not console.is_terminal else console.width
     cell = result.cells[-1]
     workload = result.workloads[cell.workload]
     title = f"{_size(workload)}\n{_place(cell)}, {len(cell.rounds)} rounds"
-    table = Table(*HEAD, title=escape(title), box=rich.box.SIMPLE, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
-    for key in result.methods:
-        table.add_row(*map(escape, row(cell, workload, key)))
-    console.print(table)
+    rows = [row(cell, workload, key) for key in result.methods]
+    print_table(console, title, HEAD, rows, width=_WIDTH)
 
 
-def _cell(result: Result, cell: Cell) -> dict[str, Any]:
+def _cell(result: CommResult, cell: CommCell) -> dict[str, Any]:
     gradients = result.workloads[cell.workload].gradients
     methods = {}
     for key in result.methods:
@@ -117,7 +99,7 @@ def _cell(result: Result, cell: Cell) -> dict[str, Any]:
             "payload": PLANNED[key].payload(gradients, cell.ranks),
             "steps_per_window": cell.steps[key],
         }
-    rate = Plan.bits(cell.rate)
+    rate = CommPlan.bits(cell.rate)
     return {
         "workload": cell.workload,
         "ranks": cell.ranks,
@@ -129,11 +111,11 @@ def _cell(result: Result, cell: Cell) -> dict[str, Any]:
     }
 
 
-def to_dict(result: Result, command: str) -> dict[str, Any]:
+def to_dict(result: CommResult, command: str) -> dict[str, Any]:
     """All that was measured, every window included."""
     return {
         "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "machine": {
             **environment(torch.device("cpu"), 1),
             "threads": 1,
@@ -155,12 +137,7 @@ def to_dict(result: Result, command: str) -> dict[str, Any]:
     }
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [[*head], ["---", *["---:"] * (len(head) - 1)], *[[*each] for each in rows]]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def markdown(result: Result, record: dict[str, Any]) -> str:
+def markdown(result: CommResult, record: dict[str, Any]) -> str:
     """The tables as Markdown, under the machine and command of `to_dict`."""
     made = record["machine"]
     lines = ["# What a step over the network costs", "", f"`{record['command']}`, {record['date']}", ""]
@@ -172,14 +149,14 @@ def markdown(result: Result, record: dict[str, Any]) -> str:
         lines += ["", f"## {_size(workload)}"]
         for cell in (cell for cell in result.cells if cell.workload == workload.key):
             lines += ["", f"### {_place(cell)}", "", f"{len(cell.rounds)} rounds", ""]
-            lines += _markdown_table(HEAD, [row(cell, workload, key) for key in result.methods])
+            lines += markdown_table(HEAD, [row(cell, workload, key) for key in result.methods])
     if result.left_out:
         lines += ["", "Not measured:", "", *(f"- {each}" for each in result.left_out)]
     lines += ["", *(f"- {note}" for note in notes(result))]
     return "\n".join(lines) + "\n"
 
 
-def bars(result: Result, workload: Workload, heading: tuple[str, str]) -> Figure:
+def bars(result: CommResult, workload: CommWorkload, heading: tuple[str, str]) -> Figure:
     """Milliseconds per step on a logarithmic axis: a column per rate, a block per number of ranks, a bar per method."""
     cells = {(cell.ranks, cell.rate): cell for cell in result.cells if cell.workload == workload.key}
     counts, rates = sorted({ranks for ranks, _ in cells}), list(dict.fromkeys(rate for _, rate in cells))
@@ -215,7 +192,7 @@ def bars(result: Result, workload: Workload, heading: tuple[str, str]) -> Figure
     return figure
 
 
-def _panel(axes: Any, methods: Sequence[str], cell: Cell | None, span: tuple[float, float], title: str) -> None:
+def _panel(axes: Any, methods: Sequence[str], cell: CommCell | None, span: tuple[float, float], title: str) -> None:
     axes.patch.set_alpha(0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -239,15 +216,11 @@ def _panel(axes: Any, methods: Sequence[str], cell: Cell | None, span: tuple[flo
         shade = figures.shade(_KINDS[METHODS[key].kind][1])
         axes.barh(y, 1e3 * spread.median - span[0], 0.62, left=span[0], color=shade, zorder=3)
         axes.plot([1e3 * spread.low, 1e3 * spread.high], [y, y], color=figures.MUTED, linewidth=1, zorder=4)
-        figures.annotate(axes, _number(1e3 * spread.median), (1, y), ("axes fraction", "data"), (34, 0),
+        figures.annotate(axes, number(1e3 * spread.median), (1, y), ("axes fraction", "data"), (34, 0),
                      color=figures.INK, fontsize=8.5, va="center", ha="right")  # fmt: skip
 
 
-def _put(content: bytes, file: IO[bytes]) -> None:
-    file.write(content)
-
-
-def write(result: Result, out: Path, command: str) -> list[Path]:
+def write(result: CommResult, out: Path, command: str) -> list[Path]:
     """Write what there is so far into `out`, made where there is none, each file atomically, and return their paths.
 
     Raises:
@@ -255,10 +228,7 @@ def write(result: Result, out: Path, command: str) -> list[Path]:
     """
     record = to_dict(result, command)
     made = record["machine"]
-    contents = {
-        f"{NAME}.json": (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode(),
-        f"{NAME}.md": markdown(result, record).encode(),
-    }
+    contents: dict[str, Any] = {f"{NAME}.json": record, f"{NAME}.md": markdown(result, record)}
     for workload in result.workloads.values():
         if any(cell.workload == workload.key for cell in result.cells):
             title = f"A step over the network: {workload.title}, milliseconds"
@@ -266,9 +236,5 @@ def write(result: Result, out: Path, command: str) -> list[Path]:
             drawn = bars(result, workload, (title, subtitle))
             name = f"{NAME}-{workload.key}"
             contents[f"{name}.png"] = figures.png(drawn)
-            drawing = figures.svg(drawn, name=NAME, description=f"{title}; {subtitle}", alone=True)
-            contents[f"{name}.svg"] = drawing.encode()
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        write_atomically(out / name, functools.partial(_put, content))
-    return [out / name for name in contents]
+            contents[f"{name}.svg"] = figures.svg(drawn, name=NAME, description=f"{title}; {subtitle}", alone=True)
+    return write_all(out, contents)

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import functools
-import json
 import os
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import rich.box
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from signstep.lab.bench import step_report as bench_report
-from signstep.lab.bench.monitor import EVERY, PARTS, Result
-from signstep.lab.bench.step_report import TARGETS_HEAD, _interval, _markdown_table, _put
-from signstep.lab.bench.step_targets import Target
-from signstep.lab.training.checkpoint import write_atomically
+from signstep.lab.bench.monitor_loops import EVERY, PARTS, MonitorResult
+from signstep.lab.bench.report import machine, now, print_table
+from signstep.lab.bench.targets import TARGETS_HEAD
+from signstep.lab.output.files import write_all
+from signstep.lab.output.tables import markdown_table
 
 NAME = "bench-monitor"
 HEAD = ("loop", "other step", "own step", "extra", f"% at every={EVERY}", "peak", "lasting")
@@ -43,29 +35,14 @@ _PACKAGES = ("cockpit-for-pytorch", "backpack-for-pytorch", "setuptools")
 _WIDTH = 120
 
 
-@contextlib.contextmanager
-def status() -> Iterator[Callable[[str], None]]:
-    """What a measurement tells its progress to."""
-    console = Console(stderr=True)
-    with console.status("") as line:
-        yield line.update if console.is_terminal else console.print
-
-
-def row(result: Result, key: str) -> tuple[str, ...]:
+def row(result: MonitorResult, key: str) -> tuple[str, ...]:
     """A loop's line of the table."""
     times = (result.over(key, "other"), result.over(key, "own"), result.extra(key), result.overhead(key))
     memory = ("" if each is None else f"{each:.2f}" for each in result.excess(key))
-    return (result.labels[key], *map(_interval, times), *memory)
+    return (result.labels[key], *map(str, times), *memory)
 
 
-def _target_row(target: Target) -> tuple[str, ...]:
-    spread = target.measured
-    exact = spread is not None and spread.low == spread.high
-    return (target.text, f"≤ {target.limit:g}", _interval(spread).partition(" (")[0] if exact else _interval(spread),
-            target.verdict)  # fmt: skip
-
-
-def _title(result: Result, batch: int) -> str:
+def _title(result: MonitorResult, batch: int) -> str:
     plain = statistics.median(r["monitor"]["plain"] for r in result.rounds)
     return (
         f"{result.title}, {result.parameters:,} parameters, {result.gradient_bytes / 2**20:.2f} MiB of gradients, "
@@ -73,25 +50,17 @@ def _title(result: Result, batch: int) -> str:
     )
 
 
-def _remarks(result: Result) -> list[str]:
+def _remarks(result: MonitorResult) -> list[str]:
     lines = [f"{label}: not measured: {why}" for label, why in result.missing.items()]
     return lines + [f"Cockpit or BackPACK warns: {text}" for text in result.said]
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def to_dict(results: Sequence[Result], device: torch.device, batch: int, command: str) -> dict[str, Any]:
+def to_dict(results: Sequence[MonitorResult], device: torch.device, batch: int, command: str) -> dict[str, Any]:
     """All that was measured, every time included."""
-    packages = {name: _version(name) for name in _PACKAGES}
     return {
         "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": bench_report.machine(device) | {"cores": os.cpu_count(), "packages": packages},
+        "date": now(),
+        "machine": machine(device, _PACKAGES) | {"cores": os.cpu_count()},
         "batch": batch,
         "every": EVERY,
         "parts": PARTS,
@@ -103,7 +72,7 @@ def to_dict(results: Sequence[Result], device: torch.device, batch: int, command
                 "loops": {key: _loop(result, key) for key in result.labels},
                 "missing": result.missing,
                 "warnings": result.said,
-                "targets": [bench_report._target(target) for target in result.targets()],
+                "targets": [target.to_dict() for target in result.targets()],
                 "rounds": result.rounds,
             }
             for result in results
@@ -111,7 +80,7 @@ def to_dict(results: Sequence[Result], device: torch.device, batch: int, command
     }
 
 
-def _loop(result: Result, key: str) -> dict[str, Any]:
+def _loop(result: MonitorResult, key: str) -> dict[str, Any]:
     whole, lasting = result.excess(key)
     return {
         "label": result.labels[key],
@@ -125,7 +94,7 @@ def _loop(result: Result, key: str) -> dict[str, Any]:
     }
 
 
-def markdown(results: Sequence[Result], record: Mapping[str, Any]) -> str:
+def markdown(results: Sequence[MonitorResult], record: Mapping[str, Any]) -> str:
     """The tables as Markdown, under the machine and command of `to_dict`."""
     made = record["machine"]
     packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in made["packages"].items())
@@ -137,40 +106,29 @@ def markdown(results: Sequence[Result], record: Mapping[str, Any]) -> str:
     )
     for result in results:
         lines += ["", f"## {_title(result, record['batch'])}", ""]
-        lines += _markdown_table(HEAD, [row(result, key) for key in result.labels])
-        lines += ["", *_markdown_table(TARGETS_HEAD, [_target_row(target) for target in result.targets()])]
+        lines += markdown_table(HEAD, [row(result, key) for key in result.labels])
+        lines += ["", *markdown_table(TARGETS_HEAD, [target.row for target in result.targets()])]
         lines += ["", *(f"- {line}" for line in _remarks(result))]
     return "\n".join([*lines, "", *(f"- {note}" for note in NOTES)]) + "\n"
 
 
-def show(results: Sequence[Result], record: Mapping[str, Any], out: Path | None) -> None:
-    """Print the tables, and write them into `out`, made where there is none.
-
-    Raises:
-        OSError: `out` cannot be written.
-    """
+def show(results: Sequence[MonitorResult], record: Mapping[str, Any]) -> None:
+    """Print the tables."""
     console = Console()
-    # A pipe has no width of its own.
-    console.width = max(console.width, _WIDTH) if not console.is_terminal else console.width
     for result in results:
-        rows = [row(result, key) for key in result.labels]
-        verdicts = [_target_row(target) for target in result.targets()]
-        for title, head, lines in ((_title(result, record["batch"]), HEAD, rows), ("targets", TARGETS_HEAD, verdicts)):
-            table = Table(*head, title=escape(title), box=rich.box.SIMPLE, title_justify="left")
-            for column in table.columns[1:]:
-                column.justify, column.no_wrap = "right", True
-            for line in lines:
-                table.add_row(*map(escape, line))
-            console.print(table)
+        title = _title(result, record["batch"])
+        print_table(console, title, HEAD, [row(result, key) for key in result.labels], width=_WIDTH)
+        print_table(console, "targets", TARGETS_HEAD, [target.row for target in result.targets()], width=_WIDTH)
         for remark in _remarks(result):
             console.print(remark, highlight=False, markup=False)
     for note in NOTES:
         console.print(note, highlight=False, markup=False)
-    if out is None:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    contents = {"json": json.dumps(record, indent=1, ensure_ascii=False) + "\n", "md": markdown(results, record)}
-    for suffix, text in contents.items():
-        path = out / f"{NAME}.{suffix}"
-        write_atomically(path, functools.partial(_put, text.encode()))
-        console.print(f"written: {path}", highlight=False, markup=False)
+
+
+def write(results: Sequence[MonitorResult], record: Mapping[str, Any], out: Path) -> list[Path]:
+    """Write the record and its tables into `out`, made where there is none.
+
+    Raises:
+        OSError: `out` cannot be written.
+    """
+    return write_all(out, {f"{NAME}.json": record, f"{NAME}.md": markdown(results, record)})

@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import rich.box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from signstep.distributed.plan import (
     METHODS,
@@ -23,22 +20,12 @@ from signstep.distributed.plan import (
     outside,
     predict,
 )
+from signstep.lab.bench.report import print_table
 from signstep.lab.errors import BadInput
 from signstep.theory.vote import accuracy, colluders_survived, expected_vote, linear_slope
 
 _SNRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, math.inf)
 _WIDTH = 110
-
-
-def _table(console: Console, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    # A pipe has no width of its own.
-    console.width = max(console.width, _WIDTH) if not console.is_terminal else console.width
-    table = Table(*head, title=escape(title), box=rich.box.SIMPLE, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
-    for each in rows:
-        table.add_row(*map(escape, each))
-    console.print(table)
 
 
 def _ms(seconds: float) -> str:
@@ -64,7 +51,7 @@ def show_costs(console: Console, gradients: Gradients, cost: Cost) -> None:
     ]
     title = f"{count:,} parameters, {cost.workers} workers, {cost.bandwidth / 1e6:g} Mbit/s each way"
     head = ("method", "bytes per step", "per parameter", "communication ms", "best ms", "worst ms", "times faster")
-    _table(console, title, head, rows)
+    print_table(console, title, head, rows, width=_WIDTH)
 
 
 NOTES = (
@@ -96,7 +83,8 @@ def show_votes(console: Console, workers: int) -> None:
             )
         )
     head = ("m / sigma", "q", "one worker", "vote", "vote, scaled", "flipping survived", "colluding survived")
-    _table(console, f"Expected vote of {workers} workers; slope at 0: {linear_slope(workers):.2f}", head, rows)
+    title = f"Expected vote of {workers} workers; slope at 0: {linear_slope(workers):.2f}"
+    print_table(console, title, head, rows, width=_WIDTH)
 
 
 @dataclass(frozen=True)
@@ -186,7 +174,7 @@ def show_check(console: Console, checked: Sequence[Checked]) -> None:
         "Predicted: best and worst from the time of the method where links are not shaped\n"
         "error: distance of the measured time from the nearer of them; bytes: sent beyond the payload"
     )
-    _table(console, title, head, rows)
+    print_table(console, title, head, rows, width=_WIDTH)
     inside = sum(each.time_error == 0 for each in checked)
     worst = max(checked, key=lambda each: abs(each.time_error))
     typical = statistics.median(abs(each.time_error) for each in checked)

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import datetime
-import functools
-import importlib.metadata
-import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import rich.box
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from signstep.lab.bench.step import Entry, Result, Spread
+from signstep.lab.bench.report import machine, now, print_table
+from signstep.lab.bench.spread import Spread, number
 from signstep.lab.bench.step_contestants import COPY
-from signstep.lab.bench.step_targets import Target, targets
+from signstep.lab.bench.step_targets import step_targets
+from signstep.lab.bench.step_timing import StepEntry, StepResult
+from signstep.lab.bench.targets import TARGETS_HEAD
 from signstep.lab.output import figures
-from signstep.lab.output.machine import environment
-from signstep.lab.training.checkpoint import write_atomically
+from signstep.lab.output.files import write_all
+from signstep.lab.output.tables import markdown_table
 
 NAME = "bench-step"
 _WIDTH = 100
 HEAD = ("optimizer", "ns", "over SGD", "bytes", "of copy", "state")
-TARGETS_HEAD = ("target", "limit", "measured", "verdict")
 NOTES = (
     "ns: nanoseconds per parameter, median over the rounds",
     "over SGD: time over that of torch SGD(momentum=0.9), fused where it works; as with all ratios, the median over "
@@ -48,17 +42,7 @@ _KINDS = {"signstep": "signstep", "torch": "torch.optim", "package": "other pack
           "limit": "copy"}  # fmt: skip
 
 
-def _number(value: float) -> str:
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
-
-
-def _interval(spread: Spread | None) -> str:
-    if spread is None:
-        return ""
-    return f"{_number(spread.median)} ({_number(spread.low)}–{_number(spread.high)})"
-
-
-def row(result: Result, key: str) -> tuple[str, ...]:
+def row(result: StepResult, key: str) -> tuple[str, ...]:
     """A contestant's line of the table; for one without times, why."""
     entry = result.entries[key]
     if entry.missing is not None:
@@ -68,62 +52,28 @@ def row(result: Result, key: str) -> tuple[str, ...]:
     return (
         entry.label,
         f"{result.median(key) / result.parameters * 1e9:.2f}",
-        _interval(result.ratio(key, result.peer)),
+        str(result.ratio(key, result.peer) or ""),
         f"{entry.bytes_per_parameter:.2f}".removesuffix(".00"),
         "" if key == COPY else f"{share.median:.2f}",
         f"{entry.state_bytes / result.parameters:.2f}".removesuffix(".00"),
     )
 
 
-def _target_row(target: Target) -> tuple[str, ...]:
-    return (target.text, f"{'≥' if target.at_least else '≤'} {target.limit:g}", _interval(target.measured),
-            target.verdict)  # fmt: skip
-
-
-def _headline(result: Result, dtype: str) -> str:
+def _headline(result: StepResult, dtype: str) -> str:
     return f"{result.title}, {dtype}: {result.parameters / 1e6:.2f} M parameters in {result.tensors} tensors"
 
 
-def show(console: Console, result: Result, dtype: str) -> None:
+def show(console: Console, result: StepResult, dtype: str) -> None:
     """Print a workload's tables."""
-    # A pipe has no width of its own.
-    console.width = max(console.width, _WIDTH) if not console.is_terminal else console.width
-    table = Table(*HEAD, title=escape(_headline(result, dtype)), box=rich.box.SIMPLE, title_justify="left")
-    table.columns[0].ratio = 1
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
-    missing = []
-    for key, entry in result.entries.items():
-        if entry.missing is None:
-            table.add_row(*map(escape, row(result, key)))
-        else:
-            missing.append(f"{entry.label}: {entry.missing}")
-    console.print(table)
-    for line in missing:
-        console.print(line, highlight=False, markup=False)
-    verdicts = Table(*TARGETS_HEAD, title="targets", box=rich.box.SIMPLE, title_justify="left")
-    for target in targets(result, dtype):
-        verdicts.add_row(*map(escape, _target_row(target)))
-    console.print(verdicts)
+    there = [key for key, entry in result.entries.items() if entry.missing is None]
+    print_table(console, _headline(result, dtype), HEAD, [row(result, key) for key in there], width=_WIDTH)
+    for entry in result.entries.values():
+        if entry.missing is not None:
+            console.print(f"{entry.label}: {entry.missing}", highlight=False, markup=False)
+    print_table(console, "targets", TARGETS_HEAD, [target.row for target in step_targets(result, dtype)], width=_WIDTH)
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the benchmark ran on."""
-    versions: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return {
-        **environment(device, 1),
-        "platform": platform.platform(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "packages": versions,
-    }
-
-
-def _entry(result: Result, key: str, entry: Entry) -> dict[str, Any]:
+def _entry(result: StepResult, key: str, entry: StepEntry) -> dict[str, Any]:
     if entry.missing is not None:
         return {"label": entry.label, "kind": entry.kind, "missing": entry.missing}
     ratio, share = result.ratio(key, result.peer), result.share(key)
@@ -141,22 +91,12 @@ def _entry(result: Result, key: str, entry: Entry) -> dict[str, Any]:
     }
 
 
-def _target(target: Target) -> dict[str, Any]:
-    return {
-        "target": target.text,
-        "limit": target.limit,
-        "at_least": target.at_least,
-        "measured": None if target.measured is None else asdict(target.measured),
-        "verdict": target.verdict,
-    }
-
-
-def to_dict(results: Sequence[Result], *, dtype: str, device: torch.device, command: str) -> dict[str, Any]:
+def to_dict(results: Sequence[StepResult], *, dtype: str, device: torch.device, command: str) -> dict[str, Any]:
     """All that was measured, every time included."""
     return {
         "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(device),
+        "date": now(),
+        "machine": machine(device, _PACKAGES),
         "dtype": dtype,
         "copy": COPY,
         "workloads": {
@@ -166,7 +106,7 @@ def to_dict(results: Sequence[Result], *, dtype: str, device: torch.device, comm
                 "parameters": result.parameters,
                 "peer": result.peer,
                 "contestants": {key: _entry(result, key, entry) for key, entry in result.entries.items()},
-                "targets": [_target(target) for target in targets(result, dtype)],
+                "targets": [target.to_dict() for target in step_targets(result, dtype)],
                 "rounds": [asdict(each) for each in result.rounds],
             }
             for result in results
@@ -174,13 +114,7 @@ def to_dict(results: Sequence[Result], *, dtype: str, device: torch.device, comm
     }
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [[*head], ["---", *["---:"] * (len(head) - 1)]]
-    lines += [[*each, *[""] * (len(head) - len(each))] for each in rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
-def markdown(results: Sequence[Result], record: dict[str, Any]) -> str:
+def markdown(results: Sequence[StepResult], record: dict[str, Any]) -> str:
     """The tables as Markdown, under the machine and command of `to_dict`."""
     made = record["machine"]
     dtype = record["dtype"]
@@ -191,13 +125,14 @@ def markdown(results: Sequence[Result], record: dict[str, Any]) -> str:
     )
     for result in results:
         lines += ["", f"## {_headline(result, dtype)}", ""]
-        lines += _markdown_table(HEAD, [row(result, key) for key in result.entries])
-        lines += ["", *_markdown_table(TARGETS_HEAD, [_target_row(target) for target in targets(result, dtype)])]
+        rows = [row(result, key) for key in result.entries]
+        lines += markdown_table(HEAD, [[*each, *[""] * (len(HEAD) - len(each))] for each in rows])
+        lines += ["", *markdown_table(TARGETS_HEAD, [target.row for target in step_targets(result, dtype)])]
     lines += ["", *(f"- {note}" for note in NOTES)]
     return "\n".join(lines) + "\n"
 
 
-def bars(results: Sequence[Result], heading: tuple[str, str]) -> Figure:
+def bars(results: Sequence[StepResult], heading: tuple[str, str]) -> Figure:
     """Time over SGD's on a logarithmic axis: a panel per workload, a bar per contestant from 1 to its ratio."""
     entries = {key: entry for result in results for key, entry in result.entries.items() if entry.missing is None}
     step, top, bottom, left, right, gap, panel = 17.0, 88.0, 40.0, 225.0, 48.0, 52.0, 140.0
@@ -223,7 +158,7 @@ def bars(results: Sequence[Result], heading: tuple[str, str]) -> Figure:
     return figure
 
 
-def _panel(axes: Any, title: str, lines: Sequence[tuple[Entry, Spread | None]], span: tuple[float, float]) -> None:
+def _panel(axes: Any, title: str, lines: Sequence[tuple[StepEntry, Spread | None]], span: tuple[float, float]) -> None:
     axes.patch.set_alpha(0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -247,7 +182,7 @@ def _panel(axes: Any, title: str, lines: Sequence[tuple[Entry, Spread | None]], 
             axes.plot([spread.low, spread.high], [y, y], color=figures.MUTED, linewidth=1, zorder=4)
             figures.annotate(
                 axes,
-                _number(spread.median),
+                number(spread.median),
                 (1, y),
                 ("axes fraction", "data"),
                 (34, 0),
@@ -260,11 +195,7 @@ def _panel(axes: Any, title: str, lines: Sequence[tuple[Entry, Spread | None]], 
     axes.set_xlabel("time over SGD", color=figures.MUTED, fontsize=9, loc="right", labelpad=2)
 
 
-def _put(content: bytes, file: IO[bytes]) -> None:
-    file.write(content)
-
-
-def write(results: Sequence[Result], out: Path, *, dtype: str, device: torch.device, command: str) -> list[Path]:
+def write(results: Sequence[StepResult], out: Path, *, dtype: str, device: torch.device, command: str) -> list[Path]:
     """Write the four files into `out`, made where there is none, and return their paths.
 
     Raises:
@@ -277,15 +208,9 @@ def write(results: Sequence[Result], out: Path, *, dtype: str, device: torch.dev
     drawn = bars(results, (title, subtitle))
     drawing = figures.svg(drawn, name=NAME, description=f"{title}; {subtitle}", alone=True)
     contents = {
-        "json": (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode(),
-        "md": markdown(results, record).encode(),
-        "png": figures.png(drawn),
-        "svg": drawing.encode(),
+        f"{NAME}.json": record,
+        f"{NAME}.md": markdown(results, record),
+        f"{NAME}.png": figures.png(drawn),
+        f"{NAME}.svg": drawing,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for suffix, content in contents.items():
-        path = out / f"{NAME}.{suffix}"
-        write_atomically(path, functools.partial(_put, content))
-        paths.append(path)
-    return paths
+    return write_all(out, contents)

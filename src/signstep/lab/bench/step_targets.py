@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from signstep.lab.bench.step import Result, Spread
-
-
-@dataclass(frozen=True)
-class Target:
-    """A bound on a ratio or share that signstep promises."""
-
-    text: str
-    limit: float
-    at_least: bool
-    measured: Spread | None
-
-    @property
-    def verdict(self) -> str:
-        """Met, not met, or not measured."""
-        if self.measured is None:
-            return "not measured"
-        value = self.measured.median
-        return "met" if (value >= self.limit if self.at_least else value <= self.limit) else "not met"
-
+from signstep.lab.bench.step_timing import StepResult
+from signstep.lab.bench.targets import Target
 
 _PLAIN = ("plain-foreach", "plain-compiled", "eager-dither")
 _DITHERS = {"dither": "dither", "relative": "relative dither"}
 
 
-def _best_plain(result: Result) -> str | None:
+def _best_plain(result: StepResult) -> str | None:
     return min((key for key in _PLAIN if result.measured(key)), key=result.median, default=None)
 
 
-def targets(result: Result, dtype: str) -> list[Target]:
+def step_targets(result: StepResult, dtype: str) -> list[Target]:
     """What signstep promises of this workload, beside what was measured."""
 
     def below(what: str, over: str, under: str, limit: float) -> None:

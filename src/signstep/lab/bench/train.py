@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,16 @@ from rich.console import Console
 from rich.table import Table
 
 from signstep.distributed.plan import bits_per_second
+from signstep.lab.arguments import check_folder
 from signstep.lab.bench import netns
-from signstep.lab.bench.step import BenchError
+from signstep.lab.bench.spread import BenchError
 from signstep.lab.errors import BadInput
 from signstep.lab.output import stats
-from signstep.lab.training import records as runs
-from signstep.lab.training.checkpoint import write_atomically
+from signstep.lab.output.command import command_line, option_words
+from signstep.lab.output.files import write_all, write_json
+from signstep.lab.output.tables import markdown_table
 from signstep.lab.training.config import Reduce, RunConfig
+from signstep.lab.training.records import Run, read_run
 
 NAME = "bench-train"
 _PORT = "29500"
@@ -37,7 +41,7 @@ _HEAD = ("method", "seconds", "seconds to target", "MB per rank", "accuracy")
 
 
 @dataclass(frozen=True)
-class Method:
+class TrainMethod:
     """One row."""
 
     label: str
@@ -49,21 +53,21 @@ _SGD = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 _SIGN = {"optimizer": "signsgd", "lr": 1e-3, "momentum": 0.9, "weight_decay": 0.1}
 _RELATIVE = {"lr": 3.16e-3, "dither": 1.0, "dither_decay": 0.0, "dither_scale": "relative"}
 # Learning rates are those that `signstep sweep table1 --scale cpu` found for one worker.
-METHODS = {
-    "mean": Method("SGD, fp32 mean", "mean", _SGD),
-    "bf16": Method("SGD, bf16 mean", "bf16", _SGD),
-    "powersgd": Method("SGD, PowerSGD", "powersgd", _SGD),
-    "sign-mean": Method("SignSGD of the fp32 mean", "mean", _SIGN),
-    "vote": Method("SignSGD, majority vote", "vote", _SIGN),
-    "vote-relative": Method("SignSGD, majority vote, relative dither", "vote", _SIGN | _RELATIVE),
-    "ef-sign-two-sided": Method("SGD, EF-SignSGD, two-sided", "ef-sign-two-sided", _SGD),
-    "qsgd": Method("SGD, QSGD", "qsgd", _SGD),
-    "top-k": Method("SGD, Top-K", "top-k", _SGD),
+TRAIN_METHODS = {
+    "mean": TrainMethod("SGD, fp32 mean", "mean", _SGD),
+    "bf16": TrainMethod("SGD, bf16 mean", "bf16", _SGD),
+    "powersgd": TrainMethod("SGD, PowerSGD", "powersgd", _SGD),
+    "sign-mean": TrainMethod("SignSGD of the fp32 mean", "mean", _SIGN),
+    "vote": TrainMethod("SignSGD, majority vote", "vote", _SIGN),
+    "vote-relative": TrainMethod("SignSGD, majority vote, relative dither", "vote", _SIGN | _RELATIVE),
+    "ef-sign-two-sided": TrainMethod("SGD, EF-SignSGD, two-sided", "ef-sign-two-sided", _SGD),
+    "qsgd": TrainMethod("SGD, QSGD", "qsgd", _SGD),
+    "top-k": TrainMethod("SGD, Top-K", "top-k", _SGD),
 }
 
 
 @dataclass(frozen=True)
-class Sample:
+class TrainSample:
     """One run, as measured."""
 
     method: str
@@ -77,29 +81,63 @@ class Sample:
     """In percent, after the last epoch."""
 
 
-def config_of(key: str, seed: int, ranks: int, epochs: int, subset: int) -> RunConfig:
+@dataclass(frozen=True)
+class BenchTrain:
+    """Train ResNet-8 on CIFAR-10 over a slow network with ways to reduce gradients; needs root."""
+
+    methods: tuple[str, ...] = ()
+    """Which ones; default: all."""
+    rate: str = "100mbit"
+    """Of the links."""
+    ranks: int = 4
+    """Processes that train a run together."""
+    seeds: int = 3
+    """Runs of each method."""
+    epochs: int = 6
+    """Of each run."""
+    subset: int = 10_000
+    """Training images."""
+    target: float = 45.0
+    """Accuracy in percent; the table has the seconds until it was reached."""
+    data: Path | None = None
+    """Folder to look for the images in first."""
+    out: Path = Path("results/bench-train")
+    """Folder of the runs, and of bench-train.json and .md; the same command again goes on."""
+
+    @property
+    def runs(self) -> Path:
+        """Folder of the runs at this rate and number of ranks."""
+        return self.out / "runs" / f"{self.rate}-{self.ranks}"
+
+    def run(self) -> int:
+        """Train, show and write; the exit code."""
+        check_folder(self.data)
+        options = replace(self, methods=tuple(dict.fromkeys(self.methods)) or tuple(TRAIN_METHODS))
+        # As Ctrl-C does, so that what has been set up is taken down.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        samples = train_all(options)
+        table = Table(*_HEAD, box=rich.box.SIMPLE_HEAD)
+        for line in rows(samples):
+            table.add_row(*line)
+        Console().print(table)
+        for path in write(samples, options):
+            print(f"written: {path}")
+        return 0
+
+
+def config_of(key: str, seed: int, options: BenchTrain) -> RunConfig:
     """The run of a method."""
-    method = METHODS[key]
+    method = TRAIN_METHODS[key]
     return RunConfig(
         model="resnet8",
-        subset=subset,
-        epochs=epochs,
+        subset=options.subset,
+        epochs=options.epochs,
         warmup=0.05,
         seed=seed,
         reduce=method.reduce,
-        workers=None if method.reduce == "mean" else ranks,
+        workers=None if method.reduce == "mean" else options.ranks,
         **method.options,
     )
-
-
-def _arguments(config: RunConfig) -> list[str]:
-    """What `signstep train` is to be given for a configuration."""
-    defaults = RunConfig().to_dict()
-    words = []
-    for name, value in config.to_dict().items():
-        if value != defaults[name]:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return words
 
 
 def _sent(network: netns.Network, ranks: int) -> int:
@@ -107,13 +145,22 @@ def _sent(network: netns.Network, ranks: int) -> int:
     return sum(network.bytes_sent(rank) for rank in range(ranks))
 
 
-def _train(
-    network: netns.Network, config: RunConfig, ranks: int, folder: Path, data: Path | None, minutes: float
-) -> float:
+def _train(network: netns.Network, config: RunConfig, options: BenchTrain, minutes: float) -> float:
     """Train a run to its end; bytes that its ranks have sent."""
+    ranks, folder = options.ranks, options.runs
     before = _sent(network, ranks)
-    command = [sys.executable, "-m", "signstep", "train", *_arguments(config), "--out", str(folder), "--device", "cpu"]
-    command += [] if data is None else ["--data", str(data)]
+    command = [
+        sys.executable,
+        "-m",
+        "signstep",
+        "train",
+        *option_words(config),
+        "--out",
+        str(folder),
+        "--device",
+        "cpu",
+    ]
+    command += [] if options.data is None else ["--data", str(options.data)]
     processes = []
     try:
         for rank in range(ranks):
@@ -142,29 +189,17 @@ def _train(
     return (_sent(network, ranks) - before) / ranks
 
 
-def _sample(key: str, run: runs.Run, sent: float, target: float) -> Sample:
+def _sample(key: str, run: Run, sent: float, target: float) -> TrainSample:
     seconds, to_target = 0.0, None
     for epoch in run.epochs:
         images = epoch["step"] * run.config.batch_size / epoch["epoch"]
         seconds += images / epoch["timing"]["images_per_second"]
         if to_target is None and 100 * epoch["eval_accuracy"] >= target:
             to_target = seconds
-    return Sample(key, run.config.seed, seconds, to_target, sent / 1e6, run.final_accuracy)
+    return TrainSample(key, run.config.seed, seconds, to_target, sent / 1e6, run.final_accuracy)
 
 
-def run(
-    methods: Sequence[str],
-    *,
-    rate: str,
-    ranks: int,
-    seeds: int,
-    epochs: int,
-    subset: int,
-    target: float,
-    out: Path,
-    data: Path | None,
-    say: Callable[[str], None],
-) -> list[Sample]:
+def train_all(options: BenchTrain) -> list[TrainSample]:
     """Train what is missing, and return all samples.
 
     Raises:
@@ -172,33 +207,31 @@ def run(
         NetworkError: no namespaces to be had.
         BenchError: a run fails.
     """
-    if unknown := [key for key in methods if key not in METHODS]:
-        raise BadInput(f"--methods {unknown[0]}: expected some of {', '.join(METHODS)}")
+    if unknown := [key for key in options.methods if key not in TRAIN_METHODS]:
+        raise BadInput(f"--methods {unknown[0]}: expected some of {', '.join(TRAIN_METHODS)}")
     try:
-        bits = bits_per_second(rate)
+        bits = bits_per_second(options.rate)
     except ValueError as error:
         raise BadInput(f"--rate {error}") from error
-    folder = out / "runs" / f"{rate}-{ranks}"
-    folder.mkdir(parents=True, exist_ok=True)
+    options.runs.mkdir(parents=True, exist_ok=True)
     samples = []
-    with netns.Network(ranks) as network:
+    with netns.Network(options.ranks) as network:
         network.shape(bits)
-        for seed in range(seeds):
-            for key in methods:
-                config = config_of(key, seed, ranks, epochs, subset)
-                record = folder / f"{config.hash}.jsonl"
-                kept = folder / f"{config.hash}.json"
+        for seed in range(options.seeds):
+            for key in options.methods:
+                config = config_of(key, seed, options)
+                record = options.runs / f"{config.hash}.jsonl"
+                kept = options.runs / f"{config.hash}.json"
                 if not kept.exists():
-                    say(f"{METHODS[key].label}, seed {seed}: {ranks} ranks at {rate}")
+                    print(f"{TRAIN_METHODS[key].label}, seed {seed}: {options.ranks} ranks at {options.rate}")
                     # A run that was cut short has lost the count of its bytes.
-                    for old in folder.glob(f"{config.hash}.*"):
+                    for old in options.runs.glob(f"{config.hash}.*"):
                         old.unlink()
-                    sent = _train(network, config, ranks, folder, data, minutes=30)
-                    content = json.dumps({"bytes_per_rank": sent}).encode()
-                    write_atomically(kept, lambda file, content=content: file.write(content))  # type: ignore[misc]
+                    sent = _train(network, config, options, minutes=30)
+                    write_json(kept, {"bytes_per_rank": sent})
                     record.with_suffix(".pt").unlink()
                 sent = json.loads(kept.read_text())["bytes_per_rank"]
-                samples.append(_sample(key, runs.read_run(record), sent, target))
+                samples.append(_sample(key, read_run(record), sent, options.target))
     return samples
 
 
@@ -206,7 +239,7 @@ def _mean(values: Sequence[float], digits: int) -> str:
     return stats.with_interval(stats.estimate(values)) if digits == 2 else f"{sum(values) / len(values):.{digits}f}"
 
 
-def rows(samples: Sequence[Sample]) -> list[tuple[str, ...]]:
+def rows(samples: Sequence[TrainSample]) -> list[tuple[str, ...]]:
     """The table's lines: means over seeds, of the accuracy with its 95 % interval."""
     lines: list[tuple[str, ...]] = []
     for key in dict.fromkeys(sample.method for sample in samples):
@@ -215,7 +248,7 @@ def rows(samples: Sequence[Sample]) -> list[tuple[str, ...]]:
         to_target = _mean(reached, 1) + ("" if len(reached) == len(own) else f" ({len(reached)} of {len(own)} runs)")
         lines.append(
             (
-                METHODS[key].label,
+                TRAIN_METHODS[key].label,
                 _mean([sample.seconds for sample in own], 1),
                 to_target if reached else "not reached",
                 _mean([sample.megabytes for sample in own], 1),
@@ -225,40 +258,28 @@ def rows(samples: Sequence[Sample]) -> list[tuple[str, ...]]:
     return lines
 
 
-def show(console: Console, samples: Sequence[Sample]) -> None:
-    """Print the table."""
-    table = Table(*_HEAD, box=rich.box.SIMPLE_HEAD)
-    for line in rows(samples):
-        table.add_row(*line)
-    console.print(table)
-
-
-def write(samples: Sequence[Sample], out: Path, *, command: str, target: float, rate: str, ranks: int) -> list[Path]:
+def write(samples: Sequence[TrainSample], options: BenchTrain) -> list[Path]:
     """Write bench-train.json and .md."""
-    first = runs.read_run(next(iter(sorted((out / "runs" / f"{rate}-{ranks}").glob("*.jsonl")))))
+    command = command_line(["bench", "train"], options, omit=["data"], everything=True)
+    first = read_run(min(options.runs.glob("*.jsonl")))
     record = {
         "command": command,
         "environment": first.start["environment"],
-        "rate": rate,
-        "ranks": ranks,
-        "target_accuracy": target,
+        "rate": options.rate,
+        "ranks": options.ranks,
+        "target_accuracy": options.target,
         "samples": [asdict(sample) for sample in samples],
     }
     lines = [
-        f"# CIFAR-10, ResNet-8, {ranks} ranks at {rate}",
+        f"# CIFAR-10, ResNet-8, {options.ranks} ranks at {options.rate}",
         "",
         f"    {command}",
         "",
-        f"Target: {target:g} % test accuracy. Means over {len({s.seed for s in samples})} seeds, the accuracy with its "
-        "95 % interval. Seconds are of training, with all ranks on the cores of one machine, and the links have no "
-        "latency but their own. MB sent per rank.",
+        f"Target: {options.target:g} % test accuracy. Means over {len({s.seed for s in samples})} seeds, the accuracy "
+        "with its 95 % interval. Seconds are of training, with all ranks on the cores of one machine, and the links "
+        "have no latency but their own. MB sent per rank.",
         "",
-        "| " + " | ".join(_HEAD) + " |",
-        "|---|" + "---:|" * (len(_HEAD) - 1),
-        *("| " + " | ".join(line) + " |" for line in rows(samples)),
+        *markdown_table(_HEAD, rows(samples)),
         "",
     ]
-    contents = {f"{NAME}.json": json.dumps(record, indent=1) + "\n", f"{NAME}.md": "\n".join(lines)}
-    for name, content in contents.items():
-        write_atomically(out / name, lambda file, content=content: file.write(content.encode()))  # type: ignore[misc]
-    return [out / name for name in contents]
+    return write_all(options.out, {f"{NAME}.json": record, f"{NAME}.md": "\n".join(lines)})

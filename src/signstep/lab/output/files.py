@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["replacing", "write_bytes", "write_json", "write_text"]
+__all__ = ["replacing", "write_all", "write_bytes", "write_json", "write_text"]
 
 
 @contextlib.contextmanager
@@ -47,3 +47,24 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_all(folder: Path, contents: Mapping[str, Any]) -> list[Path]:
+    """Write several files into a folder, made where there is none; each file atomically.
+
+    Args:
+        folder: where.
+        contents: by a file's name, its bytes, its text, or what becomes JSON.
+
+    Returns:
+        The paths.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        if isinstance(content, bytes):
+            write_bytes(folder / name, content)
+        elif isinstance(content, str):
+            write_text(folder / name, content)
+        else:
+            write_json(folder / name, content)
+    return [folder / name for name in contents]

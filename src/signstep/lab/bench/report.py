@@ -1,0 +1,68 @@
+"""What the benchmarks' reports share: a line of progress, tables on a terminal, and the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import rich.box
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from signstep.lab.output.machine import environment
+
+__all__ = ["machine", "now", "print_table", "progress"]
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """What a measurement tells its progress to: on a terminal a line that changes, else lines on stderr."""
+    console = Console(stderr=True)
+    with console.status("") as line:
+        yield line.update if console.is_terminal else console.print
+
+
+def print_table(
+    console: Console, title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, width: int
+) -> None:
+    """Print a table; all columns but the first hold numbers.
+
+    Args:
+        console: where.
+        title: above the table.
+        head: the titles of the columns.
+        rows: the cells.
+        width: in characters, at least, where the output is not a terminal; a pipe has no width of its own.
+    """
+    console.width = console.width if console.is_terminal else max(console.width, width)
+    table = Table(*head, title=escape(title), box=rich.box.SIMPLE, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def now() -> str:
+    """Date and time of a record."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def machine(device: torch.device, packages: Collection[str]) -> dict[str, Any]:
+    """What a benchmark ran on, with the versions of these packages; None for one that is not installed."""
+    versions: dict[str, str | None] = dict.fromkeys(packages)
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        **environment(device, 1),
+        "platform": platform.platform(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "packages": versions,
+    }

@@ -1,0 +1,58 @@
+"""`signstep data`: which data sets there are, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from signstep.lab.arguments import check_folder
+from signstep.lab.errors import BadInput
+from signstep.lab.training.config import Dataset
+
+__all__ = ["Data", "say_where"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """List the data sets and where each was found, or get one."""
+
+    action: Annotated[Literal["list", "get"], tyro.conf.Positional] = "list"
+    """What to do."""
+    names: Annotated[tuple[Dataset, ...], tyro.conf.Positional] = ()
+    """The sets to get."""
+    data: Path | None = None
+    """Folder to look in first."""
+
+    def run(self) -> int:
+        """List or get; the exit code."""
+        from signstep.lab.data import listing, load
+
+        check_folder(self.data)
+        if self.action == "get":
+            if not self.names:
+                raise BadInput("data get: name the sets to get, as in: signstep data get cifar10")
+            for name in self.names:
+                images = load(name, self.data)
+                print(
+                    f"{name}: {len(images.train_x)} training and {len(images.test_x)} test images from {images.source}"
+                )
+            return 0
+        # A line each, for the terminal to fold: a path can be read and copied whole.
+        for each in listing(self.data):
+            print(f"{each.name}: {each.found or f'not here; {each.how}'}")
+        return 0
+
+
+def say_where(names: Collection[str], folder: Path | None) -> None:
+    """Print which of these data sets are not in the folder of --data, and where they are instead."""
+    if folder is None:
+        return
+    from signstep.lab.data import listing
+
+    for each in listing(folder):
+        if each.name in names and each.found is not None and not Path(each.found).is_relative_to(folder):
+            print(f"{each.name} is not in {folder}: found in {each.found}")

@@ -1,0 +1,125 @@
+"""What `sweep`, `reproduce` and `report` share: the options that choose experiments, and the end of their work."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from signstep.lab.arguments import check_folder, check_minutes, parse_shard
+from signstep.lab.cli.data import say_where
+from signstep.lab.errors import BadInput
+from signstep.lab.paper import experiments
+from signstep.lab.paper.experiments import Experiment, Name, Recipe, Scale
+from signstep.lab.training.config import Dataset, RunConfig
+
+__all__ = ["ExperimentOptions", "Trainer", "TrainingOptions"]
+
+
+@dataclass(frozen=True)
+class ExperimentOptions:
+    """Which experiments, and where their results are."""
+
+    experiment: Annotated[Name | Literal["all"], tyro.conf.Positional] = "all"
+    """Which of the paper's results."""
+    scale: Scale = "cpu"
+    """smoke: seconds; demo: minutes; cpu: hours on two cores; full: one GPU."""
+    recipe: Recipe = "strong"
+    """paper: what the paper's text says; strong: what a reviewer would accept."""
+    dataset: tuple[Dataset, ...] = ()
+    """Data sets instead of the paper's."""
+    out: Path = Path("results")
+    """Results go to <out>/<scale>-<recipe>."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the results are."""
+        return self.out / f"{self.scale}-{self.recipe}"
+
+    def load(self) -> tuple[Experiment, ...]:
+        """The experiments."""
+        return experiments.load_all(
+            self.experiment, scale=self.scale, recipe=self.recipe, datasets=self.dataset or None
+        )
+
+    @property
+    def which(self) -> list[str]:
+        """The arguments that choose these experiments, for any command."""
+        words = [self.experiment, "--scale", self.scale, "--recipe", self.recipe]
+        return words + (["--dataset", *self.dataset] if self.dataset else [])
+
+    def write_reports(self, chosen: Sequence[Experiment], seeds: int) -> None:
+        """Write what the runs in `folder` show, and name the reports."""
+        from signstep.lab.paper.reproduce import write_reports
+        from signstep.lab.paper.sweep import read_tuned
+
+        tuned = read_tuned(self.folder)
+        keys = {(dataset, row.key) for e in chosen for dataset in e.datasets for row in e.rows}
+        choices = [choice for d, rows in tuned.items() for key, choice in rows.items() if (d, key) in keys]
+        grids = sorted({len(choice["trials"]) - choice["extensions"] for choice in choices})
+        commands = [["sweep", *self.which, "--trials", str(trials)] for trials in grids]
+        commands.append(["reproduce", *self.which, "--seeds", str(seeds)])
+        lines = [shlex.join(["signstep", *command]) for command in commands]
+        for page in write_reports(chosen, self.folder, seeds=seeds, tuned=tuned, commands=lines):
+            print(f"table: {page.with_suffix('.md')}")
+            print(f"report: {page}")
+
+
+@dataclass(frozen=True)
+class TrainingOptions(ExperimentOptions):
+    """Which experiments to train, and how."""
+
+    data: Path | None = None
+    """Folder to look for the images in first."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    max_minutes: float | None = None
+    """Stop after this many minutes; the same command goes on."""
+    shard: str = "0/1"
+    """i/n: do the i-th of n shares of the work, i from 0."""
+
+    def begin(self) -> tuple[tuple[Experiment, ...], tuple[int, int]]:
+        """The experiments, and the shard's i and n; says where their images are.
+
+        Raises:
+            BadInput: an option that cannot be used.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise BadInput(
+                "torchrun's workers train one run together: use it with signstep train, "
+                "and --shard here to train several runs at the same time"
+            )
+        check_minutes(self.max_minutes)
+        check_folder(self.data)
+        shard = parse_shard(self.shard)
+        chosen = self.load()
+        say_where({dataset for e in chosen for dataset in e.datasets}, self.data)
+        return chosen, shard
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """`signstep.lab.training.loop.train` with a command's options, as sweep and reproduce call it."""
+
+    data: Path | None
+    device: str
+
+    def __call__(self, config: RunConfig, out: Path, minutes: float | None) -> str:
+        """Train a run; "busy" where another process does."""
+        from signstep.lab.training.loop import RunBusy, train
+
+        started = time.monotonic()
+        try:
+            status = train(config, out, data=self.data, device=self.device, max_minutes=minutes)
+        except RunBusy:
+            return "busy"
+        # The loop stops at its time limit or at a signal, and says "stopped" for both.
+        if status == "stopped" and (minutes is None or time.monotonic() - started < 60 * minutes):
+            raise KeyboardInterrupt
+        return status

@@ -1,0 +1,59 @@
+"""`signstep plan`: what a step over the network costs, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from signstep.lab.errors import BadInput
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predict bytes and time of a step over the network with every method, and what a vote is worth."""
+
+    params: float = 11e6
+    """Parameters of the model."""
+    workers: int = 16
+    """Workers that train it together."""
+    bandwidth: str = "100mbit"
+    """Of each worker's link, each way."""
+    step_ms: float = 80.0
+    """Milliseconds of a step without communication."""
+    latency_ms: float = 0.0
+    """Of one collective, in milliseconds."""
+    check: Path | None = None
+    """Instead, compare the model with this bench-comm.json of signstep bench comm."""
+
+    def run(self) -> int:
+        """Predict and print; the exit code."""
+        from rich.console import Console
+
+        from signstep.distributed.plan import Cost, Gradients, bits_per_second
+        from signstep.lab.bench import plan_report
+
+        console = Console()
+        if self.check is not None:
+            plan_report.show_check(console, plan_report.check(self.check))
+            return 0
+        for option, good in (
+            ("params", 1 <= self.params <= 1e15),
+            ("workers", 1 <= self.workers <= 1000),
+            ("step-ms", 0 <= self.step_ms < float("inf")),
+            ("latency-ms", 0 <= self.latency_ms < float("inf")),
+        ):
+            if not good:
+                value = getattr(self, option.replace("-", "_"))
+                raise BadInput(f"--{option} {value:g}: out of range; see signstep plan --help")
+        try:
+            bandwidth = bits_per_second(self.bandwidth)
+        except ValueError as error:
+            raise BadInput(f"--bandwidth {error}") from error
+        cost = Cost(self.workers, bandwidth, self.step_ms / 1e3, self.latency_ms / 1e3)
+        plan_report.show_costs(console, Gradients.square(int(self.params)), cost)
+        plan_report.show_votes(console, self.workers)
+        for note in plan_report.NOTES:
+            console.print(note, highlight=False)
+        return 0

@@ -1,0 +1,33 @@
+"""`signstep report`: tables, figures and a report of the runs there are."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from signstep.lab.cli.experiments import ExperimentOptions
+from signstep.lab.errors import BadInput
+
+__all__ = ["Report"]
+
+
+@dataclass(frozen=True)
+class Report(ExperimentOptions):
+    """Write tables, figures and report from the runs there are; train nothing."""
+
+    seeds: int = 3
+    """Seeds 0 to this less one are counted."""
+
+    def run(self) -> int:
+        """Write; the exit code."""
+        from signstep.lab.paper.reproduce import planned
+        from signstep.lab.paper.sweep import read_tuned
+
+        chosen = self.load()
+        wanted = planned(chosen, self.seeds, read_tuned(self.folder))
+        if not any((self.folder / "runs" / f"{key}.jsonl").exists() for key in wanted):
+            out = [] if self.out == Report().out else ["--out", str(self.out)]
+            first = shlex.join(["signstep", "reproduce", *self.which, *out])
+            raise BadInput(f"{self.folder / 'runs'} has none of the runs to report: train them first, with {first}")
+        self.write_reports(chosen, self.seeds)
+        return 0

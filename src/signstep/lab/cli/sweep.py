@@ -1,0 +1,36 @@
+"""`signstep sweep`: the learning rate of every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from signstep.lab.cli.experiments import Trainer, TrainingOptions
+
+__all__ = ["Sweep"]
+
+
+@dataclass(frozen=True)
+class Sweep(TrainingOptions):
+    """Tune every method's learning rate with the same number of trials on held-out training images."""
+
+    trials: int = 5
+    """Points of every method's learning rate grid."""
+
+    def run(self) -> int:
+        """Do the trials that are missing; the exit code."""
+        from signstep.lab.paper.sweep import sweep
+        from signstep.lab.training.records import read_runs
+
+        chosen, shard = self.begin()
+        over = sweep(
+            chosen,
+            self.folder,
+            train=Trainer(self.data, self.device),
+            read=read_runs,
+            trials=self.trials,
+            max_minutes=self.max_minutes,
+            shard=shard,
+        )
+        if over:
+            print(f"every method is tuned: {self.folder / 'tuned.json'}")
+        return 0

@@ -1,0 +1,147 @@
+"""`signstep train`: one run."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, cast
+
+import tyro
+
+from signstep.lab.arguments import check_folder, check_minutes
+from signstep.lab.cli.commands import parse
+from signstep.lab.cli.data import say_where
+from signstep.lab.paper import experiments
+from signstep.lab.paper.experiments import Name, Recipe, Scale
+from signstep.lab.training.config import Dataset, Optimizer, Reduce, RunConfig
+
+__all__ = ["Train", "default_config", "main"]
+
+_INTERRUPTED = 130
+_DIVERGED = 1
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Where a run's options come from."""
+
+    vote: bool = False
+    """Short for --reduce vote: workers that torchrun has started vote with one bit per weight."""
+    preset: str | None = None
+    """Start from a row of an experiment, as in table1/pre-0.1."""
+    scale: Scale = "cpu"
+    """Of the preset."""
+    recipe: Recipe = "strong"
+    """Of the preset."""
+
+
+@dataclass(frozen=True)
+class Train(Preset):
+    """Train one run; the same command again goes on with it.
+
+    Options of the run override those of --preset. Without --lr each optimizer has the learning rate of its first method
+    in the presets: sgd 0.1, adam and adamw 0.001, signsgd and hybrid 0.00316. An option that is None has the
+    optimizer's own default.
+    """
+
+    out: Path = Path("runs")
+    """Folder of the run's files, which are named by the hash of its configuration."""
+    data: Path | None = None
+    """Folder to look for the images in first."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    max_minutes: float | None = None
+    """Stop, with a checkpoint, after this many minutes."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints."""
+    tensorboard: bool = False
+    """Write the numbers for TensorBoard as well."""
+    watch: int | None = None
+    """Put a monitor on the run that measures every so many steps; its records go to <out>/monitor/<hash>.jsonl."""
+    watch_micro_batches: int = 16
+    """Parts of the batch that the monitor compares."""
+    config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+    def run(self) -> int:
+        """Train, and say how it ended; the exit code."""
+        from signstep.lab.training.loop import train
+        from signstep.lab.training.records import read_run
+        from signstep.lab.training.watch import Watching
+
+        check_minutes(self.max_minutes)
+        check_folder(self.data)
+        config = replace(self.config, reduce="vote") if self.vote else self.config
+        first = os.environ.get("RANK", "0") == "0"
+        if first:
+            say_where([config.dataset], self.data)
+        started = time.monotonic()
+        status = train(
+            config,
+            self.out,
+            data=self.data,
+            device=self.device,
+            max_minutes=self.max_minutes,
+            checkpoint_minutes=self.checkpoint_minutes,
+            tensorboard=self.tensorboard,
+            watching=None if self.watch is None else Watching(self.watch, self.watch_micro_batches),
+        )
+        if not first:
+            return 0
+        path = self.out / f"{config.hash}.jsonl"
+        if status == "stopped":
+            print(f"stopped; the same command goes on with {path}")
+            limit = self.max_minutes is not None and time.monotonic() - started >= 60 * self.max_minutes
+            return 0 if limit else _INTERRUPTED
+        run = read_run(path)
+        if run.diverged:
+            assert run.end is not None
+            print(f"diverged: {run.end.get('reason', 'a loss was not finite')}; see {path}")
+            return _DIVERGED
+        print(f"done: {run.final_accuracy:.2f} % accuracy after the last epoch; see {path}")
+        return 0
+
+
+@dataclass(frozen=True)
+class _Chosen(Preset):
+    """The options that the defaults of the others depend on."""
+
+    dataset: Dataset = "cifar10"
+    optimizer: Optimizer | None = None
+    reduce: Reduce = "mean"
+
+
+def default_config(arguments: Sequence[str]) -> RunConfig:
+    """The run that `signstep train` starts from.
+
+    It is that of --preset if there is one, with the learning rate of --optimizer, and for a vote or another reduction
+    with torchrun's number of workers.
+
+    Args:
+        arguments: the words after `signstep train`; most are not looked at here.
+
+    Example:
+        >>> default_config(["--optimizer", "signsgd", "--epochs", "3"]).lr
+        0.00316
+    """
+    chosen, _ = tyro.cli(_Chosen, args=arguments, prog="signstep train", add_help=False, return_unknown_args=True)
+    config = RunConfig()
+    if chosen.preset is not None:
+        name, _, key = chosen.preset.partition("/")
+        experiment = experiments.load(
+            cast(Name, name), scale=chosen.scale, recipe=chosen.recipe, datasets=[chosen.dataset]
+        )
+        config = experiment.row(key).config(chosen.dataset)
+    if chosen.optimizer is not None and chosen.optimizer != config.optimizer:
+        config = replace(config, lr=experiments.default_lr(chosen.optimizer))
+    if (chosen.vote or chosen.reduce != "mean") and "WORLD_SIZE" in os.environ:
+        config = replace(config, workers=int(os.environ["WORLD_SIZE"]))
+    return config
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; the exit code."""
+    default = Train(config=default_config(arguments))
+    return parse(Train, arguments, prog="signstep train", default=default).run()

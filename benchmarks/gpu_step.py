@@ -41,8 +41,9 @@ from torch import Tensor  # noqa: E402
 from signstep.kernels import fused, momentum  # noqa: E402
 from signstep.kernels import triton as engine  # noqa: E402
 from signstep.kernels.engine import Dither, Options, Tensors  # noqa: E402
-from signstep.lab.bench import step as bench  # noqa: E402
+from signstep.lab.bench import step_timing as bench  # noqa: E402
 from signstep.lab.bench.step_contestants import COPY, groups, peer_for  # noqa: E402
+from signstep.lab.bench.workloads import gpt2_shapes  # noqa: E402
 from signstep.optim.signsgd import _multi_tensor_signsgd  # noqa: E402
 
 STEPS = 3
@@ -209,7 +210,7 @@ def summary(results: Sequence[Comparison]) -> str:
 # --- timing ----------------------------------------------------------------------------------------------------------
 
 
-def seconds(runner: bench.Runner, device: torch.device, steps: int) -> float:
+def seconds(runner: bench.StepRunner, device: torch.device, steps: int) -> float:
     """Mean time of some steps in a row, of which the host does not wait for any but the last."""
     step = runner.stepper.step
     if device.type != "cuda":
@@ -235,11 +236,11 @@ def measure(
     rounds: int,
     steps: int,
     say: Callable[[str], None],
-) -> bench.Result:
+) -> bench.StepResult:
     """Times of signstep's and torch's contestants."""
-    params, grads = bench._parameters(shapes, dtype, device)
+    params, grads = bench.make_parameters(shapes, dtype, device)
     peer = peer_for(dtype, device)
-    result = bench.Result(title, title, len(params), sum(p.numel() for p in params), peer)
+    result = bench.StepResult(title, title, len(params), sum(p.numel() for p in params), peer)
     for name in ("signstep", "torch"):
         say(f"{title}, {dtype}: {name}")
         runners, entries = bench.set_up(groups(dtype, peer)[name], params, grads)
@@ -249,18 +250,18 @@ def measure(
         for _ in range(rounds):
             order = list(runners)
             shuffle.shuffle(order)
-            result.rounds.append(bench.Round(name, {key: seconds(runners[key], device, steps) for key in order}))
+            result.rounds.append(bench.StepRound(name, {key: seconds(runners[key], device, steps) for key in order}))
         del runners
         gc.collect()
     return result
 
 
-def bandwidth(result: bench.Result) -> float:
+def bandwidth(result: bench.StepResult) -> float:
     """Bytes per second of the copies."""
     return result.entries[COPY].bytes_per_parameter * result.parameters / result.median(COPY)
 
 
-def verdicts(result: bench.Result) -> Iterator[dict[str, Any]]:
+def verdicts(result: bench.StepResult) -> Iterator[dict[str, Any]]:
     """What is wanted of a step, beside what was measured."""
     for key, label in OURS.items():
         for text, spread, limit, least in (
@@ -294,7 +295,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def timing_record(result: bench.Result, dtype: str) -> dict[str, Any]:
+def timing_record(result: bench.StepResult, dtype: str) -> dict[str, Any]:
     """A workload's numbers, every time included."""
     contestants = {}
     for key, entry in result.entries.items():
@@ -410,7 +411,7 @@ def main() -> int:
         return failed
     timings = []
     equal = (f"{millions:g} M in equal tensors", [(int(millions * 1e6 / 5),)] * 5)
-    gpt2 = ("GPT-2", list(bench.gpt2_shapes(0, 8, 20, 8) if arguments.interpret else bench.gpt2_shapes()))
+    gpt2 = ("GPT-2", list(gpt2_shapes(0, 8, 20, 8) if arguments.interpret else gpt2_shapes()))
     for dtype, (title, shapes) in itertools.product(("float32", "bfloat16"), (equal, gpt2)):
         result = measure(title, shapes, DTYPES[dtype], device, arguments.rounds, arguments.steps, say)
         timings.append(timing_record(result, dtype))

@@ -1,4 +1,4 @@
-"""The studies: what is in a run's file, what the reports say, and that a second call trains nothing again."""
+"""The Byzantine study: what is in a run's file, what the report says, and that a second call trains nothing again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from gang import gang
 from signstep.lab.errors import BadInput
-from signstep.lab.studies import byzantine, vote_curve
-from signstep.lab.studies.byzantine import Options
+from signstep.lab.studies import byzantine
+from signstep.lab.studies.byzantine import ByzantineStudy
+from signstep.lab.studies.byzantine_report import points, read_runs
 
 SMALL: dict[str, Any] = {
     "dataset": "digits",
@@ -33,9 +34,9 @@ def _one_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(byzantine, "GRID", {"signsgd": (0.01,), "sgd": (0.5,)})
 
 
-def test_study_is_resumable_and_reports(tmp_path: Path) -> None:
-    options, said = Options(out=tmp_path, **SMALL), []
-    byzantine.run(options, command=byzantine.command_of(options), say=said.append)
+def test_study_is_resumable_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = ByzantineStudy(out=tmp_path, **SMALL)
+    assert study.run() == 0
     runs = sorted((tmp_path / "runs").glob("*.json"))
     assert len(runs) == 2 + 2 * 2  # two methods: the rate, honest and attacked
     for path in runs:
@@ -48,17 +49,18 @@ def test_study_is_resumable_and_reports(tmp_path: Path) -> None:
     assert {p.suffix for p in tmp_path.glob("byzantine.*")} == {".json", ".md", ".png", ".svg"}
     times = [path.stat().st_mtime_ns for path in runs]
     runs[0].unlink()
-    said.clear()
-    byzantine.run(options, command="again", say=said.append)
+    capsys.readouterr()
+    study.run()
+    said = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in said[1:]] == ["written"] * 4
     assert [path.stat().st_mtime_ns for path in runs[1:]] == times[1:]
 
 
 def test_a_run_is_named_by_all_that_changes_it() -> None:
-    cases = byzantine._simulated_cases(Options(**SMALL | {"seeds": 2}), 1, _Scores())
+    cases = ByzantineStudy(**SMALL | {"seeds": 2}).simulated_runs(_Scores())
     keys = {case.key: case for case in cases}
     assert len(keys) == 10
-    others = byzantine._simulated_cases(Options(**SMALL | {"worker_batch": 32}), 1, _Scores())
+    others = ByzantineStudy(**SMALL | {"worker_batch": 32}).simulated_runs(_Scores())
     assert not keys.keys() & {case.key for case in others}
 
 
@@ -69,35 +71,23 @@ class _Scores(dict[str, Any]):
 
 def test_worker_batch_must_be_made_of_blocks() -> None:
     with pytest.raises(BadInput, match="expected multiples of block=16"):
-        list(byzantine._simulated_cases(Options(**SMALL | {"worker_batch": 100}), 1, {}))
+        list(ByzantineStudy(**SMALL | {"worker_batch": 100}).simulated_runs({}))
 
 
 def _real(out: Path) -> None:
     byzantine.GRID = {"signsgd": (0.01,), "sgd": (0.5,)}  # type: ignore[misc]
-    byzantine.run(
-        Options(out=out, **SMALL | {"attacks": ("flip-10",), "seeds": 1}), command="torchrun", say=lambda _: None
-    )
+    ByzantineStudy(out=out, **SMALL | {"attacks": ("flip-10",), "seeds": 1}).run()
     dist.barrier()
 
 
 def test_study_in_real_processes(tmp_path: Path) -> None:
     gang(2).run(_real, tmp_path)
-    points = byzantine.points(byzantine.read(tmp_path / "runs"), "final")
-    assert [(p.real, p.method, p.attack, p.attackers, p.workers) for p in points] == [
+    final = points(read_runs(tmp_path / "runs"), "final")
+    assert [(p.real, p.method, p.attack, p.attackers, p.workers) for p in final] == [
         (True, "mean", "", 0, 2),
         (True, "mean", "flip-10", 1, 2),
         (True, "vote", "", 0, 2),
         (True, "vote", "flip-10", 1, 2),
     ]
-    assert all(5 <= p.accuracies[0] <= 100 for p in points)
+    assert all(5 <= p.accuracies[0] <= 100 for p in final)
     assert "## Real processes" in (tmp_path / "byzantine.md").read_text()
-
-
-def test_measured_votes_are_those_of_the_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vote_curve, "WORKERS", (1, 4, 15))
-    vote_curve.run(vote_curve.Options(out=tmp_path, elements=4000, steps=2), command="here", say=lambda _: None)
-    record = json.loads((tmp_path / "vote-curve.json").read_text())
-    assert [c["workers"] for c in record["curves"]] == [1, 4, 15] * 2
-    for curve in record["curves"]:
-        assert curve["worst"] < 5
-    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".md", ".png", ".svg"}

@@ -17,7 +17,7 @@ from torch import Tensor
 from gang import gang
 from signstep.lab import cli
 from signstep.lab.studies import inspect_run
-from signstep.lab.studies.inspect_run import Options
+from signstep.lab.studies.inspect_run import InspectRun
 from signstep.lab.training.batches import Batches
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.loop import _Run, train
@@ -52,7 +52,7 @@ def stopped(out: Path, **changes: Any) -> tuple[RunConfig, Path]:
 
 
 def measured(path: Path, **changes: Any) -> tuple[inspect_run.Inspected, dict[str, Any]]:
-    found = inspect_run.inspect(path, Options((path,), **(FEW | changes)))
+    found = InspectRun((path,), **(FEW | changes)).inspect(path)
     (record,) = found.records
     return found, json.loads(json.dumps(record, allow_nan=False))
 
@@ -176,7 +176,7 @@ def test_of_a_vote_signs_and_noise_are_measured_and_the_rest_is_said(tmp_path: P
 
 
 def run_inspect(*paths: Path, out: Path | None = None, **changes: Any) -> None:
-    inspect_run.run(Options(paths, **(FEW | {"out": out} | changes)), command="signstep inspect")
+    assert InspectRun(paths, **(FEW | {"out": out} | changes)).run() == 0
 
 
 def test_it_prints_and_writes(
@@ -196,7 +196,7 @@ def test_it_prints_and_writes(
     assert RunConfig.from_dict(one["config"]) == config
     assert one["record"] == measured(path)[1]
     page = (tmp_path / "monitor.html").read_text(encoding="utf-8")
-    assert f"--out={tmp_path}" in page
+    assert f"--out {tmp_path}" in page
     assert "digits, resnet8, signsgd, lr 0.003, dither 0.01" in page
 
 

@@ -21,7 +21,8 @@ from rich.console import Console
 
 from signstep.lab.cli import main
 from signstep.lab.errors import BadInput
-from signstep.lab.verify import command, dither, estimators, projection, registry, report, theorem
+from signstep.lab.verify import dither, estimators, projection, registry, report, theorem
+from signstep.lab.verify.command import VerifyStatements
 from signstep.lab.verify.registry import BETTER, CHECKS, FAILS, GROUPS, HOLDS, Outcome, Result, check
 from signstep.optim import calibration, signsgd
 from signstep.theory import bounds, noise, problems, stationarity, vote
@@ -396,4 +397,4 @@ def test_out_that_cannot_be_written_is_one_sentence(capsys: pytest.CaptureFixtur
 
 
 def test_options_are_those_of_the_command() -> None:
-    assert command.Options() == command.Options((), json=False, out=None, list=False)
+    assert VerifyStatements() == VerifyStatements((), json=False, out=None, list=False)

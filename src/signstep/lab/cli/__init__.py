@@ -64,11 +64,11 @@ COMMANDS = Commands(
             "Measure what a vote is worth, and how far signs can be trusted in the paper's trainings.",
         ),
         "verify": (
-            "signstep.lab.cli.verify:main",
+            "signstep.lab.verify.command:VerifyStatements",
             "Check what the paper and the docs state, each statement by a measurement.",
         ),
         "inspect": (
-            "signstep.lab.cli.inspect:main",
+            "signstep.lab.studies.inspect_run:InspectRun",
             "Say what a monitor's records show of a run, or measure it at a checkpoint.",
         ),
     },

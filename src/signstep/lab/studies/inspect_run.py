@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,11 +24,12 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from signstep.lab.arguments import check_folder
 from signstep.lab.errors import BadInput
-from signstep.lab.output.files import write_text
+from signstep.lab.output.command import command_line
+from signstep.lab.output.files import write_json
 from signstep.lab.output.machine import environment
-from signstep.lab.studies import monitor_numbers
-from signstep.lab.studies import monitor_page as monitor_report
+from signstep.lab.studies import monitor_numbers, monitor_page
 from signstep.lab.studies.monitor_numbers import Record, at, by_step, number
 from signstep.lab.training import checkpoint
 from signstep.lab.training.batches import Batches
@@ -38,10 +39,10 @@ from signstep.lab.training.recipe import build_model, build_optimizer, lr_factor
 from signstep.lab.training.workers import Workers
 from signstep.monitor import Monitor
 from signstep.monitor.sinks import plain, read
+from signstep.optim import HybridSignSGD
 
-__all__ = ["Inspected", "Options", "inspect", "measure", "run", "show"]
+__all__ = ["InspectRun", "Inspected", "measure", "show"]
 
-NAME = "inspect"
 _FEWEST = 4
 _WIDTH = 180
 _CHOICES = ("momentum", "dither", "dither_decay", "dither_position", "dither_scale", "switch", "calibration")
@@ -53,7 +54,20 @@ _VOTED = (
 
 
 @dataclass(frozen=True)
-class Options:
+class Inspected:
+    """A run, and what is known of its signs."""
+
+    path: Path
+    records: Sequence[Record]
+    """All records of a monitor's file; one of a checkpoint."""
+    about: str
+    """What they are of, in a sentence."""
+    config: RunConfig | None = None
+    """The configuration of a checkpoint's run."""
+
+
+@dataclass(frozen=True)
+class InspectRun:
     """Say what a monitor's records show, or measure a checkpoint of signstep train; nothing of the files changes."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -69,108 +83,100 @@ class Options:
     out: Path | None = None
     """Folder to write inspect.json, inspect.md, monitor.html and figures to."""
 
+    @property
+    def command(self) -> str:
+        """The command that does the same."""
+        return command_line(["inspect", *map(str, self.runs)], self, omit=("runs",))
 
-@dataclass(frozen=True)
-class Inspected:
-    """A run, and what is known of its signs."""
+    def run(self) -> int:
+        """Inspect the runs, print what is found, and write it into `out` if there is one.
 
-    path: Path
-    records: Sequence[Record]
-    """All of a monitor's file; one of a checkpoint."""
-    about: str
-    """What they are of, in a sentence."""
-    config: RunConfig | None = None
-    """Of a checkpoint."""
+        Returns:
+            The exit code, 0.
 
+        Raises:
+            BadInput: an option or a file that cannot be used.
+            CheckpointError: a checkpoint that is damaged, or no run's.
+        """
+        check_folder(self.data)
+        if not self.runs:
+            raise BadInput("inspect: name the files of a run, as in: signstep inspect runs/<hash>.pt")
+        if self.micro_batches < _FEWEST:
+            raise BadInput(f"--micro-batches {self.micro_batches}: expected at least {_FEWEST}")
+        if self.micro_batch_size < 1:
+            raise BadInput(f"--micro-batch-size {self.micro_batch_size}: expected at least 1")
+        messages, console = Console(stderr=True), Console()
+        found = []
+        for path in self.runs:
+            with messages.status(f"{path}"):
+                found.append(self.inspect(path))
+        labels = _labels([each.path for each in found])
+        for label, each in zip(labels, found, strict=True):
+            show(console, label, each)
+        if self.out is not None:
+            print(f"page: {self._write(self.out, labels, found)}")
+        return 0
 
-def run(options: Options, *, command: str, say: Callable[[str], None] = print) -> None:
-    """Inspect, print, and with `options.out` write.
+    def inspect(self, path: Path) -> Inspected:
+        """The records of a monitor's file, or one measured at the checkpoint of a run.
 
-    Args:
-        options: of the command.
-        command: how it was called, for the page.
-        say: told what was written.
+        Args:
+            path: one of the files that `runs` describes.
 
-    Raises:
-        BadInput: an option or a file that cannot be used.
-        CheckpointError: a checkpoint that is damaged, or no run's.
-    """
-    if not options.runs:
-        raise BadInput("inspect: name the files of a run, as in: signstep inspect runs/<hash>.pt")
-    if options.micro_batches < _FEWEST:
-        raise BadInput(f"--micro-batches {options.micro_batches}: expected at least {_FEWEST}")
-    if options.micro_batch_size < 1:
-        raise BadInput(f"--micro-batch-size {options.micro_batch_size}: expected at least 1")
-    messages, console = Console(stderr=True), Console()
-    found = []
-    for path in options.runs:
-        with messages.status(f"{path}"):
-            found.append(inspect(path, options))
-    labels = _labels([each.path for each in found])
-    for label, each in zip(labels, found, strict=True):
-        show(console, label, each)
-    if options.out is None:
-        return
-    single = len(found) == 1
-    page = monitor_report.write_runs(
-        [("" if single else label, each.records) for label, each in zip(labels, found, strict=True)],
-        options.out,
-        title=", ".join(labels),
-        command=command,
-        name=NAME,
-        about=[each.about for each in found],
-    )
-    written = {
-        "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "environment": environment(Workers.join(options.device).device, 1),
-        "runs": [
-            {
-                "file": str(each.path),
-                "about": each.about,
-                "config": None if each.config is None else each.config.to_dict(),
-                "record": plain(by_step(each.records)[-1]),
-            }
-            for each in found
-        ],
-    }
-    text = json.dumps(written, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(options.out / f"{NAME}.json", text)
-    say(f"page: {page}")
+        Raises:
+            BadInput: a file that is missing, or neither a run's nor a monitor's.
+            CheckpointError: a checkpoint that is damaged, or no run's.
+        """
+        if not path.is_file():
+            raise BadInput(
+                f"{path}: there is no such file; expected <hash>.pt or .jsonl of a run, or a monitor's .jsonl"
+            )
+        if path.suffix == ".pt":
+            return measure(path, self)
+        try:
+            with path.open("rb") as file:
+                first = json.loads(file.readline())
+            of_a_run = isinstance(first, dict) and first.get("event") == "start"
+            records = [] if of_a_run else read(path)
+        except ValueError as error:
+            raise BadInput(f"{path}: neither the record of a run nor that of a monitor ({error})") from error
+        if of_a_run:
+            saved = path.with_suffix(".pt")
+            if not saved.is_file():
+                raise BadInput(f"{path}: its checkpoint {saved.name} is not beside it; copy it there, or train the run")
+            return measure(saved, self)
+        if not all("reliability" in record and at(record, "step") is not None for record in records) or not records:
+            raise BadInput(
+                f"{path}: neither the record of a run nor that of a monitor (a line without step or reliability)"
+            )
+        return Inspected(path, records, monitor_page.scope(by_step(records)))
 
-
-def inspect(path: Path, options: Options) -> Inspected:
-    """The records of a monitor's file, or one measured at the checkpoint of a run.
-
-    Args:
-        path: see `Options.runs`.
-        options: of a measurement.
-
-    Raises:
-        BadInput: a file that is missing, or neither a run's nor a monitor's.
-        CheckpointError: a checkpoint that is damaged, or no run's.
-    """
-    if not path.is_file():
-        raise BadInput(f"{path}: there is no such file; expected <hash>.pt or .jsonl of a run, or a monitor's .jsonl")
-    if path.suffix == ".pt":
-        return measure(path, options)
-    try:
-        with path.open("rb") as file:
-            first = json.loads(file.readline())
-        of_a_run = isinstance(first, dict) and first.get("event") == "start"
-        records = [] if of_a_run else read(path)
-    except ValueError as error:
-        raise BadInput(f"{path}: neither the record of a run nor that of a monitor ({error})") from error
-    if of_a_run:
-        saved = path.with_suffix(".pt")
-        if not saved.is_file():
-            raise BadInput(f"{path}: its checkpoint {saved.name} is not beside it; copy it there, or train the run")
-        return measure(saved, options)
-    if not all("reliability" in record and at(record, "step") is not None for record in records) or not records:
-        raise BadInput(
-            f"{path}: neither the record of a run nor that of a monitor (a line without step or reliability)"
+    def _write(self, out: Path, labels: Sequence[str], found: Sequence[Inspected]) -> Path:
+        """Write the page, its figures and inspect.json; the page's path."""
+        page = monitor_page.write_runs(
+            [("" if len(found) == 1 else label, each.records) for label, each in zip(labels, found, strict=True)],
+            out,
+            title=", ".join(labels),
+            command=self.command,
+            name="inspect",
+            about=[each.about for each in found],
         )
-    return Inspected(path, records, monitor_report.scope(by_step(records)))
+        record = {
+            "command": self.command,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "environment": environment(Workers.join(self.device).device, 1),
+            "runs": [
+                {
+                    "file": str(each.path),
+                    "about": each.about,
+                    "config": None if each.config is None else each.config.to_dict(),
+                    "record": plain(by_step(each.records)[-1]),
+                }
+                for each in found
+            ],
+        }
+        write_json(out / "inspect.json", record)
+        return page
 
 
 class _Inspector(Monitor):
@@ -183,7 +189,7 @@ class _Inspector(Monitor):
         return super()._rows()[0], self.per_step
 
 
-def measure(path: Path, options: Options) -> Inspected:
+def measure(path: Path, options: InspectRun) -> Inspected:
     """A monitor's record at a checkpoint.
 
     Args:
@@ -229,7 +235,7 @@ def measure(path: Path, options: Options) -> Inspected:
     count = options.micro_batches * options.micro_batch_size
     monitor.measure(loss, *_images(batches, config, count), parts=options.micro_batches)
     loss(*batches.training(*divmod(step, batches.steps_per_epoch))).backward()  # type: ignore[no-untyped-call]
-    voted = config.reduce == "vote" and getattr(optimizer, "phase", "sign") == "sign"
+    voted = config.reduce == "vote" and (not isinstance(optimizer, HybridSignSGD) or optimizer.phase == "sign")
     optimizer.step()
     monitor.close()
     record = monitor.last

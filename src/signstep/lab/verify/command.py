@@ -12,6 +12,8 @@ import torch
 import tyro
 from rich.console import Console
 
+from signstep.lab.output.command import command_line
+
 # Importing a group registers its checks.
 from signstep.lab.verify import dither, estimators, gauss, projection, registry, report, theorem, vote  # noqa: F401
 from signstep.lab.verify.registry import Outcome
@@ -20,7 +22,7 @@ _UNEXPECTED = 1
 
 
 @dataclass(frozen=True)
-class Options:
+class VerifyStatements:
     """Check what the paper and the docs state, each statement by a measurement with its error; about a minute.
 
     Exit code 0: every verdict is the one recorded with its check; 1: one is not.
@@ -35,35 +37,35 @@ class Options:
     list: bool = False
     """Name the checks, and measure nothing."""
 
+    @property
+    def command(self) -> str:
+        """The command that does the same."""
+        return command_line(["verify", *self.names], self, omit=("names",))
 
-def run(options: Options, *, command: str) -> int:
-    """Measure, print, write, and return the exit code.
+    def run(self) -> int:
+        """Measure, print, write, and return the exit code.
 
-    Args:
-        options: of the command.
-        command: how it was called, for the header.
-
-    Raises:
-        BadInput: a name that is no check's and no group's.
-        OSError: `options.out` cannot be written.
-    """
-    checks = registry.select(options.names)
-    console = Console()
-    if options.list:
-        report.show_list(console, checks)
-        return 0
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-    outcomes = _measure([each.name for each in checks])
-    record = report.to_dict(outcomes, command=command)
-    if options.json:
-        sys.stdout.write(report.to_json(record))
-    else:
-        report.show(console, outcomes)
-    if options.out is not None:
-        for path in report.write(outcomes, record, options.out):
-            print(f"written: {path}", file=sys.stderr if options.json else sys.stdout)
-    return 0 if all(each.as_expected for each in outcomes) else _UNEXPECTED
+        Raises:
+            BadInput: a name that is no check's and no group's.
+            OSError: `out` cannot be written.
+        """
+        checks = registry.select(self.names)
+        console = Console()
+        if self.list:
+            report.show_list(console, checks)
+            return 0
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+        outcomes = _measure([each.name for each in checks])
+        record = report.to_dict(outcomes, command=self.command)
+        if self.json:
+            sys.stdout.write(report.to_json(record))
+        else:
+            report.show(console, outcomes)
+        if self.out is not None:
+            for path in report.write(outcomes, record, self.out):
+                print(f"written: {path}", file=sys.stderr if self.json else sys.stdout)
+        return 0 if all(each.as_expected for each in outcomes) else _UNEXPECTED
 
 
 def _measure(names: Sequence[str]) -> list[Outcome]:

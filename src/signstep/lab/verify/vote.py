@@ -9,12 +9,10 @@ from collections.abc import Mapping
 import torch
 from scipy.optimize import brentq
 from scipy.special import ndtri
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from signstep import SignSGD
 from signstep.distributed.attacks import Attack, SignFlip
-from signstep.distributed.simulation import SimulatedVote
-from signstep.lab.studies import vote_curve
+from signstep.lab.training.single_votes import RATIOS, MeasuredVote, dithered_votes, formula_vote, measure_vote
 from signstep.lab.verify.registry import BETTER, FAILS, HOLDS, LIMIT, Result, check, when
 from signstep.theory import noise, vote
 
@@ -25,21 +23,15 @@ _ROUNDING = 1e-9
 def votes(
     momenta: list[Tensor], *, seed: int, ties: str = "random", attacks: Mapping[int, Attack] | None = None
 ) -> Tensor:
-    """One vote of workers with these momenta, dithered at sigma = 1, through `SimulatedVote`."""
-    model = nn.Module()
-    model.register_parameter("x", nn.Parameter(torch.zeros_like(momenta[0])))
-    optimizer = SignSGD(model.parameters(), momentum=0.0, dither=1.0, dither_decay=0.0, seed=seed)
-    SimulatedVote(model, optimizer, len(momenta), ties=ties, attacks=attacks).vote([{"x": m} for m in momenta])
-    found = model.get_parameter("x").grad
-    assert found is not None
-    return found.double()
+    """One vote of workers with these momenta, dithered at sigma = 1."""
+    return next(dithered_votes(momenta, seed=seed, ties=ties, attacks=attacks)).double()
 
 
 @functools.cache
-def _curves() -> tuple[vote_curve.Measured, ...]:
+def _curves() -> tuple[MeasuredVote, ...]:
     sizes = ((1, 4_000), (3, 4_000), (4, 4_000), (15, 4_000), (101, 1_000))
-    found = [vote_curve.measure(m, "independent", elements=n, steps=2, seed=m) for m, n in sizes]
-    return (*found, vote_curve.measure(15, "scaled", elements=4_000, steps=2, seed=7))
+    found = [measure_vote(m, "independent", elements=n, steps=2, seed=m) for m, n in sizes]
+    return (*found, measure_vote(15, "scaled", elements=4_000, steps=2, seed=7))
 
 
 @check(
@@ -51,7 +43,7 @@ def vote_law(rng: Generator) -> Result:
     scores, count = [], 0
     for measured in _curves():
         if measured.dither_workers == "independent":
-            stated = [vote.expected_vote(ratio, measured.workers) for ratio in vote_curve.RATIOS]
+            stated = [vote.expected_vote(ratio, measured.workers) for ratio in RATIOS]
             z = [
                 (found - value) / max(error, 1e-6)
                 for found, value, error in zip(measured.votes, stated, measured.errors, strict=True)
@@ -123,9 +115,9 @@ def linear_range(rng: Generator) -> Result:
     source='docs/vote-curve.md, dither_workers="scaled"',
 )
 def scaled(rng: Generator) -> Result:
-    found = {m: vote_curve.expected(0.3, m, scaled=True) for m in (1, 15, 101, 999)}
+    found = {m: formula_vote(0.3, m, scaled=True) for m in (1, 15, 101, 999)}
     measured = _curves()[-1]
-    z = [(a - b) / max(e, 1e-6) for a, b, e in zip(measured.votes, measured.formula, measured.errors, strict=True)]
+    z = measured.scores
     limit = math.erf(0.3 * math.sqrt(2 / math.pi) / math.sqrt(2))
     return Result(
         measured=", ".join(f"{value:.3f} at M = {m}" for m, value in found.items()) + f"; its limit is {limit:.3f}",

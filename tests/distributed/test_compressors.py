@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gang import gang
 from signstep.distributed import CollectiveError
 from signstep.distributed.compressors import (
-    METHODS,
+    COMPRESSORS,
     QSGD,
     CompressedGradients,
     Compressor,
@@ -34,10 +34,12 @@ from signstep.distributed.compressors import (
     TernGrad,
     TopK,
     base,
+    one_bit_adam,
 )
 from signstep.distributed.compressors.blocks import BLOCK, Blocks, Layout, own_blocks, pack, unpack
 from signstep.distributed.compressors.noise import SERVER, WORKER, random_integers, round_stochastically
 from signstep.distributed.compressors.top_k import largest
+from signstep.lab.output.tables import markdown_table
 
 CPU = torch.device("cpu")
 SHAPES = {"a": (7,), "b": (33, 50), "c": (1024,), "d": (1025,), "e": (3,), "conv": (8, 40, 3, 3), "f": (1,)}
@@ -332,8 +334,8 @@ def means(model: nn.Module, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 def run_all_methods(steps: int) -> dict[str, Any]:
     """Means of every step, and residuals, of every method."""
     out = {}
-    for key, make in METHODS.items():
-        model, hook = hooked(make())
+    for key, offer in COMPRESSORS.items():
+        model, hook = hooked(offer.make())
         grads = [means(model, gradients_of(step, dist.get_rank())) for step in range(steps)]
         out[key] = (grads, hook.state_dict())
         hook.close()
@@ -378,7 +380,7 @@ def test_all_ranks_get_the_mean_of_the_papers(workers: int) -> None:
     """Several buckets, rebuilt after the first step; ranks agree bit for bit, and with the simulation to rounding."""
     steps = 3
     ranks = gang(workers).run(run_all_methods, steps)
-    for key in METHODS:
+    for key in COMPRESSORS:
         grads, state = ranks[0][key]
         for other, _ in (r[key] for r in ranks[1:]):
             assert all(torch.equal(a[name], b[name]) for a, b in zip(grads, other, strict=True) for name in SHAPES)
@@ -443,21 +445,21 @@ def limited(x: np.ndarray) -> np.ndarray:
 
 def run_with_restart(key: str, load: bool) -> list[dict[str, Tensor]]:
     rank = dist.get_rank()
-    model, hook = hooked(METHODS[key]())
+    model, hook = hooked(COMPRESSORS[key].make())
     out = [means(model, gradients_of(step, rank)) for step in range(3)]
     if load:
         file = io.BytesIO()
         torch.save(hook.state_dict(), file)
         hook.close()
         # Other buckets than before.
-        model, hook = hooked(METHODS[key](), bucket_mb=0.01)
+        model, hook = hooked(COMPRESSORS[key].make(), bucket_mb=0.01)
         hook.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     out += [means(model, gradients_of(step, rank)) for step in range(3, 5)]
     hook.close()
     return out
 
 
-@pytest.mark.parametrize("key", METHODS)
+@pytest.mark.parametrize("key", COMPRESSORS)
 def test_a_restart_changes_nothing(key: str) -> None:
     whole, restarted = gang(2).run(run_with_restart, key, False), gang(2).run(run_with_restart, key, True)
     for a, b in zip(whole, restarted, strict=True):
@@ -504,8 +506,8 @@ def run_unused() -> dict[str, Any]:
     """Rank 1 leaves "b" out in step 1, everybody leaves "c" out in step 2."""
     rank = dist.get_rank()
     out = {}
-    for key, make in METHODS.items():
-        model, hook = hooked(make(), find_unused_parameters=True)
+    for key, offer in COMPRESSORS.items():
+        model, hook = hooked(offer.make(), find_unused_parameters=True)
         before = []
         grads = []
         for step in range(4):
@@ -523,7 +525,7 @@ def run_unused() -> dict[str, Any]:
 
 def test_what_backward_does_not_reach_is_zero_and_keeps_its_residual() -> None:
     ranks = gang(2).run(run_unused)
-    for key in METHODS:
+    for key in COMPRESSORS:
         grads, states = ranks[1][key]
         assert all(torch.equal(a[n], b[n]) for a, b in zip(grads, ranks[0][key][0], strict=True) for n in a)
         assert "c" not in grads[2]
@@ -540,7 +542,7 @@ def test_what_backward_does_not_reach_is_zero_and_keeps_its_residual() -> None:
 
 
 def run_not_finite(key: str, value: float) -> tuple[str, str, bool]:
-    model, hook = hooked(METHODS[key]())
+    model, hook = hooked(COMPRESSORS[key].make())
     rank = dist.get_rank()
     means(model, gradients_of(0, rank))
     before = hook.state_dict()["worker"]
@@ -561,7 +563,7 @@ def run_not_finite(key: str, value: float) -> tuple[str, str, bool]:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [*((key, math.nan) for key in METHODS), ("qsgd", math.inf), ("top-k", -math.inf)]
+    ("key", "value"), [*((key, math.nan) for key in COMPRESSORS), ("qsgd", math.inf), ("top-k", -math.inf)]
 )
 def test_a_gradient_that_is_not_finite_raises_on_all_ranks(key: str, value: float) -> None:
     for kind, message, kept in gang(2).run(run_not_finite, key, value):
@@ -652,22 +654,36 @@ def count_bytes() -> dict[str, tuple[float, float]]:
     out = {}
     dist.all_to_all_single, base.all_gather = counting_all_to_all, counting_all_gather
     try:
-        for key, make in METHODS.items():
+        for key, offer in COMPRESSORS.items():
             model = DistributedDataParallel(nn.Linear(512, 513, bias=False))
-            hook = CompressedGradients(model, make())
+            hook = CompressedGradients(model, offer.make())
             sent = 0
             model(torch.randn(2, 512)).sum().backward()
-            out[key] = (sent / (512 * 513), make().bytes_per_parameter(size))
+            out[key] = (sent / (512 * 513), offer.make().bytes_per_parameter(size))
             hook.close()
     finally:
         dist.all_to_all_single, base.all_gather = all_to_all, all_gather
     return out
 
 
+def page_table() -> str:
+    """The table of docs/compressors.md, from what the compressors say of themselves."""
+    head = ["Key", "Compressor", "Paper", "Bytes", "M = 4", "Biased", "State per worker", "Good for", "Not for"]
+    two_sided = EFSign(two_sided=True)
+    entries = [(f"`{key}`", repr(offer.make()), offer.make(), "", offer.page) for key, offer in COMPRESSORS.items()]
+    entries.append(("", "OneBitAdam", two_sided, ", 6.0", one_bit_adam.PAGE))
+    rows = []
+    for key, name, compressor, more, (paper, formula, *rest) in entries:
+        rows.append([key, f"`{name}`", paper, formula, f"{compressor.bytes_per_parameter(4):.3f}{more}", *rest])
+    return "\n".join(markdown_table(head, rows, left=range(len(head))))
+
+
 def test_bytes_are_those_of_the_formula_and_of_the_page() -> None:
     page = (Path(__file__).parents[2] / "docs" / "compressors.md").read_text()
     rows = dict(re.findall(r"^\| `([\w-]+)` .*\| (0\.\d+) \|", page, re.MULTILINE))
-    assert rows.keys() >= METHODS.keys()
+    assert rows.keys() >= COMPRESSORS.keys()
+    table = page_table()
+    assert table in page, f"docs/compressors.md: put this table under The family:\n{table}"
     for key, (counted, promised) in gang(4).run(count_bytes)[0].items():
         assert counted == pytest.approx(promised, rel=0.015)
         assert f"{promised:.3f}" == rows[key]

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from signstep.distributed.plan import (
     FRAMING,
-    METHODS,
     Cost,
     Gradients,
     bits_per_second,
     outside,
     predict,
 )
-from signstep.lab.bench import comm_methods as bench_comm_methods
+from signstep.distributed.reductions import REDUCTIONS
+from signstep.lab.bench import comm_methods
 from signstep.lab.cli import main
 
 
@@ -49,16 +49,16 @@ def test_bytes_of_the_collectives(count: int, workers: int) -> None:
     expected = {"ddp-fp32": 8, "bf16": 4, "int8-sum": 2, "vote": 1 / 4, "vote-dithered": 1 / 4, "vote-ef": 1 / 4}
     expected |= {"vote-abstain": 3 / 8}
     for key, each_way in expected.items():
-        assert METHODS[key].payload(gradients, workers) == pytest.approx(each_way * count * share)
+        assert REDUCTIONS[key].payload(gradients, workers) == pytest.approx(each_way * count * share)
     # One sided error feedback sends everything to everybody, with a scale of 4 bytes per 1024 elements.
     one_way = count * (workers - 1) * (1 / 8 + 4 / 1024)
-    assert METHODS["ef-sign"].payload(gradients, workers) == pytest.approx(one_way)
-    assert METHODS["ef-sign-two-sided"].payload(gradients, workers) == pytest.approx(one_way * 2 / workers)
-    assert METHODS["top-k"].payload(gradients, workers) == pytest.approx(0.08 * count * (workers - 1))
+    assert REDUCTIONS["ef-sign"].payload(gradients, workers) == pytest.approx(one_way)
+    assert REDUCTIONS["ef-sign-two-sided"].payload(gradients, workers) == pytest.approx(one_way * 2 / workers)
+    assert REDUCTIONS["top-k"].payload(gradients, workers) == pytest.approx(0.08 * count * (workers - 1))
 
 
 def test_powersgd_sends_factors_of_large_matrices_and_all_of_small_ones() -> None:
-    payload = METHODS["powersgd"].payload
+    payload = REDUCTIONS["powersgd"].payload
     assert payload(Gradients(((512, 256, 3, 3),)), 4) == 8 * 2 * (512 + 256 * 9) * 3 / 4
     assert payload(Gradients(((512,), (4, 4), ())), 4) == 8 * (512 + 16 + 1) * 3 / 4
     # 2 (64 + 3) 2 = 268 of 192 elements: nothing would be saved.
@@ -66,14 +66,14 @@ def test_powersgd_sends_factors_of_large_matrices_and_all_of_small_ones() -> Non
 
 
 def test_methods_are_those_of_the_benchmark() -> None:
-    assert METHODS.keys() == bench_comm_methods.METHODS.keys()
-    assert next(iter(METHODS)) == bench_comm_methods.PEER
+    assert REDUCTIONS.keys() == comm_methods.METHODS.keys()
+    assert next(iter(REDUCTIONS)) == comm_methods.PEER
 
 
 @given(st.integers(1, 10**8), st.integers(1, 64), st.floats(1e5, 1e11), st.floats(0, 10), st.floats(0, 0.1))
 def test_predictions(count: int, workers: int, bandwidth: float, step: float, latency: float) -> None:
     gradients, cost = Gradients.square(count), Cost(workers, bandwidth, step, latency)
-    for method in METHODS.values():
+    for method in REDUCTIONS.values():
         found = predict(method, gradients, cost)
         waits = method.collectives * gradients.buckets * latency if workers > 1 else 0.0
         assert found.communication == pytest.approx(8 * FRAMING * found.payload / bandwidth + waits)
@@ -84,7 +84,7 @@ def test_predictions(count: int, workers: int, bandwidth: float, step: float, la
 
 def test_no_workers_is_an_error() -> None:
     with pytest.raises(ValueError, match="workers=0: expected at least 1"):
-        predict(METHODS["vote"], Gradients.square(10), Cost(0, 1e8, 0.0))
+        predict(REDUCTIONS["vote"], Gradients.square(10), Cost(0, 1e8, 0.0))
 
 
 @given(st.floats(0.1, 10), st.floats(1, 2), st.floats(0.01, 20))
@@ -100,7 +100,7 @@ def test_the_command_shows_every_method(capsys: pytest.CaptureFixture[str]) -> N
         main(["plan", "--params", "11e6", "--workers", "15", "--bandwidth", "100mbit", "--step-ms", "80"])
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
-    assert all(method.label.partition(",")[0] in printed for method in METHODS.values())
+    assert all(method.label.partition(",")[0] in printed for method in REDUCTIONS.values())
     assert "82,133,333" in printed  # 8 n 14 / 15
     assert "Expected vote of 15 workers; slope at 0: 2.51" in printed
     assert "7 of 15" in printed

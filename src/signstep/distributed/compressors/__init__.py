@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 
-from signstep.distributed.compressors.base import BlockCompressor, CompressedGradients, Compressor
+from signstep.distributed.compressors.base import BlockCompressor, CompressedGradients, Compressor, Offer
 from signstep.distributed.compressors.ef_sign import EFSign
 from signstep.distributed.compressors.one_bit_adam import OneBitAdam
 from signstep.distributed.compressors.one_bit_sgd import OneBitSGD
@@ -13,24 +13,23 @@ from signstep.distributed.compressors.terngrad import TernGrad
 from signstep.distributed.compressors.top_k import TopK
 
 __all__ = [
-    "METHODS",
+    "COMPRESSORS",
     "QSGD",
     "BlockCompressor",
     "CompressedGradients",
     "Compressor",
     "EFSign",
+    "Offer",
     "OneBitAdam",
     "OneBitSGD",
     "TernGrad",
     "TopK",
 ]
 
-METHODS: dict[str, Callable[[], Compressor]] = {
-    "ef-sign": EFSign,
-    "ef-sign-two-sided": lambda: EFSign(two_sided=True),
-    "one-bit-sgd": OneBitSGD,
-    "qsgd": QSGD,
-    "terngrad": TernGrad,
-    "top-k": TopK,
+_FILES = ("ef_sign", "one_bit_sgd", "qsgd", "terngrad", "top_k")
+"""Where compressors are, each with its `OFFERS`: a new file is named here and nowhere else."""
+
+COMPRESSORS: dict[str, Offer] = {
+    key: offer for file in _FILES for key, offer in import_module(f"{__name__}.{file}").OFFERS.items()
 }
-"""Every compressor by its key in `signstep bench comm`."""
+"""What is offered under which key by `signstep train --reduce`, the plan, the benchmarks and docs/compressors.md."""

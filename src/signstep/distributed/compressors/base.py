@@ -8,8 +8,8 @@ everybody, which averages without a second loss and costs M / 2 times as much.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from signstep.distributed.compressors.blocks import BLOCK, Blocks, Layout, own_b
 from signstep.distributed.compressors.noise import SERVER, WORKER, random_integers
 from signstep.distributed.hooks import Bucket, Entry, GradientHook
 
-__all__ = ["BlockCompressor", "CompressedGradients", "Compressor"]
+__all__ = ["BlockCompressor", "CompressedGradients", "Compressor", "Offer", "Page"]
 
 _PRESENT, _NOT_FINITE = 1, 2
 """Bits of a worker's flag for a parameter."""
@@ -51,6 +51,28 @@ class Compressor(ABC):
     @abstractmethod
     def bytes_per_parameter(self, world_size: int) -> float:
         """What a worker sends per step, in bytes; short blocks and one flag byte per parameter come on top."""
+
+
+class Page(NamedTuple):
+    """A compressor's row in docs/compressors.md, but for what the compressor itself says."""
+
+    paper: str
+    bytes: str
+    """Formula of the bytes per parameter, of M workers."""
+    biased: str
+    state: str
+    """Per worker, for n parameters."""
+    good_for: str
+    not_for: str
+
+
+class Offer(NamedTuple):
+    """A compressor with its options, as it is offered by name."""
+
+    label: str
+    """Its name in tables."""
+    make: Callable[[], Compressor]
+    page: Page
 
 
 class Message:

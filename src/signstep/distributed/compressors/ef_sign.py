@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from signstep.distributed.compressors.base import BlockCompressor
+from signstep.distributed.compressors.base import BlockCompressor, Offer, Page
 
 __all__ = ["EFSign"]
 
@@ -39,3 +39,31 @@ class EFSign(BlockCompressor):
     def encode(self, x: Tensor, sizes: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Mean magnitude, and which elements are positive."""
         return x.abs().sum(dim=1, keepdim=True) / sizes, x > 0
+
+
+OFFERS = {
+    "ef-sign": Offer(
+        "EF-SignSGD",
+        EFSign,
+        Page(
+            paper="Karimireddy et al. 2019, [1901.09847](https://arxiv.org/abs/1901.09847)",
+            bytes="33/256 (M-1)",
+            biased="yes, fed back",
+            state="4n bytes",
+            good_for="M = 2, where it sends no more than two-sided and loses less",
+            not_for="many workers: bytes grow with M",
+        ),
+    ),
+    "ef-sign-two-sided": Offer(
+        "EF-SignSGD, two-sided",
+        lambda: EFSign(two_sided=True),
+        Page(
+            paper="Zheng et al. 2019, [1905.10936](https://arxiv.org/abs/1905.10936)",
+            bytes="33/128 (M-1)/M",
+            biased="yes, fed back twice",
+            state="4n + 4n/M bytes",
+            good_for="slow links, any M: the fewest bytes that do not depend on sparsity",
+            not_for="gradients with a few large elements per block, which take many steps to get through",
+        ),
+    ),
+}

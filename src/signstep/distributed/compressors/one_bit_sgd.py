@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from signstep.distributed.compressors.base import BlockCompressor
+from signstep.distributed.compressors.base import BlockCompressor, Offer, Page
 
 __all__ = ["OneBitSGD"]
 
@@ -49,3 +49,19 @@ class OneBitSGD(BlockCompressor):
         """The one mean or the other."""
         low, high = scales[:, :1], scales[:, 1:]
         return values.mul_(high - low).add_(low)
+
+
+OFFERS = {
+    "one-bit-sgd": Offer(
+        "1-bit SGD",
+        OneBitSGD,
+        Page(
+            paper="Seide et al. 2014, Interspeech",
+            bytes="17/64 (M-1)/M",
+            biased="yes, fed back twice",
+            state="4n + 4n/M bytes",
+            good_for="as above, where blocks have a mean far from 0 or lopsided tails",
+            not_for="as above",
+        ),
+    ),
+}

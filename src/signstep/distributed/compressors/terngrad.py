@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from signstep.distributed.compressors.base import BlockCompressor
+from signstep.distributed.compressors.base import BlockCompressor, Offer, Page
 from signstep.distributed.compressors.noise import round_stochastically
 
 __all__ = ["TernGrad"]
@@ -58,3 +58,19 @@ class TernGrad(BlockCompressor):
         """The largest magnitude, and each element's sign or 0."""
         largest = x.abs().amax(dim=1, keepdim=True)
         return largest, round_stochastically(x, largest, 1, noise)
+
+
+OFFERS = {
+    "terngrad": Offer(
+        "TernGrad",
+        TernGrad,
+        Page(
+            paper="Wen et al. 2017, [1705.07878](https://arxiv.org/abs/1705.07878)",
+            bytes="65/128 (M-1)/M",
+            biased="by clipping only; `clip=None`: no",
+            state="none",
+            good_for="few bits without state, with large batches",
+            not_for="small batches: its variance comes on top of theirs",
+        ),
+    ),
+}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from signstep.distributed.compressors.base import Compressor, Message
+from signstep.distributed.compressors.base import Compressor, Message, Offer, Page
 from signstep.distributed.compressors.blocks import BLOCK
 
 __all__ = ["TopK", "largest"]
@@ -82,3 +82,19 @@ def largest(x: Tensor, k: int) -> Tensor:
         if len(candidates) >= k:
             return candidates[magnitude[candidates].topk(k, sorted=False).indices]
     return magnitude.topk(k, sorted=False).indices
+
+
+OFFERS = {
+    "top-k": Offer(
+        "Top-K, 1 %",
+        TopK,
+        Page(
+            paper="Aji and Heafield 2017, [1704.05021](https://arxiv.org/abs/1704.05021); Stich et al. 2018, [1809.07599](https://arxiv.org/abs/1809.07599)",
+            bytes="8 ratio (M-1)",
+            biased="yes, fed back",
+            state="4n bytes",
+            good_for="gradients that are sparse or nearly so: embeddings, fine-tuning",
+            not_for="many workers; an element waits 1/ratio steps on average",
+        ),
+    ),
+}

@@ -11,15 +11,17 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from signstep.distributed.reductions import TRAINED
 from signstep.lab.errors import BadInput
 
 Dataset = Literal["cifar10", "cifar100", "fashion-mnist", "mnist", "digits"]
 Optimizer = Literal["sgd", "adam", "adamw", "signsgd", "hybrid"]
-Reduce = Literal[
-    "mean", "bf16", "powersgd", "vote", "ef-sign", "ef-sign-two-sided", "one-bit-sgd", "qsgd", "terngrad", "top-k"
-]
+if TYPE_CHECKING:
+    Reduce = str
+else:
+    Reduce = Literal[TRAINED]
 
 _SIGN_ONLY = (
     "dither",

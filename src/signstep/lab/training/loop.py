@@ -20,9 +20,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from signstep.distributed import CollectiveError
+from signstep.distributed import CollectiveError, reductions
 from signstep.lab.errors import BadInput
-from signstep.lab.training import checkpoint, models, reductions
+from signstep.lab.training import checkpoint, models
 from signstep.lab.training import records as runs
 from signstep.lab.training.batches import Batches
 from signstep.lab.training.checkpoint import CheckpointError, RunBusy

@@ -9,16 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from signstep.distributed.plan import (
-    FRAMING,
-    Cost,
-    Gradients,
-    bits_per_second,
-    outside,
-    predict,
-)
-from signstep.distributed.reductions import REDUCTIONS
-from signstep.lab.bench import comm_methods
+from signstep.distributed.plan import FRAMING, Cost, bits_per_second, outside, predict
+from signstep.distributed.reductions import REDUCTIONS, Gradients
+from signstep.lab.bench.comm_methods import PEER
 from signstep.lab.cli import main
 
 
@@ -65,9 +58,8 @@ def test_powersgd_sends_factors_of_large_matrices_and_all_of_small_ones() -> Non
     assert payload(Gradients(((64, 3),)), 2) == 8 * 192 / 2
 
 
-def test_methods_are_those_of_the_benchmark() -> None:
-    assert REDUCTIONS.keys() == comm_methods.METHODS.keys()
-    assert next(iter(REDUCTIONS)) == comm_methods.PEER
+def test_the_first_is_what_the_benchmark_compares_with() -> None:
+    assert next(iter(REDUCTIONS)) == PEER
 
 
 @given(st.integers(1, 10**8), st.integers(1, 64), st.floats(1e5, 1e11), st.floats(0, 10), st.floats(0, 0.1))

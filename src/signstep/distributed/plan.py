@@ -9,12 +9,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from signstep.distributed.reductions import REDUCTIONS, Gradients, Reduction
+from signstep.distributed.reductions import Gradients, Reduction
 
 __all__ = [
-    "METHODS",
     "Cost",
-    "Gradients",
     "Prediction",
     "bits_per_second",
     "outside",
@@ -23,7 +21,6 @@ __all__ = [
 
 FRAMING = 1514 / 1448
 """Bytes on an Ethernet link per byte of payload: TCP over IPv4, frames of 1500 bytes."""
-METHODS = REDUCTIONS
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 
 

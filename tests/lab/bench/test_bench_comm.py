@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -21,9 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from gang import gang
 from signstep.distributed import Bucket, GradientHook
 from signstep.distributed.plan import FRAMING
-from signstep.lab.bench import comm_cells, comm_methods, comm_report, netns, plan_report
+from signstep.distributed.reductions import REDUCTIONS
+from signstep.lab.bench import comm_cells, comm_report, netns, plan_report
 from signstep.lab.bench.comm_cells import CommPlan, CommResult, CommWorkload, Ranks, default_rates, measure_cells
-from signstep.lab.bench.comm_methods import METHODS, PEER, Method, Stepper
+from signstep.lab.bench.comm_methods import PEER
 from signstep.lab.bench.comm_rank import CommRunner
 from signstep.lab.bench.spread import BenchError
 from signstep.lab.cli import main
@@ -102,9 +104,9 @@ def test_loopback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_method_sends_what_its_formula_says() -> None:
     workload = CommWorkload.of("1e5")
     with netns.Network(3) as network, Ranks(3, network) as ranks:
-        trial = ranks.set_up(workload, list(METHODS), time.monotonic() + 100)
-    for key in METHODS:
-        payload = comm_cells.PLANNED[key].payload(workload.gradients, 3)
+        trial = ranks.set_up(workload, list(REDUCTIONS), time.monotonic() + 100)
+    for key in REDUCTIONS:
+        payload = REDUCTIONS[key].payload(workload.gradients, 3)
         # Headers, acknowledgements, padding and two barriers.
         assert payload <= trial[key].sent < 1.03 * payload + 12_000, key
 
@@ -133,7 +135,7 @@ def test_namespaces_limit_rates(tmp_path: Path) -> None:
 
     paths = comm_report.write(result, tmp_path, "signstep bench comm")
     checked = plan_report.check(paths[0])
-    assert [each.label for each in checked] == [comm_cells.PLANNED[key].label for key in methods]
+    assert [each.label for each in checked] == [REDUCTIONS[key].label for key in methods]
     peer = checked[0]
     assert peer.predicted.communication == pytest.approx(8 * 400_000 * FRAMING / 20e6)
     assert 0 <= peer.bytes_error < 0.05
@@ -242,13 +244,6 @@ def test_a_rank_that_is_killed_ends_the_benchmark_and_time_runs_out() -> None:
             ranks.ask([endless] * 2, time.monotonic() + 60)
 
 
-class Idle:
-    """An optimizer that does nothing."""
-
-    def step(self) -> None:
-        pass
-
-
 class Local(GradientHook):
     """A reduction that reduces nothing."""
 
@@ -256,13 +251,17 @@ class Local(GradientHook):
         pass
 
 
-def _local(model: DistributedDataParallel) -> Stepper:
+def _idle(model: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0]["lr"] = 0.0
+
+
+def _local(model: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
     Local(model).attach(model)
-    return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
 def _refusal(make: str) -> str:
-    comm_methods.METHODS["wrong"] = Method("plain", {"idle": lambda _: Idle(), "local": _local}[make])
+    attach = {"idle": _idle, "local": _local}[make]
+    REDUCTIONS["wrong"] = dataclasses.replace(REDUCTIONS["bf16"], attach=attach)
     params = [torch.ones(5, 4), torch.ones(7)]
     grads = [torch.full_like(p, 1.0 + dist.get_rank()) for p in params]
     try:
@@ -327,7 +326,7 @@ def test_cells_that_would_take_minutes_or_all_memory_are_left_out(monkeypatch: p
          "loopback"),
         (["--ranks", "1"], "--ranks 1: expected from 2 to 250"),
         (["--ranks"], "--ranks: expected at least one"),
-        (["--methods", "best"], f"--methods best: expected some of {', '.join(METHODS)}"),
+        (["--methods", "best"], f"--methods best: expected some of {', '.join(REDUCTIONS)}"),
         (["--params", "few"], "--params few: expected resnet18 or a number of parameters from 1000, such as 4e6"),
         (["--params", "inf"], "--params inf: expected resnet18 or a number of parameters from 1000, such as 4e6"),
         (["--params"], "--params: expected at least one"),

@@ -42,16 +42,16 @@ class BenchComm:
         """Measure, show and write; the exit code."""
         from rich.console import Console
 
+        from signstep.distributed.reductions import REDUCTIONS
         from signstep.lab.bench import comm_report
         from signstep.lab.bench.comm_cells import CommPlan, CommResult, CommWorkload, default_rates, measure_cells
-        from signstep.lab.bench.comm_methods import METHODS
         from signstep.lab.bench.report import progress
 
         check_minutes(self.max_minutes)
         plan = CommPlan(
             rates=tuple(dict.fromkeys(self.rates)) or default_rates(),
             ranks=tuple(dict.fromkeys(self.ranks)),
-            methods=tuple(dict.fromkeys(self.methods)) or tuple(METHODS),
+            methods=tuple(dict.fromkeys(self.methods)) or tuple(REDUCTIONS),
             workloads=tuple(CommWorkload.of(each) for each in dict.fromkeys(self.params)),
             rounds=self.rounds,
             seconds=self.seconds,

@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from signstep.distributed.plan import METHODS as PLANNED
-from signstep.distributed.plan import Cost, Gradients, bits_per_second, predict
+from signstep.distributed.plan import Cost, bits_per_second, predict
+from signstep.distributed.reductions import REDUCTIONS, Gradients
 from signstep.lab.bench import netns
-from signstep.lab.bench.comm_methods import METHODS, PEER
+from signstep.lab.bench.comm_methods import PEER
 from signstep.lab.bench.comm_rank import LEAST_ROUNDS, CommWindow
 from signstep.lab.bench.spread import BenchError, Spread
 from signstep.lab.bench.workloads import shapes_of
@@ -103,7 +103,7 @@ class CommCell:
     def sent(self, key: str, gradients: Gradients) -> float:
         """Bytes per rank and step: counted at the interface, or on the loopback interface the method's payload."""
         if self.rate == LOOPBACK:
-            return PLANNED[key].payload(gradients, self.ranks)
+            return REDUCTIONS[key].payload(gradients, self.ranks)
         return statistics.median(each[key].sent for each in self.rounds)
 
     def cpu(self, key: str) -> float:
@@ -146,8 +146,8 @@ class CommPlan:
         for rate in self.rates:
             self.bits(rate)
         for method in self.methods:
-            if method not in METHODS:
-                raise BadInput(f"--methods {method}: expected some of {', '.join(METHODS)}")
+            if method not in REDUCTIONS:
+                raise BadInput(f"--methods {method}: expected some of {', '.join(REDUCTIONS)}")
         for count in self.ranks:
             if not 2 <= count <= 250:
                 raise BadInput(f"--ranks {count}: expected from 2 to 250")
@@ -226,7 +226,7 @@ class Ranks:
         trial = {key: CommWindow(**sample) for key, sample in answer["trial"].items()}
         if self._network:
             for key, sample in trial.items():
-                payload = PLANNED[key].payload(workload.gradients, self._count)
+                payload = REDUCTIONS[key].payload(workload.gradients, self._count)
                 if not payload - _LOOSE < sample.sent < 1.5 * payload + _LOOSE:
                     raise BenchError(
                         f"{key}: a rank sends {sample.sent:,.0f} bytes per step, where the formula of "
@@ -329,9 +329,9 @@ def _reason_against(plan: CommPlan, workload: CommWorkload, ranks: int, rate: st
         )
     bits = plan.bits(rate)
     if bits is not None and PEER in plan.methods:
-        seconds = predict(PLANNED[PEER], workload.gradients, Cost(ranks, bits, step=0.0)).communication
+        seconds = predict(REDUCTIONS[PEER], workload.gradients, Cost(ranks, bits, step=0.0)).communication
         if seconds > _SLOWEST_SECONDS:
-            return f"a step of {PLANNED[PEER].label} would take {seconds:.0f} s"
+            return f"a step of {REDUCTIONS[PEER].label} would take {seconds:.0f} s"
     return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -28,16 +27,6 @@ class Stepper(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Method:
-    """One line of the benchmark's tables."""
-
-    kind: str
-    """torch, plain or signstep: what the figure colours by."""
-    make: Callable[[DistributedDataParallel], Stepper]
-    """Registers a communication hook and returns the optimizer that steps the model."""
-
-
 def _optimizer(key: str, model: DistributedDataParallel) -> torch.optim.Optimizer:
     if key.startswith("vote"):
         options: dict[str, Any] = _RELATIVE if key == "vote-dithered" else {}
@@ -45,18 +34,11 @@ def _optimizer(key: str, model: DistributedDataParallel) -> torch.optim.Optimize
     return torch.optim.SGD(model.parameters(), lr=_LR, momentum=0.0 if key == "int8-sum" else 0.9, fused=True)
 
 
-def _maker(key: str) -> Callable[[DistributedDataParallel], Stepper]:
+def prepare(key: str, model: DistributedDataParallel) -> Stepper:
+    """Make a model reduce its gradients in one of the ways of `REDUCTIONS`, and return the optimizer that steps it."""
     attach = REDUCTIONS[key].attach
-
-    def make(model: DistributedDataParallel) -> Stepper:
-        if attach is None:
-            return OneBitAdam(model, lr=_LR, warmup_steps=2)
-        optimizer = _optimizer(key, model)
-        attach(model, optimizer)
-        return optimizer
-
-    return make
-
-
-METHODS = {key: Method(reduction.origin, _maker(key)) for key, reduction in REDUCTIONS.items()}
-"""By key, the same as in `REDUCTIONS`."""
+    if attach is None:
+        return OneBitAdam(model, lr=_LR, warmup_steps=2)
+    optimizer = _optimizer(key, model)
+    attach(model, optimizer)
+    return optimizer

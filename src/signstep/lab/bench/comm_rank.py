@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from signstep.distributed.plan import FRAMING
-from signstep.lab.bench.comm_methods import METHODS
+from signstep.lab.bench.comm_methods import prepare
 from signstep.lab.bench.netns import bytes_sent
 
 LEAST_ROUNDS = 3
@@ -82,7 +82,7 @@ class CommRunner:
     """A method that is set up and has stepped, with the same result on every rank.
 
     Args:
-        key: in `METHODS`.
+        key: in `signstep.distributed.reductions.REDUCTIONS`.
         params: shared by all methods.
         grads: this rank's own, likewise.
         interface: whose bytes are counted; None: they are not.
@@ -97,7 +97,7 @@ class CommRunner:
         self._model = DistributedDataParallel(
             Constants(params, grads), init_sync=False, gradient_as_bucket_view=True, broadcast_buffers=False
         )
-        self._optimizer = METHODS[key].make(self._model)
+        self._optimizer = prepare(key, self._model)
         before = self._digest()
         self._steps(_WARM_UP)
         after = self._digest()

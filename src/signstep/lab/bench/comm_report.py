@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Console
 
-from signstep.distributed.plan import METHODS as PLANNED
+from signstep.distributed.reductions import REDUCTIONS
 from signstep.lab.bench import netns
 from signstep.lab.bench.comm_cells import LOOPBACK, UNSHAPED, CommCell, CommPlan, CommResult, CommWorkload
-from signstep.lab.bench.comm_methods import METHODS, PEER
+from signstep.lab.bench.comm_methods import PEER
 from signstep.lab.bench.report import now, print_table
 from signstep.lab.bench.spread import number
 from signstep.lab.output import figures
@@ -36,7 +36,7 @@ def notes(result: CommResult) -> list[str]:
     lines = [
         "ms per step: forward and backward that only hand out given gradients, communication hook, optimizer; the mean "
         "of a window of steps on the slowest rank, then median and 10th and 90th percentile over rounds",
-        f"times faster: than {PLANNED[PEER].label} in the same round, median and 10th and 90th percentile",
+        f"times faster: than {REDUCTIONS[PEER].label} in the same round, median and 10th and 90th percentile",
         "CPU ms: processor time of one rank per step, on one thread; ranks beyond the number of cores wait for each "
         "other, which the wall time includes",
         "bytes per step, per parameter: what one rank sends, headers included, by its interface's counter tx_bytes",
@@ -56,13 +56,13 @@ def row(cell: CommCell, workload: CommWorkload, key: str) -> tuple[str, ...]:
     faster, count = cell.faster(key), workload.gradients.parameters
     sent = cell.sent(key, workload.gradients)
     return (
-        PLANNED[key].label,
+        REDUCTIONS[key].label,
         str(cell.seconds(key).scaled(1e3)),
         str(faster or ""),
         number(1e3 * cell.cpu(key)),
         "" if cell.rate == LOOPBACK else f"{sent:,.0f}",
         "" if cell.rate == LOOPBACK else f"{sent / count:.4f}",
-        f"{PLANNED[key].payload(workload.gradients, cell.ranks) / count:.4f}",
+        f"{REDUCTIONS[key].payload(workload.gradients, cell.ranks) / count:.4f}",
     )
 
 
@@ -96,7 +96,7 @@ def _cell(result: CommResult, cell: CommCell) -> dict[str, Any]:
             "times_faster": None if faster is None else asdict(faster),
             "cpu_seconds": cell.cpu(key),
             "bytes_sent": None if cell.rate == LOOPBACK else cell.sent(key, gradients),
-            "payload": PLANNED[key].payload(gradients, cell.ranks),
+            "payload": REDUCTIONS[key].payload(gradients, cell.ranks),
             "steps_per_window": cell.steps[key],
         }
     rate = CommPlan.bits(cell.rate)
@@ -123,7 +123,7 @@ def to_dict(result: CommResult, command: str) -> dict[str, Any]:
             "platform": platform.platform(),
         },
         "peer": PEER,
-        "methods": {key: {"label": PLANNED[key].label, "kind": METHODS[key].kind} for key in result.methods},
+        "methods": {key: {"label": REDUCTIONS[key].label, "kind": REDUCTIONS[key].origin} for key in result.methods},
         "workloads": {
             key: {
                 "title": workload.title,
@@ -180,11 +180,11 @@ def bars(result: CommResult, workload: CommWorkload, heading: tuple[str, str]) -
             _panel(axes, result.methods, cells.get((count, rate)), span, title)
             if j == 0:
                 for y, key in enumerate(result.methods):
-                    figures.annotate(axes, PLANNED[key].label, (0, y), ("axes fraction", "data"), (-6, 0),
+                    figures.annotate(axes, REDUCTIONS[key].label, (0, y), ("axes fraction", "data"), (-6, 0),
                                  color=figures.INK, fontsize=9, va="center", ha="right")  # fmt: skip
     x = 12.0
     for kind, (name, shade) in _KINDS.items():
-        if any(METHODS[key].kind == kind for key in result.methods):
+        if any(REDUCTIONS[key].origin == kind for key in result.methods):
             figure.text(x / width, 1 - 46 / height, f"■ {name}", color=figures.shade(shade), fontsize=9,
                         va="center")  # fmt: skip
             x += 24 + 5.2 * len(name)
@@ -213,7 +213,7 @@ def _panel(axes: Any, methods: Sequence[str], cell: CommCell | None, span: tuple
         return
     for y, key in enumerate(methods):
         spread = cell.seconds(key)
-        shade = figures.shade(_KINDS[METHODS[key].kind][1])
+        shade = figures.shade(_KINDS[REDUCTIONS[key].origin][1])
         axes.barh(y, 1e3 * spread.median - span[0], 0.62, left=span[0], color=shade, zorder=3)
         axes.plot([1e3 * spread.low, 1e3 * spread.high], [y, y], color=figures.MUTED, linewidth=1, zorder=4)
         figures.annotate(axes, number(1e3 * spread.median), (1, y), ("axes fraction", "data"), (34, 0),

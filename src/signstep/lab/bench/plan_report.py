@@ -12,14 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from signstep.distributed.plan import (
-    METHODS,
-    Cost,
-    Gradients,
-    Prediction,
-    outside,
-    predict,
-)
+from signstep.distributed.plan import Cost, Prediction, outside, predict
+from signstep.distributed.reductions import REDUCTIONS, Gradients
 from signstep.lab.bench.report import print_table
 from signstep.lab.errors import BadInput
 from signstep.theory.vote import accuracy, colluders_survived, expected_vote, linear_slope
@@ -35,11 +29,11 @@ def _ms(seconds: float) -> str:
 def show_costs(console: Console, gradients: Gradients, cost: Cost) -> None:
     """Print bytes and predicted times of every method."""
     count = gradients.parameters
-    found = {key: predict(method, gradients, cost) for key, method in METHODS.items()}
+    found = {key: predict(method, gradients, cost) for key, method in REDUCTIONS.items()}
     peer = next(iter(found.values()))
     rows = [
         (
-            METHODS[key].label,
+            REDUCTIONS[key].label,
             f"{each.payload:,.0f}",
             f"{each.payload / count:.3f}",
             _ms(each.communication),
@@ -142,12 +136,12 @@ def _checked(record: dict[str, Any]) -> Iterator[Checked]:
         gradients = Gradients(tuple(map(tuple, workload["shapes"])))
         for key, measured in cell["methods"].items():
             step = free[place]["methods"][key]["seconds"]["median"]
-            predicted = predict(METHODS[key], gradients, Cost(cell["ranks"], cell["bits_per_second"], step))
+            predicted = predict(REDUCTIONS[key], gradients, Cost(cell["ranks"], cell["bits_per_second"], step))
             yield Checked(
                 cell["workload"],
                 cell["ranks"],
                 cell["rate"],
-                METHODS[key].label,
+                REDUCTIONS[key].label,
                 predicted,
                 measured["seconds"]["median"],
                 measured["bytes_sent"],

@@ -31,7 +31,8 @@ class Plan:
         """Predict and print; the exit code."""
         from rich.console import Console
 
-        from signstep.distributed.plan import Cost, Gradients, bits_per_second
+        from signstep.distributed.plan import Cost, bits_per_second
+        from signstep.distributed.reductions import Gradients
         from signstep.lab.bench import plan_report
 
         console = Console()

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from signstep.lab.errors import BadInput
-from signstep.lab.training.config import Dataset, Optimizer, RunConfig
+from signstep.lab.training.config import Dataset, RunConfig
+from signstep.lab.training.optimizers import OPTIMIZERS, OptimizerName
 
 Name = Literal["table1", "fig1", "fig2", "fig3", "beyond", "state"]
 Scale = Literal["smoke", "demo", "cpu", "full"]
@@ -43,14 +44,8 @@ def grid_point(index: int) -> float:
     return float(f"{10 ** (index / 2):.3g}")
 
 
-def default_lr(optimizer: Optimizer) -> float:
-    """The learning rate of an optimizer's first method in the presets.
-
-    >>> [default_lr(name) for name in ("sgd", "adam", "signsgd", "hybrid")]
-    [0.1, 0.001, 0.00316, 0.00316]
-    """
-    known = "adam" if optimizer == "adamw" else optimizer
-    return next(float(m["lr"]) for m in _toml("methods").values() if m["options"]["optimizer"] == known)
+def default_lr(optimizer: OptimizerName) -> float:
+    return OPTIMIZERS[optimizer].lr
 
 
 @dataclass(frozen=True)
@@ -153,7 +148,7 @@ def _row(key: str, recipe: Recipe, scale: Scale, datasets: Sequence[str]) -> Row
     return Row(
         key=key,
         label=for_optimizer.get("label", method["label"]),
-        lr=method["lr"],
+        lr=OPTIMIZERS[method["options"]["optimizer"]].lr,
         in_paper=method.get("in_paper", True),
         note=method.get("note", ""),
         paper=method.get("paper", {}),

@@ -15,22 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from signstep.distributed.reductions import TRAINED
 from signstep.lab.errors import BadInput
+from signstep.lab.training.optimizers import OPTIMIZERS, OptimizerName
 
 Dataset = Literal["cifar10", "cifar100", "fashion-mnist", "mnist", "digits"]
-Optimizer = Literal["sgd", "adam", "adamw", "signsgd", "hybrid"]
 if TYPE_CHECKING:
     Reduce = str
 else:
     Reduce = Literal[TRAINED]
-
-_SIGN_ONLY = (
-    "dither",
-    "dither_decay",
-    "dither_position",
-    "dither_scale",
-    "state_dtype",
-)
-_HYBRID_ONLY = ("switch", "calibration", "ema_decay", "sgd_momentum")
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,7 @@ class RunConfig:
     """First layers: cifar keeps the image's size, imagenet divides it by four."""
 
     # optimizer
-    optimizer: Optimizer = "sgd"
+    optimizer: OptimizerName = "sgd"
     """adamw: Adam with decoupled weight decay; signsgd: SignSGD; hybrid: HybridSignSGD."""
     lr: float = 0.1
     """Learning rate; of a sign method it is how far every weight moves in a step."""
@@ -147,29 +138,21 @@ class RunConfig:
             raise BadInput(f"subset={self.subset!r}: expected a positive number of images, or none for all")
         if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(self.milestones):
             raise BadInput(f"milestones={self.milestones!r}: expected rising shares of the run, each in (0, 1)")
-        if self.reduce == "vote" and self.optimizer not in ("signsgd", "hybrid"):
-            raise BadInput(
-                f"reduce='vote': workers vote with signs, choose optimizer signsgd or hybrid, not {self.optimizer}"
-            )
+        known = OPTIMIZERS[self.optimizer]
+        if self.reduce == "vote" and not known.signs:
+            voters = " or ".join(name for name, each in OPTIMIZERS.items() if each.signs)
+            raise BadInput(f"reduce='vote': workers vote with signs, choose optimizer {voters}, not {self.optimizer}")
         if self.reduce != "mean" and self.workers is None:
             raise BadInput(
                 f"reduce={self.reduce!r}: start the run's workers with torchrun --nproc-per-node N -m signstep"
             )
-        refused: tuple[str, ...] = ()
-        if self.optimizer not in ("signsgd", "hybrid"):
-            refused += _SIGN_ONLY
-        if self.optimizer != "hybrid":
-            refused += _HYBRID_ONLY
-        elif self.switch is None or not 0 < self.switch <= 1:
+        if "switch" in known.options and (self.switch is None or not 0 < self.switch <= 1):
             raise BadInput(
-                f"switch={self.switch!r}: optimizer hybrid needs the share of steps before the switch, in (0, 1]"
+                f"switch={self.switch!r}: optimizer {self.optimizer} needs the share of steps before the switch, "
+                "in (0, 1]"
             )
-        if self.optimizer != "sgd":
-            refused += ("nesterov",)
-        if self.optimizer in ("adam", "adamw"):
-            refused += ("momentum",)
-        for name in refused:
-            if getattr(self, name) is not None:
+        for name in dict.fromkeys(name for each in OPTIMIZERS.values() for name in each.options):
+            if name not in known.options and getattr(self, name) is not None:
                 raise BadInput(f"{name}={getattr(self, name)!r}: optimizer {self.optimizer} has no such option")
 
     def to_dict(self) -> dict[str, Any]:

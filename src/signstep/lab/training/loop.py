@@ -31,6 +31,7 @@ from signstep.lab.training.display import Display
 from signstep.lab.training.recipe import build_model, build_optimizer, likely_cause, lr_factor, require_compiler
 from signstep.lab.training.watch import Watch, Watching
 from signstep.lab.training.workers import StopRequest, Workers
+from signstep.optim import HybridSignSGD
 
 __all__ = ["CheckpointError", "RunBusy", "Status", "build_optimizer", "lr_factor", "train"]
 
@@ -123,7 +124,7 @@ def train(
                         stop.answered = True
                         return "stopped"
             except _NotFinite as problem:
-                reason = f"{problem}; {likely_cause(config, getattr(run.optimizer, 'phase', None))}"
+                reason = f"{problem}; {likely_cause(config, run.phase)}"
                 run.end("diverged", reason)
                 run.write(record)
                 good = f"the last good checkpoint is {saved}" if saved.exists() else "there is no earlier checkpoint"
@@ -179,6 +180,11 @@ class _Run:
         images_used = len(self.batches.train_x), len(self.batches.eval_x)
         start = runs.start_event(config, models.count_parameters(self.model), *images_used, device, workers.size)
         self.events: list[dict[str, Any]] = [start]
+
+    @property
+    def phase(self) -> str | None:
+        """Which phase the hybrid optimizer is in, "sign" or "sgd"; None of another optimizer."""
+        return self.optimizer.phase if isinstance(self.optimizer, HybridSignSGD) else None
 
     def train_step(self) -> None:
         """One optimizer step on the next batch."""
@@ -249,9 +255,10 @@ class _Run:
         }
         if epoch % self.config.eval_every == 0 or epoch == self.config.epochs:
             line["eval_loss"], line["eval_accuracy"] = self.evaluate()
-        if self.config.optimizer == "hybrid":
-            line["phase"] = self.optimizer.phase  # type: ignore[attr-defined]
-            rate = self.optimizer.calibrated_lr  # type: ignore[attr-defined]
+        if isinstance(self.optimizer, HybridSignSGD):
+            rate = self.optimizer.calibrated_lr
+            assert isinstance(rate, float)
+            line["phase"] = self.phase
             line["calibrated_lr"] = rate if math.isfinite(rate) else None
         images, now = (self.step - self.began_at) * self.config.batch_size, time.perf_counter()
         line["timing"] = {"seconds": round(now - self.began, 3), "images_per_second": round(images / trained, 1)}

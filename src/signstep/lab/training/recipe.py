@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import math
 import signal
@@ -17,7 +18,7 @@ from signstep.lab.data import Images
 from signstep.lab.errors import BadInput
 from signstep.lab.training import models
 from signstep.lab.training.config import RunConfig
-from signstep.optim import HybridSignSGD, SignSGD
+from signstep.lab.training.optimizers import OPTIMIZERS
 
 
 def step_at(share: float, total_steps: int) -> int:
@@ -78,38 +79,28 @@ def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> to
     Raises:
         BadInput: an option out of its range.
     """
+    known = OPTIMIZERS[config.optimizer]
+    given = {name: value for name in known.options if (value := getattr(config, name)) is not None}
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, **known.defaults, **given}
+    if known.signs:
+        options["seed"] = config.seed
+    if "state_dtype" in options:
+        options["state_dtype"] = getattr(torch, options["state_dtype"])
+    if "switch" in options:
+        options["switch_step"] = max(1, step_at(options.pop("switch"), total_steps))
+    module, _, name = known.place.rpartition(".")
     try:
-        return _optimizer(config, model, total_steps)
+        optimizer: torch.optim.Optimizer = getattr(importlib.import_module(module), name)(model.parameters(), **options)
     except ValueError as error:
         raise BadInput(f"{error}, for optimizer {config.optimizer}") from error
-
-
-def _optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> torch.optim.Optimizer:
-    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.optimizer == "sgd":
-        momentum = 0.9 if config.momentum is None else config.momentum
-        return torch.optim.SGD(model.parameters(), momentum=momentum, nesterov=bool(config.nesterov), **options)
-    if config.optimizer in ("adam", "adamw"):
-        adam = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-        return adam(model.parameters(), **options)
-    names = ["momentum", "dither", "dither_decay", "dither_position", "dither_scale"]
-    if config.optimizer == "hybrid":
-        names += ["calibration", "ema_decay", "sgd_momentum"]
-    options |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    if config.state_dtype is not None:
-        options["state_dtype"] = getattr(torch, config.state_dtype)
-    if config.optimizer == "signsgd":
-        return SignSGD(model.parameters(), seed=config.seed, **options)
-    assert config.switch is not None
-    switch_step = max(1, step_at(config.switch, total_steps))
-    return HybridSignSGD(model.parameters(), seed=config.seed, switch_step=switch_step, **options)
+    return optimizer
 
 
 def likely_cause(config: RunConfig, phase: str | None) -> str:
     """Why the loss of such a run is usually not finite, for a hybrid by its phase ("sign" or "sgd")."""
     if phase == "sgd":
         return "likely cause: the calibrated rate is too high for SGD; lower lr, or set calibration to ratio"
-    if config.optimizer in ("signsgd", "hybrid"):
+    if OPTIMIZERS[config.optimizer].signs:
         return f"likely cause: lr={config.lr:g}, by which every weight moves in each step, is too high; try a tenth"
     return f"likely cause: lr={config.lr:g} is too high for {config.optimizer}; try a tenth, or a longer warmup"
 

@@ -1,0 +1,44 @@
+"""The optimizers that a run can have: for each its class, its options, and the learning rate it has by default.
+
+The names of `RunConfig.optimizer`, the check of its options, the presets' learning rates and the optimizer itself all
+derive from `OPTIMIZERS`: a new optimizer is a name and an entry here. What an option does is said at its field of
+`RunConfig`. Nothing here imports torch, so that a command's help need not wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["OPTIMIZERS", "KnownOptimizer", "OptimizerName"]
+
+OptimizerName = Literal["sgd", "adam", "adamw", "signsgd", "hybrid"]
+
+
+@dataclass(frozen=True)
+class KnownOptimizer:
+    """What the lab knows of an optimizer."""
+
+    place: str
+    """Module and class, with a dot between them. The class takes parameters, lr, weight_decay and its options."""
+    lr: float
+    """The default learning rate: a point of the sweep's grid, and its centre."""
+    options: tuple[str, ...] = ()
+    """Fields of `RunConfig` that it has, beside lr and weight_decay; a field that is None is not passed on."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the lab's own for options that are None."""
+    signs: bool = False
+    """Its steps are signs: lr is the length of each weight's step, workers can vote, and it takes the run's seed."""
+
+
+_SIGN_OPTIONS = ("momentum", "dither", "dither_decay", "dither_position", "dither_scale", "state_dtype")
+_HYBRID_OPTIONS = ("switch", "calibration", "ema_decay", "sgd_momentum")
+
+OPTIMIZERS: dict[OptimizerName, KnownOptimizer] = {
+    "sgd": KnownOptimizer("torch.optim.SGD", 0.1, ("momentum", "nesterov"), {"momentum": 0.9}),
+    "adam": KnownOptimizer("torch.optim.Adam", 1e-3),
+    "adamw": KnownOptimizer("torch.optim.AdamW", 1e-3),
+    "signsgd": KnownOptimizer("signstep.optim.SignSGD", 3.16e-3, _SIGN_OPTIONS, signs=True),
+    "hybrid": KnownOptimizer("signstep.optim.HybridSignSGD", 3.16e-3, _SIGN_OPTIONS + _HYBRID_OPTIONS, signs=True),
+}

@@ -1,6 +1,7 @@
-"""The figures of the paper's results: accuracy over epochs as in Figures 1 to 3, and Table I as dots.
+"""The figures of the results: accuracy over epochs as in the paper's Figures 1 to 3, and Table I as dots.
 
-Accuracies are in percent.
+First what a figure shows (`curves`, `dots`, `difference_dots`), then how it is drawn (`draw_curves`, `draw_dots`), in
+the style of `signstep.lab.output.figures`. Accuracies are in percent.
 """
 
 from __future__ import annotations
@@ -14,8 +15,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from signstep.lab.output import figures
+from signstep.lab.output import figures, stats
 from signstep.lab.output.stats import MIN_SEEDS, Estimate, number, signed
+from signstep.lab.paper.experiments import Row
+from signstep.lab.paper.results import Results
+from signstep.lab.training.records import Run
+
+__all__ = [
+    "Curve",
+    "Dot",
+    "by_accuracy",
+    "colour",
+    "curve_values",
+    "curves",
+    "difference_dots",
+    "dots",
+    "draw_curves",
+    "draw_dots",
+]
 
 _COLOURS = {
     "sgd": "black",
@@ -75,7 +92,93 @@ class Dot:
     """The estimate as printed, or why there is none."""
 
 
-def curves(
+def curves(results: Results, dataset: str) -> tuple[Curve, ...]:
+    """Mean accuracy over epochs of each row that has been evaluated; its last point is the table's number."""
+    lines = []
+    for row in results.experiment.rows:
+        cell = results.cells[row.key, dataset]
+        series = [_series(run, to_the_end=not cell.all_diverged) for run in cell.runs]
+        epochs = sorted({epoch for values in series for epoch in values})
+        ended = tuple(int(run.end["epoch"]) for run in cell.runs if run.diverged and run.end)
+        for run, values in zip(cell.runs, series, strict=True):
+            if run.diverged and run.end and not cell.all_diverged:
+                # It goes on at chance wherever another was evaluated after its end.
+                rest = [epoch for epoch in epochs if epoch not in values and epoch >= int(run.end["epoch"])]
+                values |= dict.fromkeys(rest, run.final_accuracy)
+        points = [stats.estimate([values[epoch] for values in series if epoch in values]) for epoch in epochs]
+        if epochs:
+            lines.append(
+                Curve(
+                    method=row.key,
+                    label=row.label,
+                    epochs=tuple(epochs),
+                    estimates=tuple(points),
+                    runs=tuple(dict(sorted(values.items())) for values in series),
+                    own=not row.in_paper,
+                    diverged_at=ended,
+                    diverged=cell.all_diverged,
+                )
+            )
+    return tuple(lines)
+
+
+def by_accuracy(results: Results, dataset: str) -> list[tuple[Curve, str]]:
+    """The curves by falling final accuracy, each with that accuracy as printed."""
+    lines = sorted(curves(results, dataset), key=lambda line: (line.diverged, -line.estimates[-1].mean))
+    return [(line, "diverged" if line.diverged else stats.with_interval(line.estimates[-1])) for line in lines]
+
+
+def curve_values(results: Results, dataset: str) -> list[dict[str, Any]]:
+    """What the page's script shows under the pointer."""
+    return [
+        {"method": c.method, "epochs": c.epochs, "text": [stats.with_interval(e) for e in c.estimates]}
+        for c in curves(results, dataset)
+    ]
+
+
+def dots(results: Results, dataset: str) -> tuple[Dot, ...]:
+    """The table's column of a data set."""
+    return tuple(
+        Dot(
+            row.key,
+            row.label,
+            cell.estimate,
+            tuple(cell.accuracies.values()) if cell.estimate else (),
+            cell.paper,
+            cell.text,
+        )
+        for _, rows in results.groups
+        for row in rows
+        if (cell := results.cells[row.key, dataset])
+    )
+
+
+def difference_dots(results: Results, dataset: str, baseline: Row) -> tuple[Dot, ...]:
+    """The differences to a baseline on a data set."""
+    base = results.cells[baseline.key, dataset].accuracies
+    lines = []
+    for _, rows in results.groups:
+        for row in rows:
+            each = results.difference(dataset, row, baseline)
+            if each is not None:
+                own = results.cells[row.key, dataset].accuracies
+                values = tuple(own[s] - base[s] for s in own if s in base) if each.estimate else ()
+                text = stats.with_interval(each.estimate, sign=True) if each.estimate else "—"
+                lines.append(Dot(row.key, row.label, each.estimate, values, each.paper, text))
+    return tuple(lines)
+
+
+def _series(run: Run, *, to_the_end: bool) -> dict[int, float]:
+    """Accuracy in percent by epoch; with `to_the_end` a diverged run's last epoch has that of chance."""
+    values = {
+        int(e["epoch"]): 100.0 * float(e["eval_accuracy"]) for e in run.epochs if e.get("eval_accuracy") is not None
+    }
+    if run.diverged and to_the_end:
+        values[run.config.epochs] = run.final_accuracy
+    return values
+
+
+def draw_curves(
     lines: Sequence[Curve], *, switches: Iterable[float], epochs: int, heading: tuple[str, str] | None = None
 ) -> Figure:
     """Test accuracy over epochs, the interval over seeds as a band (of two seeds: each as a thin line), the switch to
@@ -154,7 +257,7 @@ def _label_ends(axes: Axes, lines: Sequence[Curve], plot_height: float) -> None:
         figures.annotate(axes, text, (1, place), right, (14, 0), color=figures.INK, fontsize=9.5, va="center")
 
 
-def dots(lines: Sequence[Dot], *, axis: str, zero: str = "", heading: tuple[str, str] | None = None) -> Figure:
+def draw_dots(lines: Sequence[Dot], *, axis: str, zero: str = "", heading: tuple[str, str] | None = None) -> Figure:
     """One line per method: mean and interval, each seed as a small tick, the paper's number as a hollow mark.
 
     Args:

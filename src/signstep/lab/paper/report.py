@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,10 @@ from signstep.lab.output import figures, pages, stats
 from signstep.lab.output.files import write_bytes, write_text
 from signstep.lab.paper import charts
 from signstep.lab.paper.experiments import Experiment
-from signstep.lab.paper.results import Results, listed, plain
+from signstep.lab.paper.results import Cell, Results
+from signstep.lab.paper.sentences import Sentences, listed
+from signstep.lab.paper.settings import environment, own_settings, plain, shared_settings
+from signstep.lab.paper.tuned import Choices
 from signstep.lab.training.records import Run
 
 
@@ -26,29 +29,31 @@ class _Drawing:
     kind: str
     title: str
     description: str
-    draw: Callable[[tuple[str, str] | None], Figure]
-    """Draws it to stand alone under a title and subtitle, or, without them, as part of the page."""
+    draw: Callable[..., Figure]
+    """Draws it to stand alone under `heading`, a title and subtitle, or without a heading as part of the page."""
 
 
 def _drawings(results: Results) -> Iterator[_Drawing]:
     for dataset in results.experiment.datasets:
-        lines = results.curves(dataset)
+        lines = charts.curves(results, dataset)
         if lines:
             switches = results.switches(dataset)
             title = f"{results.titles[dataset]}: test accuracy over epochs"
-            words = [f"{line.label} {text}" for line, text in results.key(dataset)]
+            words = [f"{line.label} {text}" for line, text in charts.by_accuracy(results, dataset)]
             switch = f" Switch to SGD after epoch {listed([f'{s:g}' for s in switches])}." if switches else ""
             yield _Drawing(
                 dataset,
                 "curves",
                 title,
                 f"{title}. Percent at the end: {'; '.join(words)}.{switch}",
-                partial(_curves, lines, switches, results.epochs(dataset)),
+                partial(charts.draw_curves, lines, switches=switches, epochs=results.epochs(dataset)),
             )
-        tables = [("dots", "final test accuracy", "%", results.dots(dataset), "")]
+        tables = [("dots", "final test accuracy", "%", charts.dots(results, dataset), "")]
         for base in results.baselines[:1]:
             difference = f"difference to {base.label}"
-            tables.append(("differences", difference, "points", results.difference_dots(dataset, base), base.label))
+            tables.append(
+                ("differences", difference, "points", charts.difference_dots(results, dataset, base), base.label)
+            )
         for kind, what, unit, dots, zero in tables:
             if any(dot.estimate for dot in dots):
                 title = f"{results.titles[dataset]}: {what}"
@@ -58,18 +63,12 @@ def _drawings(results: Results) -> Iterator[_Drawing]:
                 ]
                 axis = unit if zero else f"{what}, {unit}"
                 yield _Drawing(
-                    dataset, kind, title, f"{title}, {unit}: {'; '.join(words)}.", partial(_dots, dots, axis, zero)
+                    dataset,
+                    kind,
+                    title,
+                    f"{title}, {unit}: {'; '.join(words)}.",
+                    partial(charts.draw_dots, dots, axis=axis, zero=zero),
                 )
-
-
-def _curves(
-    lines: Sequence[charts.Curve], switches: Sequence[float], epochs: int, heading: tuple[str, str] | None
-) -> Figure:
-    return charts.curves(lines, switches=switches, epochs=epochs, heading=heading)
-
-
-def _dots(dots: Sequence[charts.Dot], axis: str, zero: str, heading: tuple[str, str] | None) -> Figure:
-    return charts.dots(dots, axis=axis, zero=zero, heading=heading)
 
 
 def write(
@@ -77,9 +76,9 @@ def write(
     runs: Mapping[str, Run],
     out: Path,
     *,
-    tuned: Mapping[str, Mapping[str, Any]] | None,
+    tuned: Choices | None,
     commands: Sequence[str],
-    seeds: int = 0,
+    seeds: Collection[int] | None = None,
 ) -> Path:
     """Write the report on `experiment` into `out`: `<name>.html`, `<name>.md`, `<name>.json`, and the figures.
 
@@ -88,9 +87,9 @@ def write(
         runs: by configuration hash, as `training.records.read_runs` gives them; others than the experiment's are
             ignored.
         out: a folder, made where there is none. Figures are `<name>-<data set>-<curves|dots|differences>.<svg|png>`.
-        tuned: what the sweep chose, as `signstep.lab.paper.sweep.read_tuned` gives it; None: nothing was tuned.
+        tuned: what the sweep chose, as `signstep.lab.paper.tuned.read_tuned` gives it; None: nothing was tuned.
         commands: the commands that reproduce the report, printed as they are.
-        seeds: runs of seeds 0 to this less one were asked for: one that is not there is reported as missing.
+        seeds: which are counted; a run that is not there is reported as missing. None: those that the runs have.
 
     Returns:
         The path of the HTML page, which needs no other file and no network.
@@ -98,7 +97,8 @@ def write(
     Raises:
         OSError: `out` cannot be written. Each file is there whole or as it was.
     """
-    results = Results(experiment, runs, tuned or {}, commands, seeds)
+    results = Results(experiment, runs, tuned or {}, seeds)
+    words = Sentences(results)
     out.mkdir(parents=True, exist_ok=True)
     name = experiment.name
     drawn: dict[tuple[str, str], dict[str, Any]] = {}
@@ -107,20 +107,94 @@ def write(
     marks = {"curves": f"mean and {spread}", "dots": hollow, "differences": hollow}
     for drawing in _drawings(results):
         stem = f"{name}-{drawing.dataset}-{drawing.kind}"
-        alone = drawing.draw((drawing.title, f"{results.setting}; {marks[drawing.kind]}"))
+        alone = drawing.draw(heading=(drawing.title, f"{words.setting}; {marks[drawing.kind]}"))
         write_bytes(out / f"{stem}.png", figures.png(alone))
         write_text(out / f"{stem}.svg", figures.svg(alone, name=stem, description=drawing.description, alone=True))
-        inline = figures.svg(drawing.draw(None), name=stem, description=drawing.description, alone=False)
+        inline = figures.svg(drawing.draw(), name=stem, description=drawing.description, alone=False)
         drawn[drawing.dataset, drawing.kind] = {
             "svg": Markup(inline),
             "file": stem,
             "title": drawing.title,
             "description": drawing.description,
         }
-    context = {"results": results, "experiment": experiment, "drawn": drawn}
+    context = {
+        "results": results,
+        "experiment": experiment,
+        "words": words,
+        "shared_settings": shared_settings(results),
+        "own_settings": partial(own_settings, results),
+        "environment": environment(results),
+        "curve_key": partial(charts.by_accuracy, results),
+        "curve_values": partial(charts.curve_values, results),
+        "drawn": drawn,
+        "commands": commands,
+    }
     filters = {"plain": plain, "colour": charts.colour}
-    write_text(out / f"{name}.json", json.dumps(results.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    write_text(out / f"{name}.json", json.dumps(to_dict(results, commands), indent=1, ensure_ascii=False) + "\n")
     write_text(out / f"{name}.md", pages.render("report.md", context, filters))
     page = out / f"{name}.html"
     write_text(page, pages.render("report.html", context, filters))
     return page
+
+
+def to_dict(results: Results, commands: Sequence[str]) -> dict[str, Any]:
+    """The report's numbers, for a machine."""
+    e, words = results.experiment, Sentences(results)
+    return {
+        "experiment": e.name,
+        "title": e.title,
+        "caption": e.caption,
+        "scale": e.scale,
+        "recipe": e.recipe,
+        "headline": words.headline,
+        "scope": words.scope,
+        "seeds": list(results.seeds),
+        "confidence": stats.CONFIDENCE,
+        "rows": [
+            {
+                "key": row.key,
+                "label": row.label,
+                "in_paper": row.in_paper,
+                "note": row.note,
+                "cells": {d: _cell_dict(results.cells[row.key, d]) for d in e.datasets},
+            }
+            for row in e.rows
+        ],
+        "differences": [
+            {
+                "dataset": d.dataset,
+                "row": d.row.key,
+                "baseline": d.baseline.key,
+                **_estimate_dict(d.estimate),
+                "paper": None if d.paper is None else round(d.paper, 6),
+                "verdict": d.verdict,
+            }
+            for d in results.differences
+        ],
+        "gaps": list(words.gaps),
+        "tuned": results.tuned,
+        "guesses": list(words.guesses),
+        "settings": {"shared": shared_settings(results), **{row.key: own_settings(results, row) for row in e.rows}},
+        "environment": environment(results),
+        "commands": list(commands),
+    }
+
+
+def _estimate_dict(e: stats.Estimate | None) -> dict[str, Any]:
+    if e is None:
+        return {"n": 0, "mean": None, "low": None, "high": None}
+    return {"n": e.n, "mean": e.mean, "low": e.low, "high": e.high}
+
+
+def _cell_dict(cell: Cell) -> dict[str, Any]:
+    return {
+        **_estimate_dict(cell.estimate),
+        "accuracy_by_seed": {str(seed): value for seed, value in cell.accuracies.items()},
+        "diverged_seeds": list(cell.diverged),
+        "missing_seeds": list(cell.missing),
+        "paper": cell.paper,
+        "difference_to_paper": cell.shift,
+        "verdict": cell.verdict,
+        "lr": cell.lr,
+        "runs": [run.config.hash for run in cell.runs],
+    }

@@ -8,35 +8,24 @@ stopped, or split over machines, goes on from whatever files there are.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import filelock
 
 from signstep.lab.errors import BadInput
 from signstep.lab.paper.experiments import Experiment, Row, grid_point
+from signstep.lab.paper.plan import cells
+from signstep.lab.paper.tuned import read_tuned, write_tuned
 from signstep.lab.training.config import RunConfig
+from signstep.lab.training.records import Run, read_runs
+from signstep.lab.training.series import train_run
+
+__all__ = ["MAX_EXTENSIONS", "Search", "Trial", "read_tuned", "search", "sweep"]
 
 MAX_EXTENSIONS = 2
-
-
-class Record(Protocol):
-    """What the sweep reads of a `signstep.lab.training.records.Run`."""
-
-    @property
-    def done(self) -> bool: ...
-    @property
-    def diverged(self) -> bool: ...
-    @property
-    def final_accuracy(self) -> float: ...
-
-
-Train = Callable[[RunConfig, Path, float | None], str]
-"""Trains one run in a folder for at most so many minutes: "done", "diverged", "stopped", or "busy" (elsewhere)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +58,7 @@ class Search:
         return max(self.trials, key=lambda trial: (not trial.diverged, trial.accuracy, -trial.lr))
 
 
-def search(dataset: str, row: Row, trials: int, records: Mapping[str, Record]) -> Search:
+def search(dataset: str, row: Row, trials: int, records: Mapping[str, Run]) -> Search:
     """The state of a search, from the records of the trials made so far (by hash).
 
     Args:
@@ -110,38 +99,8 @@ def search(dataset: str, row: Row, trials: int, records: Mapping[str, Record]) -
         extensions += 1
 
 
-def read_tuned(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """The choices in `<folder>/tuned.json`: by data set, then row; none where there is no such file.
-
-    Raises:
-        BadInput: the file is not what `sweep` writes.
-    """
-    path = folder / "tuned.json"
-    if not path.exists():
-        return {}
-    try:
-        choices: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))["choices"]
-        for rows in choices.values():
-            for choice in rows.values():
-                float(choice["lr"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(
-            f"{path}: not a file that sweep writes ({error!r}); delete it and run the sweep again"
-        ) from error
-    return choices
-
-
-def learning_rate(experiment: Experiment, key: str, dataset: str, tuned: Mapping[str, Mapping[str, Any]]) -> float:
-    """The tuned learning rate of a row on a data set, or the preset's where it was not tuned."""
-    row = experiment.row(key)
-    choice = tuned.get(dataset, {}).get(row.tuned_key)
-    return row.lr if choice is None else float(choice["lr"])
-
-
-def _write_tuned(folder: Path, experiment: Experiment, searches: Iterable[Search]) -> None:
+def _add_choices(folder: Path, experiment: Experiment, searches: Iterable[Search]) -> None:
     """Add the choices of finished searches to tuned.json, and keep those of others that it has."""
-    from signstep.lab.training.checkpoint import write_atomically
-
     choices = read_tuned(folder)
     for found in searches:
         if found.pending:
@@ -156,24 +115,22 @@ def _write_tuned(folder: Path, experiment: Experiment, searches: Iterable[Search
                 for t in found.trials
             ],
         }
-    values = {
+    about = {
         "scale": experiment.scale,
         "recipe": experiment.recipe,
         "epochs": experiment.tune_epochs,
         "grid": f"ratio sqrt(10), the same number of trials per method, at most {MAX_EXTENSIONS} more beyond an edge",
         "criterion": "last epoch's accuracy (%) on the held-out tenth of the training set; ties to the smaller lr",
-        "choices": {dataset: dict(sorted(choices[dataset].items())) for dataset in sorted(choices)},
     }
-    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(folder / "tuned.json", lambda file: file.write(text.encode()))
+    write_tuned(folder, about, choices)
 
 
 def sweep(
     experiments: Sequence[Experiment],
     folder: Path,
     *,
-    train: Train,
-    read: Callable[[Path], Mapping[str, Record]],
+    data: Path | None = None,
+    device: str = "auto",
     trials: int = 5,
     max_minutes: float | None = None,
     shard: tuple[int, int] = (0, 1),
@@ -185,8 +142,8 @@ def sweep(
         experiments: whose rows to tune, each on its experiment's data sets; one scale and recipe. A row that several
             of them have is tuned once, one that takes another's learning rate not at all.
         folder: where `tune/<hash>.jsonl` and tuned.json go.
-        train: trains one trial.
-        read: reads the records in a folder.
+        data: folder to look for the images in first; None: the usual places.
+        device: as of `signstep.lab.training.loop.train`.
         trials: grid points for every method.
         max_minutes: start no trial, and stop the one that runs, after so many minutes; None: no limit.
         shard: (i, n): do every n-th search, beginning with the i-th.
@@ -196,9 +153,7 @@ def sweep(
         Whether every search, of all shards, is over.
     """
     started = time.monotonic()
-    pairs = list(
-        {(d, row.key): (d, row) for e in experiments for d in e.datasets for row in e.rows if not row.lr_of}.values()
-    )
+    pairs = [(dataset, row) for dataset, row in cells(experiments) if not row.lr_of]
     tune = folder / "tune"
 
     stopped = False
@@ -206,7 +161,7 @@ def sweep(
         dataset, row = pairs[position]
         busy: set[str] = set()
         while not stopped:
-            waiting = [c for c in search(dataset, row, trials, read(tune)).pending if c.hash not in busy]
+            waiting = [c for c in search(dataset, row, trials, read_runs(tune)).pending if c.hash not in busy]
             if not waiting:
                 break
             left = None if max_minutes is None else max_minutes - (time.monotonic() - started) / 60
@@ -214,7 +169,7 @@ def sweep(
                 stopped = True
                 break
             say(f"tuning {position + 1} of {len(pairs)}: {dataset}, {row.label}, lr {waiting[0].lr:g}")
-            status = train(waiting[0], tune, left)
+            status = train_run(waiting[0], tune, data=data, device=device, max_minutes=left)
             if status in ("done", "diverged"):
                 (tune / f"{waiting[0].hash}.pt").unlink(missing_ok=True)  # its accuracy is all that counts
             if status == "busy":
@@ -225,9 +180,9 @@ def sweep(
     # Under a lock, so that of two shards that end at the same time the later one sees, and keeps, what both found.
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "results.lock"):
-        records = read(tune)
+        records = read_runs(tune)
         found = [search(dataset, row, trials, records) for dataset, row in pairs]
-        _write_tuned(folder, experiments[0], found)
+        _add_choices(folder, experiments[0], found)
     for each in found:
         if each.at_edge:
             say(

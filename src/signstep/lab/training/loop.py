@@ -35,7 +35,7 @@ from signstep.optim import HybridSignSGD
 
 __all__ = ["CheckpointError", "RunBusy", "Status", "build_optimizer", "lr_factor", "train"]
 
-Status = Literal["done", "diverged", "stopped"]
+Status = Literal["done", "diverged", "stopped", "interrupted"]
 
 
 def train(
@@ -67,7 +67,8 @@ def train(
         watching: what a monitor looks at, which changes nothing; its records go to `<out>/monitor/<hash>.jsonl`.
 
     Returns:
-        "done", "diverged" (a loss was not finite; the record says at which step), or "stopped" (call again to go on).
+        "done", "diverged" (a loss was not finite; the record says at which step), "stopped" by the time limit, or
+        "interrupted" by a signal; after the last two, call again to go on.
 
     Raises:
         RunBusy: another process is training this run.
@@ -116,13 +117,13 @@ def train(
                     now, ended = time.monotonic(), run.step == run.total_steps
                     out_of_time = max_minutes is not None and now - started >= 60 * max_minutes
                     due = now - last_save >= 60 * checkpoint_minutes
-                    stopping, due = workers.any(stop.received is not None or out_of_time, due)
-                    if stopping or ended or due:
+                    interrupted, out_of_time, due = workers.any(stop.received is not None, out_of_time, due)
+                    if interrupted or out_of_time or ended or due:
                         run.save(saved)
                         last_save = now
-                    if stopping and not ended:
+                    if (interrupted or out_of_time) and not ended:
                         stop.answered = True
-                        return "stopped"
+                        return "interrupted" if interrupted else "stopped"
             except _NotFinite as problem:
                 reason = f"{problem}; {likely_cause(config, run.phase)}"
                 run.end("diverged", reason)

@@ -1,0 +1,207 @@
+"""What an experiment's results say, in words; every number in a sentence is computed from the runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from signstep.lab.output import stats
+from signstep.lab.paper.experiments import Row
+from signstep.lab.paper.results import Results
+
+__all__ = ["Sentences", "listed", "plural"]
+
+
+class Sentences:
+    """The sentences of a report."""
+
+    def __init__(self, results: Results) -> None:
+        self._results, self._experiment = results, results.experiment
+        self._cells, self._titles = results.cells, results.titles
+
+    @property
+    def headline(self) -> str:
+        """The outcome in one sentence."""
+        parts = [f"on {self._titles[d]}, {self._outcome(d)}" for d in self._experiment.datasets]
+        sentence = "; ".join(parts)
+        return f"{sentence[0].upper()}{sentence[1:]}."
+
+    def _outcome(self, dataset: str) -> str:
+        cells = [(row, self._cells[row.key, dataset].estimate) for row in self._experiment.rows]
+        means = [(estimate.mean, row) for row, estimate in cells if estimate]
+        ranked = [row for _, row in sorted(means, key=lambda pair: -pair[0])]
+        if not ranked:
+            any_run = any(self._cells[row.key, dataset].runs for row in self._experiment.rows)
+            return "every run diverged" if any_run else "no run has finished yet"
+        best = ranked[0]
+        reached = f"{self._cells[best.key, dataset].text} %"
+        if len(ranked) == 1:
+            return f"{best.label}, the only method with a result, reaches {reached}"
+        if doubts := self._doubts(dataset, ranked):
+            low, high = (stats.number(end(mean for mean, _ in means)) for end in (min, max))
+            return f"{len(ranked)} methods reach {low} to {high} %, which ranks none of them: {listed(doubts)}"
+        rival = next((row for row in ranked[1:] if row.key == "sgd"), ranked[1])
+        gap = stats.paired_difference(
+            self._cells[best.key, dataset].accuracies, self._cells[rival.key, dataset].accuracies
+        )
+        assert gap is not None
+        if gap.contains(0):
+            points = stats.with_interval(gap, sign=True)
+            return f"{best.label} is highest, but {gap.n} seeds do not tell it from {rival.label} ({points} points)"
+        verb = "beats" if gap.mean > 0 else "is highest, but is beaten seed by seed by"
+        name = rival.label if rival.key == "sgd" else f"the next best, {rival.label},"
+        return f"{best.label} {verb} {name} by {stats.with_interval(gap)} points"
+
+    def _doubts(self, dataset: str, rows: Sequence[Row]) -> list[str]:
+        """Why no row may be called the best."""
+        doubts = []
+        tuned = [row.tuned_key in self._results.tuned.get(dataset, {}) for row in rows]
+        if not all(tuned):
+            doubts.append("not every learning rate was tuned" if any(tuned) else "no learning rate was tuned")
+        if len(set.intersection(*(set(self._cells[row.key, dataset].accuracies) for row in rows))) < stats.MIN_SEEDS:
+            doubts.append(f"fewer than {stats.MIN_SEEDS} seeds are common to all")
+        return doubts
+
+    @property
+    def setting(self) -> str:
+        """Net, images, epochs and seeds, as of the runs."""
+        configs = self._results.configs
+        images = sorted({int(run.start["train_images"]) for run in self._results.finished})
+        parts = [" and ".join(sorted({_net(c.model, c.width) for c in configs}))]
+        if images:
+            parts.append(f"{' and '.join(f'{n:,}' for n in images)} training images")
+        parts.append(f"{' and '.join(str(n) for n in sorted({c.epochs for c in configs}))} epochs")
+        parts.append(f"{len(self._results.seeds)} {plural(len(self._results.seeds), 'seed')}")
+        return ", ".join(parts)
+
+    @property
+    def scope(self) -> str:
+        """What was trained, and how far it compares with the paper's."""
+        sentences = [f"{self.setting}."]
+        if self._experiment.scale in ("smoke", "demo"):
+            sentences.append(self._experiment.scale_summary)
+        unknown = [self._titles[d] for d in self._experiment.datasets if not self._results.in_paper(d)]
+        smaller = any(c.model != "resnet18" or c.width != 1 or c.subset is not None for c in self._results.configs)
+        if unknown:
+            sentences.append(f"The paper has no numbers on {listed(unknown)}.")
+        if smaller and self._results.any_in_paper:
+            sentences.append(
+                "The paper trained ResNet-18 on all images, so its accuracies are printed for reference; "
+                "what can be compared is the order of the methods and the differences between them."
+            )
+        return " ".join(sentences)
+
+    @property
+    def tally(self) -> str:
+        """How many of the paper's differences are borne out."""
+        verdicts = Counter(d.verdict for d in self._results.differences if d.verdict)
+        total = sum(verdicts.values())
+        if not total:
+            return ""
+        names = listed([row.label for row in self._results.baselines])
+        same, opposite, open_ = (verdicts[verdict] for verdict in ("same sign", "opposite sign", "undecided"))
+        return (
+            f"Of the paper's {total} {plural(total, 'difference')} to {names} that were measured here, "
+            f"{same} {_have(same)} its sign, {opposite} the opposite one, and {open_} {_are(open_)} undecided: "
+            "the 95 % interval includes zero, or there is one seed."
+        )
+
+    @property
+    def gap_summary(self) -> str:
+        """How much is missing or went wrong, in one sentence; empty if nothing is."""
+        diverged = sum(len(cell.diverged) for cell in self._cells.values())
+        missing = sum(len(cell.missing) for cell in self._cells.values())
+        edges = len(self._results.edges)
+        parts = []
+        if diverged:
+            parts.append(f"{diverged} {plural(diverged, 'run')} diverged")
+        if missing:
+            parts.append(f"{missing} {plural(missing, 'run')} {_are(missing)} missing")
+        if edges:
+            parts.append(f"{edges} {plural(edges, 'learning rate')} {_are(edges)} at the edge of the sweep's grid")
+        return listed(parts)
+
+    @property
+    def gaps(self) -> tuple[str, ...]:
+        """What is missing or went wrong, one sentence each."""
+        sentences = []
+        for row in self._experiment.rows:
+            for dataset in self._experiment.datasets:
+                cell = self._cells[row.key, dataset]
+                name = f"{row.label} on {self._titles[dataset]}"
+                if cell.diverged:
+                    seeds = listed([str(seed) for seed in cell.diverged])
+                    sentences.append(
+                        f"{name}: {cell.caveat} diverged (seed {seeds}), counted with the accuracy of chance."
+                    )
+                if cell.missing and not cell.accuracies:
+                    sentences.append(f"{name}: no finished run.")
+                elif cell.missing:
+                    sentences.append(f"{name}: seed {listed([str(s) for s in cell.missing])} missing.")
+        for run in self._results.unfinished:
+            sentences.append(
+                f"Unfinished, not counted: {run.config.hash}, at epoch {len(run.epochs)} of {run.config.epochs}."
+            )
+        for row, dataset, lr in self._results.edges:
+            sentences.append(
+                f"{row.label} on {self._titles[dataset]}: the best learning rate of the sweep, {lr:g}, is at the edge "
+                "of its grid; the method may want one beyond it."
+            )
+        return tuple(sentences)
+
+    @property
+    def untuned(self) -> str:
+        """Which learning rates the sweep did not choose for their own row."""
+        names = {
+            d: [row.label for row in self._experiment.rows if row.tuned_key not in self._results.tuned.get(d, {})]
+            for d in self._experiment.datasets
+        }
+        if all(len(missing) == len(self._experiment.rows) for missing in names.values()):
+            return "The learning rates were not tuned: every method has its preset's."
+        sentences = [
+            f"Not tuned on {self._titles[d]}, with the preset's learning rate: {listed(missing)}."
+            for d, missing in names.items()
+            if missing
+        ]
+        for key in dict.fromkeys(row.lr_of for row in self._experiment.rows if row.lr_of):
+            takers = listed([row.label for row in self._experiment.rows if row.lr_of == key])
+            sentences.append(f"Not tuned, with the learning rate of {self._experiment.row(key).label}: {takers}.")
+        return " ".join(sentences)
+
+    @property
+    def guesses(self) -> tuple[str, ...]:
+        """What the paper does not say and is assumed here, the choice of the learning rates among it."""
+        tuning = (
+            f"Learning rates are chosen on a held-out tenth of the training set, by runs of "
+            f"{self._experiment.tune_epochs} {plural(self._experiment.tune_epochs, 'epoch')}, "
+            "with the same number of trials for every method."
+        )
+        tuned = any(self._results.tuned.values())
+        return tuple(filter(None, (*self._experiment.guesses, tuning if tuned else "", self.untuned)))
+
+
+def _net(model: str, width: float) -> str:
+    name = model.replace("resnet", "ResNet-")
+    return name if width == 1 else f"{name} at width {width:g}"
+
+
+def plural(count: int, noun: str) -> str:
+    """The noun, with an s unless there is one of it."""
+    return noun if count == 1 else f"{noun}s"
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def _have(count: int) -> str:
+    return "has" if count == 1 else "have"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words as a list in a sentence.
+
+    >>> listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)

@@ -1,0 +1,39 @@
+"""One run out of many, as a sweep, a table or a study trains them one after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from signstep.lab.training.checkpoint import RunBusy
+from signstep.lab.training.config import RunConfig
+from signstep.lab.training.loop import train
+from signstep.lab.training.watch import Watching
+
+__all__ = ["train_run"]
+
+
+def train_run(
+    config: RunConfig,
+    out: Path,
+    *,
+    data: Path | None = None,
+    device: str = "auto",
+    max_minutes: float | None = None,
+    watching: Watching | None = None,
+) -> Literal["done", "diverged", "stopped", "busy"]:
+    """Train one run, or go on with it; arguments as of `signstep.lab.training.loop.train`.
+
+    Returns:
+        "done", "diverged", "stopped" by the time limit, or "busy": another process is training this run.
+
+    Raises:
+        KeyboardInterrupt: a signal has stopped the run, which has its checkpoint; the series is to stop as well.
+    """
+    try:
+        status = train(config, out, data=data, device=device, max_minutes=max_minutes, watching=watching)
+    except RunBusy:
+        return "busy"
+    if status == "interrupted":
+        raise KeyboardInterrupt
+    return status

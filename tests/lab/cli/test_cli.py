@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
@@ -20,8 +19,9 @@ from signstep.lab.cli import COMMANDS, main
 from signstep.lab.cli.commands import Commands
 from signstep.lab.cli.data import say_where
 from signstep.lab.cli.train import default_config
-from signstep.lab.paper.experiments import default_lr, load
-from signstep.lab.training.config import Optimizer, RunConfig
+from signstep.lab.paper.experiments import load
+from signstep.lab.training.config import RunConfig
+from signstep.lab.training.optimizers import OPTIMIZERS
 
 TINY = ["--model", "resnet8", "--width", "0.25", "--subset", "128", "--batch-size", "64", "--epochs", "1"]
 
@@ -115,8 +115,8 @@ def test_every_option_of_train_has_a_help_text(capsys: pytest.CaptureFixture[str
     before = re.findall(r"(\S+) \(default:", text)
     assert len(before) > 40
     assert [word for word in before if not word.endswith(".")] == []
-    for optimizer in get_args(Optimizer):
-        assert re.search(rf"{optimizer} [a-z ]*{default_lr(optimizer):g}\b", text), optimizer
+    for optimizer in OPTIMIZERS:
+        assert re.search(rf"{optimizer} [a-z ]*{OPTIMIZERS[optimizer].lr:g}\b", text), optimizer
 
 
 def commands(of: Commands) -> list[tuple[str, str, str]]:

@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 
 from signstep.lab.paper import charts, experiments
 from signstep.lab.paper.experiments import Experiment, Row
-from signstep.lab.paper.report import write
+from signstep.lab.paper.report import to_dict, write
 from signstep.lab.paper.results import Results
+from signstep.lab.paper.sentences import Sentences
+from signstep.lab.paper.settings import environment as report_environment
 from signstep.lab.training.records import Run
 
 COMMANDS = ["signstep sweep table1 --scale cpu", 'signstep report table1 --scale cpu # <&">']
@@ -216,17 +218,17 @@ def test_tuned_learning_rates_choose_the_runs(tmp_path: Path) -> None:
     sgd = experiment.row("sgd")
     runs = by_hash(run(sgd, "cifar10", 0, 60.0), run(sgd, "cifar10", 0, 99.0, lr=0.0123))
     choices = {"cifar10": {"sgd": {"lr": 0.0123, "trials": []}}}
-    assert Results(experiment, runs, {}, []).cells["sgd", "cifar10"].accuracies == pytest.approx({0: 60.0})
-    assert Results(experiment, runs, choices, []).cells["sgd", "cifar10"].accuracies == pytest.approx({0: 99.0})
+    assert Results(experiment, runs, {}).cells["sgd", "cifar10"].accuracies == pytest.approx({0: 60.0})
+    assert Results(experiment, runs, choices).cells["sgd", "cifar10"].accuracies == pytest.approx({0: 99.0})
     tuning = by_hash(Run(sgd.tuning_config("cifar10", sgd.lr), {}, [], {"status": "done"}))
-    assert Results(experiment, tuning, {}, []).seeds == ()
+    assert Results(experiment, tuning, {}).seeds == ()
 
 
 def test_curve_ends_at_the_table_number(page: Path, table1: Experiment) -> None:
     row = table1.row("sgd")
     values = {0: 60.0, 1: None, 2: 64.0}
-    results = Results(table1, by_hash(*(run(row, "cifar100", s, v) for s, v in values.items())), {}, [])
-    (curve,) = results.curves("cifar100")
+    results = Results(table1, by_hash(*(run(row, "cifar100", s, v) for s, v in values.items())), {})
+    (curve,) = charts.curves(results, "cifar100")
     assert curve.estimates[-1] == results.cells["sgd", "cifar100"].estimate
     assert curve.estimates[-1].mean == pytest.approx((60 + 1 + 64) / 3)
     assert curve.epochs[-1] == row.config("cifar100").epochs
@@ -275,23 +277,23 @@ def test_the_headline_names_a_winner_only_of_tuned_rates_and_three_seeds(tuned: 
     experiment = experiments.load("fig2", scale="demo", datasets=["fashion-mnist"])
     runs = full(experiment, {(row.key, "fashion-mnist", seed): 60.0 + 3 * i + 0.1 * seed * i
                              for i, row in enumerate(experiment.rows) for seed in range(seeds)})  # fmt: skip
-    results = Results(experiment, runs, all_tuned(experiment) if tuned else {}, [])
+    results = Results(experiment, runs, all_tuned(experiment) if tuned else {})
     if reason:
         low, high = "60.00", "66.20" if seeds == 3 else "66.10"
         assert (
-            results.headline
+            Sentences(results).headline
             == f"On Fashion-MNIST, 3 methods reach {low} to {high} %, which ranks none of them: {reason}."
         )
     else:
-        assert results.headline.startswith("On Fashion-MNIST, Hybrid (SignSGD-M → SGD) beats SGD by 6.20 ±")
+        assert Sentences(results).headline.startswith("On Fashion-MNIST, Hybrid (SignSGD-M → SGD) beats SGD by 6.20 ±")
 
 
 def test_one_method_with_fewer_seeds_leaves_the_order_open() -> None:
     experiment = experiments.load("fig2", scale="cpu")
     values = accuracies(experiment, 3)
     del values["signsgd", "cifar10", 1]
-    results = Results(experiment, full(experiment, values), all_tuned(experiment), [])
-    assert results.headline.endswith("ranks none of them: fewer than 3 seeds are common to all.")
+    results = Results(experiment, full(experiment, values), all_tuned(experiment))
+    assert Sentences(results).headline.endswith("ranks none of them: fewer than 3 seeds are common to all.")
 
 
 def test_the_recipe_says_whether_rates_were_tuned(tmp_path: Path) -> None:
@@ -313,7 +315,7 @@ def test_what_some_runs_recorded_is_not_said_of_all() -> None:
     experiment = experiments.load("fig2", scale="cpu")
     runs = [run(experiment.row("sgd"), "cifar10", seed, 60.0 + seed) for seed in range(3)]
     runs[2].start["environment"] = RECORDED | {"git": "abc", "torch": "2.6.0"}
-    environment = Results(experiment, by_hash(*runs), {}, []).environment
+    environment = report_environment(Results(experiment, by_hash(*runs), {}))
     assert (environment["git"], environment["device"]) == ("abc (1 run)", "cpu")
     assert environment["torch"] == "2.13.0 (2 runs), 2.6.0 (1 run)"
 
@@ -325,8 +327,8 @@ def test_rows_that_take_anothers_rate_say_so(tmp_path: Path) -> None:
     values = accuracies(experiment, 3)
     runs = by_hash(*(run(experiment.row(key), d, seed, v, lr=lr) for (key, d, seed), v in values.items()))
     page = write(experiment, runs, tmp_path, tuned=every, commands=[])
-    results = Results(experiment, runs, every, [])
-    assert "SignSGD-M, int8 momentum beats the next best" in results.headline
+    results = Results(experiment, runs, every)
+    assert "SignSGD-M, int8 momentum beats the next best" in Sentences(results).headline
     takers = "SignSGD-M, bfloat16 momentum and SignSGD-M, int8 momentum"
     words = f"Not tuned, with the learning rate of SignSGD-M: {takers}."
     for file in (page, page.with_suffix(".md")):
@@ -396,8 +398,8 @@ def _situations(draw: st.DrawFn) -> tuple[Experiment, dict[str, Run], dict[tuple
 @settings(max_examples=30, deadline=None)
 def test_any_situation_is_reported_as_it_is(situation: Any) -> None:
     experiment, runs, finished = situation
-    results = Results(experiment, runs, {}, [])
-    found = json.loads(json.dumps(results.to_dict(), allow_nan=False))
+    results = Results(experiment, runs, {})
+    found = json.loads(json.dumps(to_dict(results, []), allow_nan=False))
     for row in found["rows"]:
         for dataset, cell in row["cells"].items():
             chance = 1.0 if dataset == "cifar100" else 10.0
@@ -410,7 +412,9 @@ def test_any_situation_is_reported_as_it_is(situation: Any) -> None:
             assert cell["n"] == (len(mine) if measured else 0)
             assert (cell["mean"] is not None) == measured
             assert (cell["low"] is not None) == (measured and len(mine) > 1)
-    assert all(math.isfinite(e.mean) for d in experiment.datasets for c in results.curves(d) for e in c.estimates)
+    assert all(
+        math.isfinite(e.mean) for d in experiment.datasets for c in charts.curves(results, d) for e in c.estimates
+    )
     assert found["headline"].endswith(".")
 
 
@@ -473,8 +477,8 @@ def test_contrast_of_text_and_marks_in_both_schemes(page: Path) -> None:
 @pytest.mark.parametrize(("seeds", "bands", "thin"), [(1, 0, 0), (2, 0, 2), (3, 1, 0)])
 def test_two_seeds_are_two_thin_lines_and_three_a_band(seeds: int, bands: int, thin: int) -> None:
     experiment = experiments.load("fig2", scale="cpu")
-    lines = Results(experiment, full(experiment, accuracies(experiment, seeds)), {}, []).curves("cifar10")
-    axes = charts.curves(lines, switches=[], epochs=6).axes[0]
+    lines = charts.curves(Results(experiment, full(experiment, accuracies(experiment, seeds)), {}), "cifar10")
+    axes = charts.draw_curves(lines, switches=[], epochs=6).axes[0]
     assert len(axes.collections) == bands * len(lines)
     assert sum(drawn.get_linewidth() < 1 for drawn in axes.lines) == thin * len(lines)
     low, high = axes.get_ylim()
@@ -484,9 +488,8 @@ def test_two_seeds_are_two_thin_lines_and_three_a_band(seeds: int, bands: int, t
 def test_a_diverged_one_of_two_seeds_goes_on_at_chance() -> None:
     experiment = experiments.load("fig2", scale="cpu")
     row = experiment.row("sgd")
-    (curve,) = Results(experiment, by_hash(run(row, "cifar10", 0, 60.0), run(row, "cifar10", 1, None)), {}, []).curves(
-        "cifar10"
-    )
+    runs = by_hash(run(row, "cifar10", 0, 60.0), run(row, "cifar10", 1, None))
+    (curve,) = charts.curves(Results(experiment, runs, {}), "cifar10")
     assert [list(values) for values in curve.runs] == [list(curve.epochs)] * 2
     assert set(curve.runs[1].values()) == {10.0}
     for at, epoch in enumerate(curve.epochs):

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from signstep.lab.paper import reproduce as reproducing
 from signstep.lab.paper.experiments import OF_THE_PAPER, load, load_all
-from signstep.lab.paper.reproduce import planned, reproduce
-from signstep.lab.paper.sweep import learning_rate
+from signstep.lab.paper.plan import first_seeds, plan
+from signstep.lab.paper.reproduce import reproduce
+from signstep.lab.paper.tuned import learning_rate
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.records import is_done
 
@@ -30,7 +32,7 @@ class FakeLab:
         self.answers: dict[str, str] = {}
         self.budget = math.inf
 
-    def train(self, config: RunConfig, out: Path, minutes: float | None) -> str:
+    def train(self, config: RunConfig, out: Path, **options: object) -> str:
         assert out.name == "runs"
         if config.hash in self.answers:
             return self.answers[config.hash]
@@ -42,14 +44,11 @@ class FakeLab:
         return "done"
 
     def reproduce(self, experiments: Any, **options: Any) -> bool:
-        return reproduce(
-            experiments,
-            Path("results"),
-            train=self.train,
-            done=lambda path: path.stem in self.finished,
-            say=self.says.append,
-            **{"seeds": 2, "tuned": {}, **options},
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reproducing, "train_run", self.train)
+            patch.setattr(reproducing, "is_done", lambda path: path.stem in self.finished)
+            options = {"seeds": 2, "tuned": {}, **options}
+            return reproduce(experiments, Path("results"), say=self.says.append, **options)
 
 
 def test_seed_0_of_every_row_comes_first() -> None:
@@ -67,8 +66,8 @@ def test_seed_0_of_every_row_comes_first() -> None:
 
 def test_tuned_learning_rates_are_used_and_the_others_named() -> None:
     tuned = {"digits": {"sgd": {"lr": 0.5}}, "cifar10": {"sgd": {"lr": 7.0}}}
-    assert learning_rate(TABLE, "sgd", "digits", tuned) == 0.5
-    assert learning_rate(TABLE, "sgd", "mnist", tuned) == TABLE.row("sgd").lr
+    assert learning_rate(TABLE.row("sgd"), "digits", tuned) == 0.5
+    assert learning_rate(TABLE.row("sgd"), "mnist", tuned) == TABLE.row("sgd").lr
     lab = FakeLab()
     lab.reproduce([TABLE], seeds=1, tuned=tuned)
     assert [c.lr for c in lab.trained if c.optimizer == "sgd"] == [0.5, 0.1]
@@ -79,10 +78,10 @@ def test_tuned_learning_rates_are_used_and_the_others_named() -> None:
 
 def test_a_run_that_several_experiments_need_is_trained_once() -> None:
     everything = load_all("all", scale="smoke", recipe="strong", datasets=["cifar100"])
-    runs = planned(everything, 1, {})
+    runs = plan(everything, [0], {})
     assert len(runs) < sum(len(e.rows) for e in everything)
     needed = {row.config("cifar100").hash for e in everything for row in e.rows}
-    assert set(runs) == needed
+    assert {each.config.hash for each in runs} == needed
     assert [e.name for e in everything] == list(OF_THE_PAPER)
 
 
@@ -90,7 +89,7 @@ def test_a_run_that_several_experiments_need_is_trained_once() -> None:
 def test_shards_cover_every_run_exactly_once(count: int) -> None:
     lab = FakeLab()
     results = [lab.reproduce([TABLE], shard=(index, count)) for index in range(count)]
-    assert {c.hash for c in lab.trained} == set(planned([TABLE], 2, {}))
+    assert {c.hash for c in lab.trained} == {each.config.hash for each in plan([TABLE], range(2), {})}
     assert len(lab.trained) == len(lab.finished)
     assert results[-1]
 
@@ -99,7 +98,7 @@ def test_it_stops_and_goes_on_without_repeating_a_run() -> None:
     lab = FakeLab()
     lab.budget = 5
     assert not lab.reproduce([TABLE])
-    total = len(planned([TABLE], 2, {}))
+    total = len(plan([TABLE], range(2), {}))
     assert lab.says[-1].startswith(f"{total - 5} of {total} runs are left, the next one: ")
     assert lab.says[-1].endswith("The same command goes on with them.")
     lab.budget = math.inf
@@ -124,7 +123,7 @@ def test_a_busy_run_is_left_to_the_other_process_and_counted_as_missing() -> Non
 
 def test_the_number_of_seeds_must_be_positive() -> None:
     with pytest.raises(ValueError, match="seeds=0: expected at least 1"):
-        planned([TABLE], 0, {})
+        first_seeds(0)
 
 
 def test_only_a_record_with_an_end_is_done(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from signstep.lab.paper import sweep as sweeping
 from signstep.lab.paper.experiments import Experiment, grid_point, load
-from signstep.lab.paper.sweep import MAX_EXTENSIONS, learning_rate, read_tuned, search, sweep
+from signstep.lab.paper.sweep import MAX_EXTENSIONS, search, sweep
+from signstep.lab.paper.tuned import learning_rate, read_tuned
 from signstep.lab.training.config import RunConfig
 
 
@@ -36,7 +38,7 @@ class FakeLab:
         self.refuse: dict[str, str] = {}
         self.budget = math.inf
 
-    def train(self, config: RunConfig, out: Path, minutes: float | None) -> str:
+    def train(self, config: RunConfig, out: Path, **options: object) -> str:
         assert out.name == "tune"
         if config.hash in self.refuse:
             return self.refuse[config.hash]
@@ -48,14 +50,10 @@ class FakeLab:
         return "diverged" if self.records[config.hash].diverged else "done"
 
     def sweep(self, experiments: list[Experiment], folder: Path, **options: object) -> bool:
-        return sweep(
-            experiments,
-            folder,
-            train=self.train,
-            read=lambda out: self.records,
-            say=self.says.append,
-            **options,  # type: ignore[arg-type]
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sweeping, "train_run", self.train)
+            patch.setattr(sweeping, "read_runs", lambda out: self.records)
+            return sweep(experiments, folder, say=self.says.append, **options)  # type: ignore[arg-type]
 
 
 def peak_at(lr: float) -> Callable[[RunConfig], FakeRecord]:
@@ -187,8 +185,8 @@ def test_a_row_that_takes_anothers_rate_has_no_trials(tmp_path: Path) -> None:
     assert {config.state_dtype for config in lab.trained} == {None}
     tuned = read_tuned(tmp_path)
     assert set(tuned["digits"]) == {"signsgd"}
-    assert {learning_rate(experiment, row.key, "digits", tuned) for row in experiment.rows} == {0.001}
-    assert {learning_rate(experiment, row.key, "digits", {}) for row in experiment.rows} == {3.16e-3}
+    assert {learning_rate(row, "digits", tuned) for row in experiment.rows} == {0.001}
+    assert {learning_rate(row, "digits", {}) for row in experiment.rows} == {3.16e-3}
 
 
 def test_an_incomplete_sweep_names_what_is_missing_and_keeps_what_is_done(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,9 @@ from signstep.lab.cli.data import say_where
 from signstep.lab.errors import BadInput
 from signstep.lab.paper import experiments
 from signstep.lab.paper.experiments import Experiment, Name, Recipe, Scale
-from signstep.lab.training.config import Dataset, RunConfig
+from signstep.lab.training.config import Dataset
 
-__all__ = ["ExperimentOptions", "Trainer", "TrainingOptions"]
+__all__ = ["ExperimentOptions", "TrainingOptions"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class ExperimentOptions:
     def write_reports(self, chosen: Sequence[Experiment], seeds: int) -> None:
         """Write what the runs in `folder` show, and name the reports."""
         from signstep.lab.paper.reproduce import write_reports
-        from signstep.lab.paper.sweep import read_tuned
+        from signstep.lab.paper.tuned import read_tuned
 
         tuned = read_tuned(self.folder)
         keys = {(dataset, row.key) for e in chosen for dataset in e.datasets for row in e.rows}
@@ -101,25 +100,3 @@ class TrainingOptions(ExperimentOptions):
         chosen = self.load()
         say_where({dataset for e in chosen for dataset in e.datasets}, self.data)
         return chosen, shard
-
-
-@dataclass(frozen=True)
-class Trainer:
-    """`signstep.lab.training.loop.train` with a command's options, as sweep and reproduce call it."""
-
-    data: Path | None
-    device: str
-
-    def __call__(self, config: RunConfig, out: Path, minutes: float | None) -> str:
-        """Train a run; "busy" where another process does."""
-        from signstep.lab.training.loop import RunBusy, train
-
-        started = time.monotonic()
-        try:
-            status = train(config, out, data=self.data, device=self.device, max_minutes=minutes)
-        except RunBusy:
-            return "busy"
-        # The loop stops at its time limit or at a signal, and says "stopped" for both.
-        if status == "stopped" and (minutes is None or time.monotonic() - started < 60 * minutes):
-            raise KeyboardInterrupt
-        return status

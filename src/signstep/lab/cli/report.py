@@ -20,12 +20,12 @@ class Report(ExperimentOptions):
 
     def run(self) -> int:
         """Write; the exit code."""
-        from signstep.lab.paper.reproduce import planned
-        from signstep.lab.paper.sweep import read_tuned
+        from signstep.lab.paper.plan import first_seeds, plan
+        from signstep.lab.paper.tuned import read_tuned
 
         chosen = self.load()
-        wanted = planned(chosen, self.seeds, read_tuned(self.folder))
-        if not any((self.folder / "runs" / f"{key}.jsonl").exists() for key in wanted):
+        wanted = plan(chosen, first_seeds(self.seeds), read_tuned(self.folder))
+        if not any((self.folder / "runs" / f"{each.config.hash}.jsonl").exists() for each in wanted):
             out = [] if self.out == Report().out else ["--out", str(self.out)]
             first = shlex.join(["signstep", "reproduce", *self.which, *out])
             raise BadInput(f"{self.folder / 'runs'} has none of the runs to report: train them first, with {first}")

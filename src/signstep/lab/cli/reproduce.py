@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from signstep.lab.cli.experiments import Trainer, TrainingOptions
+from signstep.lab.cli.experiments import TrainingOptions
 
 __all__ = ["Reproduce"]
 
@@ -19,8 +19,7 @@ class Reproduce(TrainingOptions):
     def run(self) -> int:
         """Train what is missing and write; the exit code."""
         from signstep.lab.paper.reproduce import reproduce
-        from signstep.lab.paper.sweep import read_tuned
-        from signstep.lab.training.records import is_done
+        from signstep.lab.paper.tuned import read_tuned
 
         chosen, shard = self.begin()
         reproduce(
@@ -28,8 +27,8 @@ class Reproduce(TrainingOptions):
             self.folder,
             seeds=self.seeds,
             tuned=read_tuned(self.folder),
-            train=Trainer(self.data, self.device),
-            done=is_done,
+            data=self.data,
+            device=self.device,
             max_minutes=self.max_minutes,
             shard=shard,
         )

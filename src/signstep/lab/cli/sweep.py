@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from signstep.lab.cli.experiments import Trainer, TrainingOptions
+from signstep.lab.cli.experiments import TrainingOptions
 
 __all__ = ["Sweep"]
 
@@ -19,14 +19,13 @@ class Sweep(TrainingOptions):
     def run(self) -> int:
         """Do the trials that are missing; the exit code."""
         from signstep.lab.paper.sweep import sweep
-        from signstep.lab.training.records import read_runs
 
         chosen, shard = self.begin()
         over = sweep(
             chosen,
             self.folder,
-            train=Trainer(self.data, self.device),
-            read=read_runs,
+            data=self.data,
+            device=self.device,
             trials=self.trials,
             max_minutes=self.max_minutes,
             shard=shard,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,8 @@ from signstep.lab.cli.commands import parse
 from signstep.lab.cli.data import say_where
 from signstep.lab.paper import experiments
 from signstep.lab.paper.experiments import Name, Recipe, Scale
-from signstep.lab.training.config import Dataset, Optimizer, Reduce, RunConfig
+from signstep.lab.training.config import Dataset, Reduce, RunConfig
+from signstep.lab.training.optimizers import OPTIMIZERS, OptimizerName
 
 __all__ = ["Train", "default_config", "main"]
 
@@ -77,7 +77,6 @@ class Train(Preset):
         first = os.environ.get("RANK", "0") == "0"
         if first:
             say_where([config.dataset], self.data)
-        started = time.monotonic()
         status = train(
             config,
             self.out,
@@ -91,10 +90,9 @@ class Train(Preset):
         if not first:
             return 0
         path = self.out / f"{config.hash}.jsonl"
-        if status == "stopped":
+        if status in ("stopped", "interrupted"):
             print(f"stopped; the same command goes on with {path}")
-            limit = self.max_minutes is not None and time.monotonic() - started >= 60 * self.max_minutes
-            return 0 if limit else _INTERRUPTED
+            return 0 if status == "stopped" else _INTERRUPTED
         run = read_run(path)
         if run.diverged:
             assert run.end is not None
@@ -109,7 +107,7 @@ class _Chosen(Preset):
     """The options that the defaults of the others depend on."""
 
     dataset: Dataset = "cifar10"
-    optimizer: Optimizer | None = None
+    optimizer: OptimizerName | None = None
     reduce: Reduce = "mean"
 
 
@@ -135,7 +133,7 @@ def default_config(arguments: Sequence[str]) -> RunConfig:
         )
         config = experiment.row(key).config(chosen.dataset)
     if chosen.optimizer is not None and chosen.optimizer != config.optimizer:
-        config = replace(config, lr=experiments.default_lr(chosen.optimizer))
+        config = replace(config, lr=OPTIMIZERS[chosen.optimizer].lr)
     if (chosen.vote or chosen.reduce != "mean") and "WORLD_SIZE" in os.environ:
         config = replace(config, workers=int(os.environ["WORLD_SIZE"]))
     return config

@@ -18,7 +18,7 @@ from typing import Any, Literal, cast
 
 from signstep.lab.errors import BadInput
 from signstep.lab.training.config import Dataset, RunConfig
-from signstep.lab.training.optimizers import OPTIMIZERS, OptimizerName
+from signstep.lab.training.optimizers import OPTIMIZERS
 
 Name = Literal["table1", "fig1", "fig2", "fig3", "beyond", "state"]
 Scale = Literal["smoke", "demo", "cpu", "full"]
@@ -42,10 +42,6 @@ def grid_point(index: int) -> float:
     [0.001, 0.00316, 0.01]
     """
     return float(f"{10 ** (index / 2):.3g}")
-
-
-def default_lr(optimizer: OptimizerName) -> float:
-    return OPTIMIZERS[optimizer].lr
 
 
 @dataclass(frozen=True)

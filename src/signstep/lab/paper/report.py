@@ -61,13 +61,13 @@ def _drawings(results: Results) -> Iterator[_Drawing]:
                     f"{d.label} {d.text}{'' if d.paper is None else f' (paper {stats.paper_number(d.paper)})'}"
                     for d in dots
                 ]
-                axis = unit if zero else f"{what}, {unit}"
+                draw = partial(charts.draw_dots, dots, axis=unit if zero else f"{what}, {unit}", zero=zero)
                 yield _Drawing(
                     dataset,
                     kind,
                     title,
                     f"{title}, {unit}: {'; '.join(words)}.",
-                    partial(charts.draw_dots, dots, axis=axis, zero=zero),
+                    draw,
                 )
 
 

@@ -190,7 +190,7 @@ class ByzantineStudy:
             model="resnet8",
             width=self.width,
             stem="imagenet",
-            optimizer=optimizer,  # type: ignore[arg-type]
+            optimizer=optimizer,
             lr=lr,
             warmup=0.05,
             epochs=self.epochs,

@@ -23,12 +23,12 @@ from signstep.lab.output.files import write_text
 from signstep.lab.output.tables import markdown_table
 from signstep.lab.paper import experiments
 from signstep.lab.paper.experiments import Name
-from signstep.lab.paper.sweep import read_tuned
+from signstep.lab.paper.tuned import learning_rate, read_tuned
 from signstep.lab.studies import monitor_figures, monitor_page
 from signstep.lab.studies.monitor_numbers import at
 from signstep.lab.training.config import Dataset, RunConfig
-from signstep.lab.training.loop import train
 from signstep.lab.training.records import is_done, read_run
+from signstep.lab.training.series import train_run
 from signstep.lab.training.watch import Watching
 from signstep.monitor.sinks import read
 
@@ -133,9 +133,7 @@ class MonitorStudy:
                 continue
             print(f"{each.dataset}, {each.label}: {each.config.hash}", flush=True)
             watching = Watching(self.every, self.micro_batches, self.micro_batches * self.micro_batch_size)
-            status = train(each.config, each.folder, data=self.data, watching=watching)
-            if status == "stopped":
-                raise KeyboardInterrupt
+            train_run(each.config, each.folder, data=self.data, watching=watching)
         missing = [each for each in planned if not each.done]
         if missing:
             print(f"{len(missing)} of {len(planned)} runs are still missing: no figures yet")
@@ -158,9 +156,8 @@ class MonitorStudy:
                     raise BadInput(f"method {method!r}: expected one of {', '.join(WATCHED_METHODS)}")
                 experiment, label = WATCHED_METHODS[method]
                 row = experiments.load(experiment, scale="cpu", datasets=[dataset]).row(method)
-                lr = tuned.get(dataset, {}).get(row.tuned_key, {}).get("lr")
                 # The monitor's batch size is another one than the run's: compiling for both takes longer than the run.
-                config = replace(row.config(dataset, lr=lr), compile=False)
+                config = replace(row.config(dataset, lr=learning_rate(row, dataset, tuned)), compile=False)
                 yield WatchedRun(dataset, method, label, config, self.out / "runs")
 
     def _check(self, watched: WatchedRun) -> None:

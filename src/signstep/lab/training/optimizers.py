@@ -1,7 +1,7 @@
 """The optimizers that a run can have: for each its class, its options, and the learning rate it has by default.
 
 The names of `RunConfig.optimizer`, the check of its options, the presets' learning rates and the optimizer itself all
-derive from `OPTIMIZERS`: a new optimizer is a name and an entry here. What an option does is said at its field of
+derive from `OPTIMIZERS`: a new optimizer is an entry there. What an option does is said at its field of
 `RunConfig`. Nothing here imports torch, so that a command's help need not wait for it.
 """
 
@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 __all__ = ["OPTIMIZERS", "KnownOptimizer", "OptimizerName"]
-
-OptimizerName = Literal["sgd", "adam", "adamw", "signsgd", "hybrid"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,15 @@ class KnownOptimizer:
 _SIGN_OPTIONS = ("momentum", "dither", "dither_decay", "dither_position", "dither_scale", "state_dtype")
 _HYBRID_OPTIONS = ("switch", "calibration", "ema_decay", "sgd_momentum")
 
-OPTIMIZERS: dict[OptimizerName, KnownOptimizer] = {
+OPTIMIZERS: dict[str, KnownOptimizer] = {
     "sgd": KnownOptimizer("torch.optim.SGD", 0.1, ("momentum", "nesterov"), {"momentum": 0.9}),
     "adam": KnownOptimizer("torch.optim.Adam", 1e-3),
     "adamw": KnownOptimizer("torch.optim.AdamW", 1e-3),
     "signsgd": KnownOptimizer("signstep.optim.SignSGD", 3.16e-3, _SIGN_OPTIONS, signs=True),
     "hybrid": KnownOptimizer("signstep.optim.HybridSignSGD", 3.16e-3, _SIGN_OPTIONS + _HYBRID_OPTIONS, signs=True),
 }
+
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]

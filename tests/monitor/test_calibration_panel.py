@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import ndtr
-from torch import Tensor, nn
+from torch import nn
 
 import references
+from measured import SHAPES, give, measured, measured_step, parameters, small_gradients
 from signstep import HybridSignSGD, SignSGD
 from signstep.distributed.simulation import SimulatedVote
 from signstep.monitor.calibration_panel import DECAY, RATE_RULES, CalibrationPanel, wilson
 
 Array = npt.NDArray[np.float64]
-SHAPES = {"weight": (7, 5), "bias": (7,), "scale": ()}
 
 
 class CalibrationReference:
@@ -68,31 +68,6 @@ class CalibrationReference:
         }
 
 
-def _params(seed: int = 0) -> dict[str, nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return {n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in SHAPES.items()}
-
-
-def _gradients(step: int, drift: float = 0.3) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1000 + step)
-    return {n: 0.01 * (drift + torch.randn(s, generator=generator)) for n, s in SHAPES.items()}
-
-
-def _measured_step(
-    panel: CalibrationPanel,
-    optimizer: torch.optim.Optimizer,
-    params: dict[str, nn.Parameter],
-    gradients: dict[str, Tensor],
-) -> dict[str, Any]:
-    for name, p in params.items():
-        p.grad = gradients.get(name)
-    panel.before_step(optimizer)
-    optimizer.step()
-    record = panel.after_step(optimizer)
-    json.dumps(record, allow_nan=False)
-    return record
-
-
 def _approx(values: dict[str, float | None], rel: float = 1e-4) -> dict[str, Any]:
     return {name: None if x is None else pytest.approx(x, rel=rel, abs=1e-12) for name, x in values.items()}
 
@@ -114,7 +89,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_every_rule_is_its_formula(case: str, drift: float) -> None:
     """On a trajectory with a learning rate that changes, at this step and on average."""
     options = {"lr": 2e-3, "momentum": 0.9, "seed": 3} | OPTIONS[case]
-    params = _params()
+    params = parameters()
     optimizer = SignSGD(params.values(), **options)
     steps = references.SignSGDReference([p.detach().double().numpy() for p in params.values()], **options)
     reference = CalibrationReference(steps)
@@ -122,8 +97,8 @@ def test_every_rule_is_its_formula(case: str, drift: float) -> None:
     for k in range(12):
         lr = 2e-3 * (1 + 0.5 * math.sin(k))
         optimizer.param_groups[0]["lr"] = lr
-        gradients = _gradients(k, drift)
-        record = _measured_step(panel, optimizer, params, gradients)
+        gradients = small_gradients(k, drift=drift)
+        record = measured_step(panel, optimizer, params, gradients)
         reference.step([g.double().numpy() for g in gradients.values()], lr)
         assert record["average"] == _approx(reference.rules())
         assert record["groups"][0] == {"lr": lr} | record["average"]
@@ -145,12 +120,12 @@ def test_every_rule_is_its_formula(case: str, drift: float) -> None:
 @pytest.mark.parametrize("rule", ["paper", "ratio", "applied"])
 @pytest.mark.parametrize("options", [{}, {"dither": 1e-4}, {"weight_decay": 0.1, "decoupled_weight_decay": False}])
 def test_the_average_over_every_step_is_the_optimizers(rule: str, options: dict[str, Any]) -> None:
-    params = _params()
+    params = parameters()
     optimizer = HybridSignSGD(params.values(), lr=1e-3, ema_decay=DECAY, calibration=rule, **options)
     panel = CalibrationPanel()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.3)
     for k in range(15):
-        record = _measured_step(panel, optimizer, params, _gradients(k))
+        record = measured_step(panel, optimizer, params, small_gradients(k))
         # Eq. (12)'s average starts at 0 and is not corrected for it.
         start = 1 - DECAY ** (k + 1) if rule == "paper" else 1.0
         assert record["average"][rule] * start == pytest.approx(optimizer.calibrated_lr, rel=1e-4)
@@ -159,13 +134,13 @@ def test_the_average_over_every_step_is_the_optimizers(rule: str, options: dict[
 
 
 def test_several_groups_have_their_own_rates_and_one_for_all() -> None:
-    params = _params()
+    params = parameters()
     groups = [{"params": [params["weight"]]}, {"params": [params["bias"], params["scale"]], "lr": 5e-2}]
     optimizer = HybridSignSGD(groups, lr=1e-3, ema_decay=DECAY, calibration="ratio")
     panel = CalibrationPanel({p: n for n, p in params.items()})
     for k in range(6):
-        gradients = _gradients(k) if k != 3 else {"weight": _gradients(k)["weight"]}
-        record = _measured_step(panel, optimizer, params, gradients)
+        gradients = small_gradients(k) if k != 3 else {"weight": small_gradients(k)["weight"]}
+        record = measured_step(panel, optimizer, params, gradients)
     rates = optimizer.calibrated_lr
     assert [g["ratio"] for g in record["groups"]] == pytest.approx(rates, rel=1e-4)
     assert min(rates) < record["average"]["ratio"] < max(rates)
@@ -182,13 +157,13 @@ def test_several_groups_have_their_own_rates_and_one_for_all() -> None:
 
 
 def test_layers() -> None:
-    params = _params()
+    params = parameters()
     optimizer = SignSGD(params.values(), lr=1e-3)
     panel = CalibrationPanel({params["bias"]: "bias"})
-    _measured_step(panel, optimizer, params, _gradients(0))
+    measured_step(panel, optimizer, params, small_gradients(0))
     before = optimizer.state[params["bias"]]["exp_avg"].clone().sign()
-    record = _measured_step(panel, optimizer, params, _gradients(1))
-    g, s = _gradients(1)["bias"], optimizer.state[params["bias"]]["exp_avg"].sign()
+    record = measured_step(panel, optimizer, params, small_gradients(1))
+    g, s = small_gradients(1)["bias"], optimizer.state[params["bias"]]["exp_avg"].sign()
     assert list(record["layers"]) == ["bias"]
     layer = record["layers"]["bias"]
     assert layer["cosine"] == pytest.approx(float(s @ g / s.norm() / g.norm()), rel=1e-5)
@@ -206,9 +181,7 @@ def test_noise_without_signal_by_the_law_of_the_docstring() -> None:
     cosines, lagged = [], []
     for _ in range(60):
         p.grad = rms * torch.randn(size, generator=generator)
-        panel.before_step(optimizer)
-        optimizer.step()
-        record = panel.after_step(optimizer)
+        record = measured(panel, optimizer)
         cosines.append(record["cosine"])
         lagged.append(record["lagged_cosine"])
     law = math.sqrt(2 / math.pi) * math.sqrt(1 - beta**2)
@@ -220,21 +193,21 @@ def test_noise_without_signal_by_the_law_of_the_docstring() -> None:
 
 
 def test_advice_on_the_start_of_the_papers_average() -> None:
-    params = _params()
+    params = parameters()
     optimizer = HybridSignSGD(params.values(), lr=1e-3)
     panel = CalibrationPanel()
     for _ in range(8):
-        record = _measured_step(panel, optimizer, params, _gradients(0))
+        record = measured_step(panel, optimizer, params, small_gradients(0))
     assert optimizer.calibrated_lr == pytest.approx((1 - 0.99**8) * record["average"]["paper"], rel=1e-4)
     assert "starts at 0, and has come to 8% of the rate" in record["advice"]
 
 
 def test_a_steady_gradient_needs_no_caution() -> None:
-    params = _params()
+    params = parameters()
     optimizer = HybridSignSGD(params.values(), lr=1e-3, calibration="ratio")
     panel = CalibrationPanel()
     for _ in range(8):
-        record = _measured_step(panel, optimizer, params, _gradients(0))
+        record = measured_step(panel, optimizer, params, small_gradients(0))
     said = f"calibration: switch() now would go on with SGD at lr {optimizer.calibrated_lr:.3g} (rule 'ratio')"
     assert record["advice"].startswith(said)
     assert ";" not in record["advice"]
@@ -248,9 +221,7 @@ def test_advice_on_the_absolute_value_and_on_dither() -> None:
     panel = CalibrationPanel()
     for k in range(100):
         p.grad = torch.full((40,), 1.0 if k % 5 != 2 else -1.0)
-        panel.before_step(optimizer)
-        optimizer.step()
-        record = panel.after_step(optimizer)
+        record = measured(panel, optimizer)
     average = record["average"]
     assert average["paper"] == pytest.approx(1e-3, rel=1e-5)
     assert average["ratio"] == pytest.approx(0.6e-3, rel=0.2)
@@ -259,12 +230,12 @@ def test_advice_on_the_absolute_value_and_on_dither() -> None:
 
 
 def test_advice_where_steps_point_uphill() -> None:
-    params = _params()
+    params = parameters()
     optimizer = SignSGD(params.values(), momentum=0.99)
     panel = CalibrationPanel()
     for k in range(12):  # the gradient turns, and the momentum does not
-        turned = {n: (1 if k == 0 else -0.01) * g for n, g in _gradients(0).items()}
-        record = _measured_step(panel, optimizer, params, turned)
+        turned = {n: (1 if k == 0 else -0.01) * g for n, g in small_gradients(0).items()}
+        record = measured_step(panel, optimizer, params, turned)
     assert record["negative"][0] > 0.9
     assert record["now"]["ratio"] == 0
     assert record["now"]["swats"] is None
@@ -289,18 +260,18 @@ def test_wilsons_interval_is_scipys(times: int, more: int) -> None:
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_other_optimizers_by_the_sign_of_their_momentum(make: Any, decay: float) -> None:
     options: dict[str, Any] = {"momentum": 0.9, "nesterov": True} if make is torch.optim.SGD else {}
-    params = _params()
+    params = parameters()
     optimizer = make(params.values(), lr=0.01, weight_decay=decay, **options)
     panel = CalibrationPanel()
     m, lagged = None, None
     for k in range(4):
-        g = torch.cat([x.flatten().double() for x in _gradients(k).values()])
+        g = torch.cat([x.flatten().double() for x in small_gradients(k).values()])
         if decay and make is not torch.optim.AdamW:
             g = g + decay * torch.cat([p.detach().flatten().double() for p in params.values()])
         lagged = m
         weight = 1.0 if make is torch.optim.SGD else 0.1
         m = weight * g if m is None else 0.9 * m + weight * g
-        record = _measured_step(panel, optimizer, params, _gradients(k))
+        record = measured_step(panel, optimizer, params, small_gradients(k))
     assert lagged is not None
     assert record["now"]["ratio"] == pytest.approx(float(0.01 * m.sign() @ g / (g @ g)), rel=1e-3)
     cosine = float(lagged.sign() @ g / lagged.sign().norm() / g.norm())
@@ -316,9 +287,7 @@ def test_momentum_in_fewer_bits(state_dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(12):
         p.grad = 0.01 * torch.randn(p.shape, generator=generator)
-        panel.before_step(optimizer)
-        optimizer.step()
-        record = panel.after_step(optimizer)
+        record = measured(panel, optimizer)
     assert record["average"]["ratio"] == pytest.approx(optimizer.calibrated_lr, rel=0.02)
 
 
@@ -328,18 +297,16 @@ def test_complex_parameters() -> None:
     panel = CalibrationPanel()
     for k in range(5):
         z.grad = torch.randn(50, dtype=torch.complex64, generator=torch.Generator().manual_seed(k)).conj()
-        panel.before_step(optimizer)
-        optimizer.step()
-        record = panel.after_step(optimizer)
+        record = measured(panel, optimizer)
     assert record["average"]["ratio"] == pytest.approx(optimizer.calibrated_lr, rel=1e-4)
 
 
 @pytest.mark.parametrize("sgd_momentum", [0.0, 0.5])
 def test_after_the_switch(sgd_momentum: float) -> None:
-    params = _params()
+    params = parameters()
     optimizer = HybridSignSGD(params.values(), switch_step=4, sgd_momentum=sgd_momentum)
     panel = CalibrationPanel()
-    records = [_measured_step(panel, optimizer, params, _gradients(k)) for k in range(6)]
+    records = [measured_step(panel, optimizer, params, small_gradients(k)) for k in range(6)]
     # On the step that switches, the momentum is there only if SGD goes on with it.
     assert [r["own_steps"] for r in records] == [1, 2, 3, 3 + bool(sgd_momentum), *[3 + bool(sgd_momentum)] * 2]
     assert records[-1]["now"] == dict.fromkeys(RATE_RULES)
@@ -350,36 +317,33 @@ def test_after_the_switch(sgd_momentum: float) -> None:
 
 
 def test_a_closure_and_capturable() -> None:
-    params = _params()
+    params = parameters()
     optimizer = HybridSignSGD(params.values(), calibration="ratio", ema_decay=DECAY, capturable=True)
     panel = CalibrationPanel()
 
     def closure() -> float:
-        for name, g in _gradients(int(optimizer.param_groups[0]["step"])).items():
+        for name, g in small_gradients(int(optimizer.param_groups[0]["step"])).items():
             params[name].grad = g
         return 0.0
 
     for _ in range(3):
         for p in params.values():
             p.grad = None
-        panel.before_step(optimizer)
-        optimizer.step(closure)
-        record = panel.after_step(optimizer)
+        record = measured(panel, optimizer, closure)
     assert record["average"]["ratio"] == pytest.approx(optimizer.calibrated_lr, rel=1e-4)
     assert record["own_steps"] == 3
 
 
 def test_steps_that_are_not_measured_are_not_averaged() -> None:
-    params = _params()
+    params = parameters()
     optimizer = HybridSignSGD(params.values(), calibration="ratio", ema_decay=0.0)
     panel = CalibrationPanel()
     for k in range(9):
         if k % 4:
-            for name, g in _gradients(k).items():
-                params[name].grad = g
+            give(params, small_gradients(k))
             optimizer.step()
         else:
-            record = _measured_step(panel, optimizer, params, _gradients(k))
+            record = measured_step(panel, optimizer, params, small_gradients(k))
             assert record["now"]["ratio"] == pytest.approx(optimizer.calibrated_lr, rel=1e-4)
     assert record["own_steps"] == 3
 
@@ -387,11 +351,11 @@ def test_steps_that_are_not_measured_are_not_averaged() -> None:
 def test_state_goes_through_json_and_on() -> None:
     runs = []
     for saved in (False, True):
-        params = _params()
+        params = parameters()
         optimizer = SignSGD(params.values())
         panel = CalibrationPanel()
         for k in range(8):
-            record = _measured_step(panel, optimizer, params, _gradients(k))
+            record = measured_step(panel, optimizer, params, small_gradients(k))
             if saved and k == 4:
                 state = json.loads(json.dumps(panel.state_dict()))
                 panel = CalibrationPanel()
@@ -402,19 +366,17 @@ def test_state_goes_through_json_and_on() -> None:
 
 def test_measuring_changes_nothing() -> None:
     ends = []
-    for measured in (False, True):
-        params = _params()
+    for watched in (False, True):
+        params = parameters()
         optimizer = HybridSignSGD(params.values(), dither=1.0, dither_scale="relative", weight_decay=0.1)
         panel = CalibrationPanel()
         for k in range(4):
-            for name, g in _gradients(k).items():
-                params[name].grad = g
-            if measured:
-                panel.before_step(optimizer)
-            optimizer.step()
-            if measured:
-                panel.after_step(optimizer)
-        assert all(torch.equal(p.grad, _gradients(3)[n]) for n, p in params.items())
+            give(params, small_gradients(k))
+            if watched:
+                measured(panel, optimizer)
+            else:
+                optimizer.step()
+        assert all(torch.equal(p.grad, small_gradients(3)[n]) for n, p in params.items())
         ends.append(([p.detach() for p in params.values()], optimizer.calibrated_lr))
     assert all(torch.equal(a, b) for a, b in zip(ends[0][0], ends[1][0], strict=True))
     assert ends[0][1] == ends[1][1]
@@ -431,10 +393,7 @@ def test_under_a_vote_the_hybrids_sums_are_taken() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(6):
         vote.vote([{n: 0.1 * torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}] * 3)
-        panel.before_step(optimizer)
-        optimizer.step()
-        record = panel.after_step(optimizer)
-        json.dumps(record, allow_nan=False)
+        record = measured(panel, optimizer)
     assert record["average"]["ratio"] == pytest.approx(optimizer.calibrated_lr, rel=1e-4)
     assert record["average"]["applied"] == record["average"]["ratio"]
     assert record["average"]["lagged"] is None
@@ -448,9 +407,7 @@ def test_under_a_vote_of_plain_signsgd_there_is_nothing() -> None:
     vote = SimulatedVote(model, optimizer, 1)
     panel = CalibrationPanel()
     vote.vote([{n: torch.ones_like(p) for n, p in model.named_parameters()}])
-    panel.before_step(optimizer)
-    optimizer.step()
-    record = panel.after_step(optimizer)
+    record = measured(panel, optimizer)
     assert record["own_steps"] == 0
     assert "gone after a vote" in record["advice"]
 
@@ -461,30 +418,30 @@ def test_under_a_vote_of_plain_signsgd_there_is_nothing() -> None:
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf, 1e30, 1e-30])
 @pytest.mark.parametrize("case", OPTIONS)
 def test_no_nan_in_a_record_and_none_is_averaged(case: str, value: float) -> None:
-    params = _params()
+    params = parameters()
     optimizer = SignSGD(params.values(), **OPTIONS[case])
     panel = CalibrationPanel({p: n for n, p in params.items()})
-    _measured_step(panel, optimizer, params, _gradients(0))
+    measured_step(panel, optimizer, params, small_gradients(0))
     bad = {n: torch.full(s, value) for n, s in SHAPES.items()}
-    record = _measured_step(panel, optimizer, params, bad)
+    record = measured_step(panel, optimizer, params, bad)
     if not math.isfinite(value):
         assert record["own_steps"] == 1
         assert record["now"] == dict.fromkeys(RATE_RULES)
         assert record["average"]["ratio"] is not None
     fresh = CalibrationPanel()
-    record = _measured_step(fresh, optimizer, params, bad)
+    record = measured_step(fresh, optimizer, params, bad)
     assert record["advice"]
     if not math.isfinite(value):
         assert "not finite" in record["advice"]
 
 
 def test_no_gradients_and_lr_0() -> None:
-    params = _params()
+    params = parameters()
     optimizer = SignSGD(params.values(), lr=0.0)
     panel = CalibrationPanel()
-    assert "of no parameter that has moved" in _measured_step(panel, optimizer, params, {})["advice"]
+    assert "of no parameter that has moved" in measured_step(panel, optimizer, params, {})["advice"]
     for k in range(7):
-        record = _measured_step(panel, optimizer, params, _gradients(k))
+        record = measured_step(panel, optimizer, params, small_gradients(k))
     assert record["average"]["ratio"] == 0
     assert record["cosine"] is None
 

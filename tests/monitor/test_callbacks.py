@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from measured import KeepingSink
 from torch import Tensor, nn
 
 from signstep import HybridSignSGD, SignSGD
@@ -36,23 +37,9 @@ def _optimizer(network: nn.Module) -> SignSGD:
     return HybridSignSGD(network.parameters(), lr=1e-2, dither=1.0, dither_scale="relative", weight_decay=0.1)
 
 
-class _List:
-    """A sink."""
-
-    def __init__(self) -> None:
-        self.records: list[Any] = []
-        self.closed = 0
-
-    def write(self, record: Any) -> None:
-        self.records.append(record)
-
-    def close(self) -> None:
-        self.closed += 1
-
-
 def _in_a_plain_loop(every: int, steps: int = STEPS, *, epoch: int = STEPS) -> list[Any]:
     """What a training of the same network on the same data, `epoch` steps of it again and again, has to say."""
-    sink = _List()
+    sink = KeepingSink()
     network = _network()
     optimizer = _optimizer(network)
     monitor = Monitor(network, optimizer, every=every, sinks=[sink])
@@ -86,7 +73,7 @@ def test_a_callback_finds_the_optimizer_inside_its_wrappers_and_the_scaler() -> 
     optimizer = _optimizer(network)
     plugin = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 1024.0))
     wrapped = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))
-    sink = _List()
+    sink = KeepingSink()
     monitor = begin(network, wrapped, plugin, {"step": 3}, {"every": 3, "sinks": [sink]})  # type: ignore[arg-type]
     assert monitor.step == 3
     x, y = _data()
@@ -101,18 +88,18 @@ def test_a_callback_finds_the_optimizer_inside_its_wrappers_and_the_scaler() -> 
     monitor.close()
 
 
-@pytest.mark.parametrize("name", ["lightning", "huggingface"])
-def test_without_the_package_the_module_imports_and_the_callback_says_what_to_install(name: str) -> None:
+def test_without_the_packages_the_modules_import_and_the_callbacks_say_what_to_install() -> None:
     code = (
         "import sys\n"
         "missing = ('pytorch_lightning', 'lightning', 'lightning.pytorch', 'transformers')\n"
         "sys.modules.update(dict.fromkeys(missing))\n"
-        f"from signstep.monitor.{name} import MonitorCallback\n"
-        "try: MonitorCallback()\n"
-        "except ImportError as error: print(error)"
+        "from signstep.monitor import huggingface, lightning\n"
+        "for module in (huggingface, lightning):\n"
+        "    try: module.MonitorCallback()\n"
+        "    except ImportError as error: print(error)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "is not installed: pip install" in said
+    assert [line.count("is not installed: pip install") for line in said.splitlines()] == [1, 1]
 
 
 # Lightning
@@ -160,7 +147,7 @@ def _lightning_callback(**options: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_lightning_says_what_a_plain_loop_says(tmp_path: Path) -> None:
-    sink = _List()
+    sink = KeepingSink()
     callback = _lightning_callback(every=5, sinks=[sink])
     trainer, module, data = _lightning(tmp_path, [callback])
     trainer.fit(module, data)
@@ -198,7 +185,7 @@ def test_lightning_measures_a_batch_where_asked(tmp_path: Path) -> None:
 
     ends = []
     for options in ({}, {"loss": loss, "parts": 4}):
-        sink = _List()
+        sink = KeepingSink()
         callback = _lightning_callback(every=3, sinks=[sink], **options)
         trainer, module, data = _lightning(tmp_path, [callback], accumulate_grad_batches=1)
         trainer.fit(module, data)
@@ -217,7 +204,7 @@ def test_lightning_measures_once_per_own_step_under_accumulation_and_in_bf16(tmp
         calls.append(torch.is_autocast_enabled("cpu"))
         return F.cross_entropy(module.network(batch[0]), batch[1])
 
-    sink = _List()
+    sink = KeepingSink()
     callback = _lightning_callback(every=6, sinks=[sink], loss=loss, parts=8)
     trainer, module, data = _lightning(tmp_path, [callback], precision="bf16-mixed")
     trainer.fit(module, data)
@@ -227,7 +214,7 @@ def test_lightning_measures_once_per_own_step_under_accumulation_and_in_bf16(tmp
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_lightning_clean_after_an_exception(tmp_path: Path) -> None:
-    sink = _List()
+    sink = KeepingSink()
     callback = _lightning_callback(every=1, sinks=[sink])
     trainer, module, data = _lightning(tmp_path, [callback], hurt=10)
     with pytest.raises(ArithmeticError):
@@ -240,7 +227,7 @@ def test_lightning_clean_after_an_exception(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_lightning_again_in_a_new_trainer_begins_at_0(tmp_path: Path) -> None:
-    sink = _List()
+    sink = KeepingSink()
     callback = _lightning_callback(every=5, sinks=[sink])
     for _ in range(2):
         trainer, module, data = _lightning(tmp_path, [callback])
@@ -269,7 +256,7 @@ def test_lightning_with_two_optimizers_and_manual_steps(tmp_path: Path) -> None:
         def configure_optimizers(self) -> Any:
             return [_optimizer(self.one), torch.optim.Adam(self.two.parameters())]
 
-    sinks = [_List(), _List()]
+    sinks = [KeepingSink(), KeepingSink()]
     callbacks = [_lightning_callback(every=10, sinks=[sink], optimizer=i) for i, sink in enumerate(sinks)]
     trainer, _, data = _lightning(tmp_path, callbacks, accumulate_grad_batches=1)
     trainer.fit(Two(), data)
@@ -333,7 +320,7 @@ def _huggingface_callback(**options: Any) -> Any:
 
 
 def test_huggingface_says_what_a_plain_loop_says(tmp_path: Path) -> None:
-    sink = _List()
+    sink = KeepingSink()
     callback = _huggingface_callback(every=5, sinks=[sink])
     trainer = _huggingface(tmp_path, [callback])
     trainer.train()
@@ -361,14 +348,14 @@ def test_huggingface_goes_on_from_a_checkpoint(tmp_path: Path, restore: bool) ->
 def test_huggingface_goes_on_from_a_checkpoint_without_a_monitor(tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 4}
     _huggingface(tmp_path, [], max_steps=4, **settings).train()
-    sink = _List()
+    sink = KeepingSink()
     trainer = _huggingface(tmp_path, [_huggingface_callback(every=5, sinks=[sink])], **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert [r["step"] for r in sink.records] == [5, 10]
 
 
 def test_huggingface_with_clipping_sees_micro_batches_before_it(tmp_path: Path) -> None:
-    sink = _List()
+    sink = KeepingSink()
     trainer = _huggingface(tmp_path, [_huggingface_callback(every=50, sinks=[sink])], max_grad_norm=1e-3)
     trainer.train()
     (record,), (expected,) = sink.records, _in_a_plain_loop(50, steps=1)

@@ -5,42 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import math
-import random
-import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from gang import gang
+from measured import KeepingSink, micro_gradients
 from signstep import HybridSignSGD, Monitor, SignSGD
-from signstep.distributed import MajorityVote
 from signstep.lab.training import models
-from signstep.monitor.sampling import Sampler
 from signstep.optim import attach_to_backward
 from signstep.theory import stationarity
-
-
-class Kept:
-    """A sink that keeps records, as JSON would."""
-
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-        self.closed = False
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        self.records.append(json.loads(json.dumps(record, allow_nan=False)))
-
-    def close(self) -> None:
-        self.closed = True
 
 
 class GPT(nn.Module):
@@ -73,24 +52,13 @@ def image_loss(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, y: F.cross_entropy(model(x), y)
 
 
-def micro_gradients(model: nn.Module, losses: Iterator[Tensor]) -> Tensor:
-    """The slow way: one backward after the other, gradients copied whole."""
-    rows = []
-    for loss in losses:
-        model.zero_grad()
-        loss.backward()
-        rows.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    model.zero_grad()
-    return torch.stack(rows)
-
-
 def test_accumulation_needs_no_line_and_gives_the_rows_of_the_slow_way() -> None:
     torch.manual_seed(0)
     model = resnet()
     x, y = images(64)
     slow = _slow(model, x, y, 8)
     optimizer = SignSGD(model.parameters(), lr=1e-3, dither=1e-4)
-    sink = Kept()
+    sink = KeepingSink()
     monitor = Monitor(model, optimizer, every=2, sinks=[sink], coordinates=10**6)
     for step in range(3):
         for loss in _losses(model, x, y, 8):
@@ -129,7 +97,7 @@ def test_measure_leaves_training_bit_for_bit_as_it_was() -> None:
         model = nn.Sequential(resnet(), nn.Dropout(0.5), nn.Linear(10, 10))
         optimizer = HybridSignSGD(model.parameters(), lr=1e-3, switch_step=3)
         loss = image_loss(model)
-        sink = Kept()
+        sink = KeepingSink()
         monitor = Monitor(model, optimizer, every=2, sinks=[sink]) if monitored else None
         for _ in range(5):
             x, y = images(32)
@@ -189,7 +157,7 @@ def _scaled_loop(scaled: bool, skip: bool) -> list[dict[str, Any]]:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
     optimizer = SignSGD(model.parameters(), lr=1e-3, dither=1e-4)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2) if scaled else None
-    sink = Kept()
+    sink = KeepingSink()
     Monitor(model, optimizer, every=1, sinks=[sink], scaler=scaler)
     generator = torch.Generator().manual_seed(5)
     for step in range(4):
@@ -313,7 +281,7 @@ def test_unused_parameters_and_sparse_gradients() -> None:
 def test_other_steps_have_no_hooks_and_resume_keeps_count() -> None:
     model = nn.Linear(3, 1)
     optimizer = SignSGD(model.parameters(), lr=1e-3)
-    sink = Kept()
+    sink = KeepingSink()
     monitor = Monitor(model, optimizer, every=3, sinks=[sink])
     for step in range(4):
         assert bool(monitor._sampler._hooks) == (step % 3 == 0)
@@ -342,7 +310,7 @@ def test_parameters_frozen_and_unfrozen_between_own_steps() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
     model[1].requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sink = Kept()
+    sink = KeepingSink()
     monitor = Monitor(model, optimizer, every=1, sinks=[sink])
     for step in range(2):
         for _ in range(4):
@@ -413,7 +381,7 @@ def test_a_gan_has_a_monitor_per_optimizer() -> None:
     both = nn.ModuleDict({"generator": generator, "critic": critic})
     ours = SignSGD(generator.parameters(), lr=1e-3)
     other = SignSGD(critic.parameters(), lr=1e-3)
-    sink = Kept()
+    sink = KeepingSink()
     Monitor(both, ours, every=2, sinks=[sink])
     for _ in range(3):
         for _ in range(5):
@@ -428,40 +396,10 @@ def test_a_gan_has_a_monitor_per_optimizer() -> None:
     assert set(sink.records[0]["reliability"]["layers"]) == {"generator.weight", "generator.bias"}
 
 
-def test_measure_puts_everything_back() -> None:
-    """A buffer that forward replaces, a head outside the model, Python's and NumPy's generators."""
-
-    class Averaging(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(3, 2)
-            self.register_buffer("average", torch.zeros(2))
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.linear(x)
-            self.average = 0.9 * self.average + 0.1 * y.detach().mean(0)
-            return y * (1 + random.random() + np.random.random())
-
-    model, head = Averaging(), nn.Linear(2, 1)
-    optimizer = SignSGD([*model.parameters(), *head.parameters()], lr=1e-3)
-    monitor = Monitor(model, optimizer)
-    average = model.average
-    random.seed(1)
-    np.random.seed(1)
-    before = random.getstate(), np.random.get_state()[1].copy()
-    x = {"images": torch.randn(16, 3)}
-    monitor.measure(lambda batch: head(model(batch["images"])).square().mean(), x, parts=4)
-    assert model.average is average
-    assert float(average.abs().sum()) == 0
-    assert head.weight.grad is None
-    assert random.getstate() == before[0]
-    assert (np.random.get_state()[1] == before[1]).all()
-
-
 def test_a_short_last_batch_is_not_measured_and_said() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     optimizer = SignSGD(model.parameters(), lr=1e-3)
-    sink = Kept()
+    sink = KeepingSink()
     monitor = Monitor(model, optimizer, every=1, sinks=[sink])
     for size in (32, 9, 32):
         x = torch.randn(size, 3)
@@ -477,7 +415,7 @@ def test_a_fused_step_that_a_scaler_skips_is_measured_again() -> None:
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    sink = Kept()
+    sink = KeepingSink()
     monitor = Monitor(model, optimizer, every=10, sinks=[sink], scaler=scaler)
     for step in range(2):
         for _ in range(4):
@@ -491,7 +429,7 @@ def test_a_fused_step_that_a_scaler_skips_is_measured_again() -> None:
 
 
 def test_a_sink_that_fails_stops_the_run_once() -> None:
-    class Full(Kept):
+    class Full(KeepingSink):
         def write(self, record: Mapping[str, Any]) -> None:
             raise OSError("no space left on device")
 
@@ -515,155 +453,6 @@ def test_what_cannot_be_monitored_is_refused() -> None:
     for parts, batch in ((3, torch.ones(8, 3)), (8, "text")):
         with pytest.raises(ValueError, match="at least 4 parts and a tensor"):
             Monitor(model, SignSGD(model.parameters())).measure(lambda x: x.sum(), batch, parts=parts)
-
-
-def test_sample_is_spread_over_layers_and_stays() -> None:
-    named = {
-        "big": nn.Parameter(torch.zeros(500, 500)),
-        "small": nn.Parameter(torch.zeros(7)),
-        "c": nn.Parameter(torch.zeros(40, dtype=torch.complex64)),
-    }
-    one, two = Sampler(named, 200, 3, None), Sampler(named, 200, 3, None)
-    assert one.width <= 200
-    by_name = {c.name: c for c in one.columns}
-    assert by_name["small"].sampled == 7
-    assert by_name["c"].numel == 80
-    assert abs(by_name["big"].sampled - 113) <= 1
-    assert all(torch.equal(a.indices, b.indices) for a, b in zip(one.columns, two.columns, strict=True))
-    grad = torch.arange(250_000.0).reshape(500, 500).t()  # not contiguous
-    assert torch.equal(one._taken(0, grad), grad.reshape(-1)[by_name["big"].indices])
-
-
-def _ddp_records(vote: bool) -> Any:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
-    model = DistributedDataParallel(net)
-    optimizer = SignSGD(model.parameters(), lr=1e-3, dither=1e-6)
-    voted = MajorityVote(model, optimizer) if vote else None
-    sink = Kept()
-    monitor = Monitor(model, optimizer, every=1, sinks=[sink], vote=voted)
-    generator = torch.Generator().manual_seed(7)
-    data = torch.randn(2, 6, 10, 6, generator=generator)  # steps, micro-batches, elements
-    for step in range(2):
-        mine = data[step, dist.get_rank() * 3 :][:3]
-        for i, x in enumerate(mine):
-            with model.no_sync() if i < 2 else nullcontext():
-                (model(x).square().mean() / 3).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    monitor.close()
-    if voted is not None:
-        voted.close()
-    return sink.records
-
-
-@pytest.mark.parametrize("vote", [False, True])
-def test_ddp_gathers_the_micro_batches_of_all_ranks(vote: bool) -> None:
-    first, second = gang(2).run(_ddp_records, vote)
-    assert second == []
-    assert [r["micro_batches"] for r in first] == [6, 6]
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
-    data = torch.randn(2, 6, 10, 6, generator=torch.Generator().manual_seed(7))
-    slow = micro_gradients(net, (net(x).square().mean() for x in data[0]))
-    estimate = stationarity.alignment(slow)
-    assert first[0]["reliability"]["alignment"] == pytest.approx([float(v) for v in vars(estimate).values()], rel=1e-4)
-
-
-def _ddp_uneven() -> Any:
-    """4 micro-batches on rank 0 and 12 on rank 1, each loss divided by 8: the step's gradient is their mean."""
-    model = DistributedDataParallel(nn.Linear(6, 1, bias=False))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    monitor = Monitor(model, optimizer)
-    torch.manual_seed(dist.get_rank())
-    count = 4 + 8 * dist.get_rank()
-    for i in range(count):
-        with model.no_sync() if i < count - 1 else nullcontext():
-            (model(torch.randn(10, 6) + 1).sum() / 8).backward()
-    monitor._record = types.MethodType(lambda self: {"rows": self._rows()[0].mean(0).tolist()}, monitor)  # type: ignore[method-assign]
-    optimizer.step()
-    assert monitor.last is not None
-    assert model.module.weight.grad is not None
-    return monitor.last["rows"], model.module.weight.grad.flatten().tolist()
-
-
-def test_rows_of_uneven_ranks_have_the_mean_of_the_steps_gradient() -> None:
-    for rows, gradient in gang(2).run(_ddp_uneven):
-        assert rows == pytest.approx(gradient, rel=1e-4)
-
-
-def _ddp_join() -> Any:
-    torch.manual_seed(0)
-    model = DistributedDataParallel(nn.Linear(6, 1))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sink = Kept()
-    Monitor(model, optimizer, every=1, sinks=[sink])
-    with model.join():
-        for _ in range(6 if dist.get_rank() == 0 else 3):
-            for i in range(4):
-                with model.no_sync() if i < 3 else nullcontext():
-                    model(torch.randn(4, 6)).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return [r["micro_batches"] for r in sink.records]
-
-
-def test_ranks_that_join_are_not_waited_for() -> None:
-    assert gang(2).run(_ddp_join) == [[4] * 6, []]
-
-
-def _ddp_buffers(watched: bool) -> Any:
-    torch.manual_seed(0)
-    model = DistributedDataParallel(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
-    optimizer = SignSGD(model.parameters(), lr=1e-3)
-    monitor = Monitor(model, optimizer, every=2) if watched else None
-    for step in range(3):
-        torch.manual_seed(10 * step + dist.get_rank())
-        x = torch.randn(32, 6)
-        if monitor is not None:
-            monitor.measure(lambda x: model(x).square().mean(), x, parts=4)
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-    return {name: value.tolist() for name, value in model.state_dict().items()}
-
-
-def test_a_watched_ddp_run_ends_with_the_same_bits_on_all_ranks() -> None:
-    assert gang(2).run(_ddp_buffers, True) == gang(2).run(_ddp_buffers, False)
-
-
-def _ddp_static() -> Any:
-    model = DistributedDataParallel(nn.Linear(6, 1), static_graph=True)
-    monitor = Monitor(model, SignSGD(model.parameters(), lr=1e-3))
-    with pytest.raises(ValueError, match="static_graph=True"):
-        monitor.measure(lambda x: model(x).mean(), torch.randn(8, 6), parts=4)
-
-
-def test_static_graph_is_refused() -> None:
-    gang(2).run(_ddp_static)
-
-
-def _ddp_measure() -> Any:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
-    model = DistributedDataParallel(net)
-    optimizer = SignSGD(model.parameters(), lr=1e-3)
-    sink = Kept()
-    monitor = Monitor(model, optimizer, every=2, sinks=[sink])
-    for step in range(3):
-        torch.manual_seed(10 * step + dist.get_rank())
-        x = torch.randn(32, 6)
-        monitor.measure(lambda x: model(x).square().mean(), x, parts=4)
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-    return [r["micro_batches"] for r in sink.records], float(net[0].weight.sum())
-
-
-def test_ddp_measures_without_reducing() -> None:
-    (counts, one), (none, two) = gang(2).run(_ddp_measure)
-    assert (counts, none) == ([8, 8], [])
-    assert one == two
 
 
 def test_alarm_where_the_theorem_fails() -> None:

@@ -18,6 +18,9 @@ from hypothesis import strategies as st
 from signstep.monitor import sinks
 from signstep.monitor.sinks import JSONLines, LivePanel, TensorBoard, WandB, flatten, plain, read
 
+FORK = multiprocessing.get_context("fork")
+"""The processes only write files, and need not import torch for that."""
+
 
 def _record(step: int = 0, **changes: Any) -> dict[str, Any]:
     return {
@@ -134,8 +137,7 @@ def _write_many(path: Path, who: int, count: int) -> None:
 
 def test_two_processes_share_a_file(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_write_many, args=(path, who, 150)) for who in (0, 1)]
+    processes = [FORK.Process(target=_write_many, args=(path, who, 150)) for who in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
@@ -153,7 +155,7 @@ def _write_until_killed(path: Path) -> None:
 
 def test_a_killed_process_leaves_a_file_that_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    process = multiprocessing.get_context("spawn").Process(target=_write_until_killed, args=(path,))
+    process = FORK.Process(target=_write_until_killed, args=(path,))
     process.start()
     while not path.exists() or path.stat().st_size < 100_000:
         assert process.is_alive()
@@ -180,7 +182,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.dictionaries(st.text(), JSON))
 def test_any_record_goes_through(tmp_path_factory: pytest.TempPathFactory, record: dict[str, Any]) -> None:
     path = tmp_path_factory.mktemp("any") / "m.jsonl"

@@ -51,7 +51,7 @@ def test_samples_have_the_cdf(law: Law) -> None:
 @pytest.mark.parametrize("law", ALL, ids=names)
 def test_mean_0_and_variance_1_by_the_cdf(law: Law) -> None:
     """E X = int 1 - F(x) - F(-x), E X^2 = int 2 x (1 - F(x) + F(-x)) over x > 0, on a grid of ln x."""
-    u = torch.linspace(math.log(1e-6), math.log(1e7), 5001, dtype=torch.float64)
+    u = torch.linspace(math.log(1e-6), math.log(1e7), 1001, dtype=torch.float64)
     x = u.exp()
     right, left = 1 - law.cdf(x), law.cdf(-x)
     # 1 - F loses its digits in a tail as heavy as Student's, and a symmetric law's left tail is as good.
@@ -71,14 +71,14 @@ def test_skewness(law: Law) -> None:
 
 @pytest.mark.parametrize("law", ALL, ids=names)
 def test_a_cdf_is_one(law: Law) -> None:
-    positive = torch.linspace(1e-9, 30, 600, dtype=torch.float64)
+    positive = torch.linspace(1e-9, 30, 240, dtype=torch.float64)
     x = torch.cat([-positive.flip(0), positive])
     chance = law.cdf(x)
     assert (chance.diff() >= -1e-12).all()
     assert chance.min() >= 0
     assert chance.max() <= 1
     assert float(chance[-1]) == pytest.approx(1, abs=1e-4)
-    assert law.cdf(x.reshape(3, -1)).shape == (3, 400)
+    assert law.cdf(x.reshape(3, -1)).shape == (3, 160)
     if law.symmetric:
         assert torch.allclose(chance, 1 - chance.flip(0), atol=1e-10)
 

@@ -339,8 +339,15 @@ def test_the_demo_falls_back_to_digits_and_says_so(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["train", "sweep"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        ("train", signal.SIGTERM),
+        ("sweep", signal.SIGINT),
+        pytest.param("train", signal.SIGINT, marks=pytest.mark.long),
+        pytest.param("sweep", signal.SIGTERM, marks=pytest.mark.long),
+    ],
+)
 def test_a_signal_stops_cleanly_and_the_same_command_goes_on(
     tmp_path: Path, command: str, number: signal.Signals
 ) -> None:

@@ -44,7 +44,9 @@ INSTALL = (
     "pip install --no-deps cockpit-for-pytorch==1.0.2 backpack-for-pytorch==1.7.1, then pip install einops unfoldNd "
     "json-tricks pandas seaborn 'setuptools<80'"
 )
-_SEED, _REPEATS = 0, 4
+REPEATS = 4
+"""Other and plain steps that a round times beside each own step."""
+_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def set_up(make: Callable[[], nn.Module], batch: Batch, folder: Path, result: Mo
 
 def timed(loop: Loop, shuffle: random.Random, device: torch.device) -> dict[str, float]:
     """One round's seconds of a loop: of one own step, and the medians of four other and four plain ones."""
-    kinds = ["own", *["other", "plain"] * _REPEATS]
+    kinds = ["own", *["other", "plain"] * REPEATS]
     shuffle.shuffle(kinds)
     seconds: dict[str, list[float]] = {}
     gc.collect()

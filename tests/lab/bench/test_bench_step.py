@@ -59,13 +59,17 @@ def lists() -> tuple[list[Parameter], list[torch.Tensor]]:
     return [Parameter(torch.randn(n)) for n in (3, 4)], [torch.randn(n) for n in (3, 4)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command wrote; a process of its own, because packages change torch's settings on import."""
+@pytest.fixture(scope="module", params=["eager", pytest.param("compiled", marks=pytest.mark.long)])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command wrote; a process of its own, because packages change torch's settings on import.
+
+    To compile what two contestants compile takes ten seconds and changes nothing of what is tested here.
+    """
     out = tmp_path_factory.mktemp("bench")
     options = ["--workload", "50m", "--millions", "0.05", "--rounds", "4", "--device", "cpu", "--out", str(out)]
     command = [sys.executable, "-m", "signstep", "bench", "step", *options]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | ({"TORCHDYNAMO_DISABLE": "1"} if request.param == "eager" else {})
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert ran.returncode == 0, ran.stderr
     (out / "printed").write_text(ran.stdout)
     return out

@@ -243,7 +243,7 @@ def replace_missing(result: StepResult) -> StepResult:
     return result
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiler_that_is_not_there_is_a_row_of_the_table() -> None:
     code = (
         "import torch; from signstep.lab.bench.step_timing import set_up; "

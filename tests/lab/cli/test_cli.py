@@ -327,7 +327,7 @@ def test_the_demo_falls_back_to_digits_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("signstep.lab.data.demo_dataset", lambda folder: ("digits", "Fashion-MNIST is not to be had"))
-    assert run("demo", "--out", str(tmp_path), "--seeds", "1", "--max-minutes", "0.05") == 0
+    assert run("demo", "--out", str(tmp_path), "--seeds", "1", "--max-minutes", "0.01") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "data set digits: Fashion-MNIST is not to be had"
     assert any("runs are left" in line for line in lines)

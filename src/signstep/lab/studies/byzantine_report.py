@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from signstep.lab.output import figures
-from signstep.lab.output.files import write_bytes, write_json, write_text
+from signstep.lab.output.files import write_all
 from signstep.lab.output.lines import Line, lines
 from signstep.lab.output.stats import Estimate, estimate, with_interval
 from signstep.lab.output.tables import markdown_table
@@ -88,16 +88,13 @@ def write_report(out: Path, command: str) -> list[Path]:
         "final": [dataclasses.asdict(p) for p in final],
         "learning_rates": [dataclasses.asdict(p) for p in tuned],
     }
-    written = [out / "byzantine.json", out / "byzantine.md"]
-    write_json(written[0], record)
-    write_text(written[1], _markdown(final, tuned, record, measured))
+    contents: dict[str, Any] = {"byzantine.json": record, "byzantine.md": _markdown(final, tuned, record, measured)}
     simulated = [p for p in final if not p.real]
     if any(p.attackers for p in simulated):
         figure = draw_accuracy(simulated)
-        written += [out / "byzantine.png", out / "byzantine.svg"]
-        write_bytes(written[2], figures.png(figure))
-        write_text(written[3], figures.svg(figure, name="byzantine", description=_TITLE, alone=True))
-    return written
+        contents["byzantine.png"] = figures.png(figure)
+        contents["byzantine.svg"] = figures.svg(figure, name="byzantine", description=_TITLE, alone=True)
+    return write_all(out, contents)
 
 
 def draw_accuracy(simulated: Sequence[Point]) -> Figure:

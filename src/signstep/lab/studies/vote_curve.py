@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from signstep.lab.output import figures
 from signstep.lab.output.command import command_line
-from signstep.lab.output.files import write_bytes, write_json, write_text
+from signstep.lab.output.files import write_all
 from signstep.lab.output.lines import Line, lines
 from signstep.lab.output.machine import environment
 from signstep.lab.output.stats import Estimate
@@ -61,13 +61,14 @@ class VoteCurveStudy:
             "curves": [asdict(m) | {"worst": m.worst} for m in measured],
         }
         figure = draw_curves(measured)
-        svg = figures.svg(figure, name="vote-curve", description=_TITLE, alone=True)
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_json(self.out / "vote-curve.json", record)
-        write_text(self.out / "vote-curve.md", _markdown(measured, record))
-        write_bytes(self.out / "vote-curve.png", figures.png(figure))
-        write_text(self.out / "vote-curve.svg", svg)
-        print(f"written: {self.out}")
+        contents = {
+            "vote-curve.json": record,
+            "vote-curve.md": _markdown(measured, record),
+            "vote-curve.png": figures.png(figure),
+            "vote-curve.svg": figures.svg(figure, name="vote-curve", description=_TITLE, alone=True),
+        }
+        for path in write_all(self.out, contents):
+            print(f"written: {path}")
         return 0
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from signstep.theory import bounds
-from signstep.theory.noise import Law
+from signstep.theory.noise import LAWS, Law
 from signstep.theory.problems import Problem
 
 _POOL = 1 << 15
@@ -46,9 +46,14 @@ def pool(law: Law, n: int, chains: int, rng: Generator) -> Tensor:
     return whole / whole.square().mean(dim=1, keepdim=True).sqrt() / math.sqrt(n)
 
 
+def pools(laws: Sequence[str], batches: Sequence[int], chains: int, rng: Generator) -> Tensor:
+    """The `pool` of each law of `LAWS` and batch size: [laws, batch sizes, chains, 2^15]."""
+    return torch.stack([torch.stack([pool(LAWS[law], n, chains, rng) for n in batches]) for law in laws])
+
+
 def descend(
     problem: Problem,
-    pools: Tensor,
+    noise: Tensor,
     noise_std: Tensor,
     *,
     steps: Sequence[int],
@@ -59,8 +64,8 @@ def descend(
     """Run SignSGD without momentum.
 
     Args:
-        problem: its gradient is used; the noise is that of the pools.
-        pools: noise in the units of the gradient, shape [laws, batch sizes, chains, draws].
+        problem: its gradient is used.
+        noise: `pools` in the units of the gradient, shape [laws, batch sizes, chains, draws].
         noise_std: its standard deviation, shape [laws, batch sizes] or one that broadcasts to it.
         steps: K of each run, descending.
         lrs: of each run and step, shape [runs, max K], or one for each run, [runs, 1].
@@ -69,11 +74,11 @@ def descend(
     """
     if list(steps) != sorted(steps, reverse=True):
         raise ValueError(f"steps={list(steps)}: expected descending numbers")
-    runs, size, d = len(steps), pools.shape[-1], problem.dim
-    shape = (runs, *pools.shape[:-1], d)
+    runs, size, d = len(steps), noise.shape[-1], problem.dim
+    shape = (runs, *noise.shape[:-1], d)
     x = (problem.start if start is None else start).expand(shape).clone()
-    s = noise_std.expand(pools.shape[:2])[..., None, None]
-    wide = torch.cat([pools, pools[..., :d]], dim=-1)
+    s = noise_std.expand(noise.shape[:2])[..., None, None]
+    wide = torch.cat([noise, noise[..., :d]], dim=-1)
     phi, l1, last_l1, weighted = (torch.zeros(shape[:-1], dtype=torch.float64) for _ in range(4))
     final = torch.zeros_like(phi)
     places = torch.randint(size, (steps[0],), generator=rng).tolist()

@@ -14,8 +14,20 @@ from rich.console import Console
 
 from signstep.lab.output.command import command_line
 
-# Importing a group registers its checks.
-from signstep.lab.verify import dither, estimators, gauss, projection, registry, report, theorem, vote  # noqa: F401
+# Importing a file of statements registers its checks.
+from signstep.lab.verify import (  # noqa: F401
+    dithered_sign,
+    dithered_training,
+    estimators,
+    gauss,
+    majority,
+    projection_rate,
+    projection_switch,
+    registry,
+    report,
+    theorem_bounds,
+    theorem_steps,
+)
 from signstep.lab.verify.registry import Outcome
 
 _UNEXPECTED = 1
@@ -55,7 +67,7 @@ class VerifyStatements:
             report.show_list(console, checks)
             return 0
         if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)
+            self.out.mkdir(parents=True, exist_ok=True)  # an error in it comes before the measurements
         outcomes = _measure([each.name for each in checks])
         record = report.to_dict(outcomes, command=self.command)
         if self.json:

@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from signstep.lab.data import digits
-from signstep.lab.verify.registry import FAILS, LIMIT, Result, check, mean_error, when
+from signstep.lab.verify.measures import (
+    digits_data,
+    mean_error,
+)
+from signstep.lab.verify.registry import FAILS, LIMIT, Finding, check, when
 from signstep.monitor.symmetry import benjamini_hochberg, symmetry
 from signstep.theory import bounds, noise, stationarity
 
@@ -38,7 +41,7 @@ def rows_of(law: noise.Law, snr: Tensor, shape: tuple[int, ...], rng: Generator)
     source="a plain monitor of sign agreement",
     expected=FAILS,
 )
-def naive_agreement(rng: Generator) -> Result:
+def naive_agreement(rng: Generator) -> Finding:
     found, ours = {}, {}
     for n in (4, 16, 64):
         rows = torch.randn(400_000 // n // 100, n, 100, generator=rng, dtype=torch.float64)
@@ -46,7 +49,7 @@ def naive_agreement(rng: Generator) -> Result:
         ours[n] = mean_error(stationarity.alignment(rows).value / (100 * math.sqrt(2 / math.pi)))
     stated = {n: 2 / math.pi * math.asin(1 / math.sqrt(n)) for n in found}
     z = [float((m - stated[n]) / e) for n, (m, e) in found.items()]
-    return Result(
+    return Finding(
         measured="at g = 0, where 1 - 2p = 0: "
         + ", ".join(f"{float(m):.3f} at N = {n}" for n, (m, _) in found.items()),
         error=f"standard errors up to {max(float(e) for _, e in found.values()):.4f}; z = "
@@ -65,7 +68,7 @@ def naive_agreement(rng: Generator) -> Result:
     "alignment and reliability^2 from pairs of micro-batches are unbiased for every law, also at g = 0 and skewed",
     source="signstep.theory.stationarity",
 )
-def unbiased(rng: Generator) -> Result:
+def unbiased(rng: Generator) -> Finding:
     scores, repeats = {}, 3_000
     for name in ("gaussian", "student-t3", "uniform", "skewed"):
         law = noise.LAWS[name]
@@ -83,7 +86,7 @@ def unbiased(rng: Generator) -> Result:
                     # Where every sign is right there is no spread.
                     scores[f"{kind}, {name}, S = {size:g}, N = {n}"] = (float(mean) - truth) / max(float(error), 1e-4)
     worst = max(scores, key=lambda key: abs(scores[key]))
-    return Result(
+    return Finding(
         measured=f"{len(scores)} means over {repeats:,} sets of micro-batches against the exact values",
         error=f"largest |z| {abs(scores[worst]):.1f} of {len(scores)}, at {worst}",
         verdict=when(abs(scores[worst]) < LIMIT),
@@ -101,7 +104,7 @@ def _gain(law: noise.Law, snr: Tensor) -> Tensor:
     "S_i^2 is unbiased under normal noise; the plain m^2/v is not, by (N - 1)/(N - 3)/N at g = 0",
     source="signstep.theory.stationarity.snr_squared",
 )
-def snr(rng: Generator) -> Result:
+def snr(rng: Generator) -> Finding:
     scores, plain = [], {}
     for n in (8, 16, 64):
         for size in (0.0, 0.3, 1.0):
@@ -113,7 +116,7 @@ def snr(rng: Generator) -> Result:
                 plain[n] = float(found)
                 scores.append(float((found - (n - 1) / (n - 3) / n) / found_error))
     worst = max(map(abs, scores))
-    return Result(
+    return Finding(
         measured="m^2/v reports S^2 = "
         + ", ".join(f"{value:.3f} at N = {n}" for n, value in plain.items())
         + " where it is 0",
@@ -130,7 +133,7 @@ def snr(rng: Generator) -> Result:
     "large, and 12 % too large under t3 noise at S = 0.6, N = 16",
     source="signstep.theory.stationarity.phi",
 )
-def phi(rng: Generator) -> Result:
+def phi(rng: Generator) -> Finding:
     found, scores = {}, []
     for n in (8, 16, 64):
         for size in (0.0, 0.1, 1.0, 5.0):
@@ -148,7 +151,7 @@ def phi(rng: Generator) -> Result:
     stated = {8: -0.20, 16: -0.13, 64: -0.06}
     near = all(abs(found[n, 1.0][0] - value) < 0.01 + LIMIT * found[n, 1.0][1] for n, value in stated.items())
     small = max(abs(found[n, size][0]) for n in (8, 16, 64) for size in (0.0, 0.1))
-    return Result(
+    return Finding(
         measured="off by "
         + "; ".join(
             f"{off:+.3f} s at S = {size:g}, N = {n}" for (n, size), (off, _) in found.items() if size in (0.1, 1.0)
@@ -194,7 +197,7 @@ def _coverage() -> dict[tuple[str, str, float, int], float]:
     "Under normal noise the 95 % intervals cover the truth 92 to 97 % of the time at N = 32, 86 to 98 % at N = 8",
     source="docs/theory.md, estimators: coverage",
 )
-def intervals(rng: Generator) -> Result:
+def intervals(rng: Generator) -> Finding:
     spans, fine = [], True
     for n, least, most in ((32, 0.92, 0.97), (8, 0.86, 0.98)):
         found = {key: share for key, share in _coverage().items() if key[1] == "gaussian" and key[3] == n}
@@ -205,7 +208,7 @@ def intervals(rng: Generator) -> Result:
         )
         error = math.sqrt(least * (1 - least) / _SETS), math.sqrt(most * (1 - most) / _SETS)
         fine = fine and found[low] > least - LIMIT * error[0] and found[high] < most + LIMIT * error[1]
-    return Result(
+    return Finding(
         measured="; ".join(spans) + "; of alignment, phi, margin, reliability and snr at S = 0, 0.3 and 3",
         error=f"{_SETS:,} sets each, standard errors of {100 * math.sqrt(0.05 * 0.95 / _SETS):.1f} %",
         verdict=when(fine),
@@ -221,10 +224,10 @@ def intervals(rng: Generator) -> Result:
     source="signstep.theory.stationarity.phi; docs/theory.md, coverage",
     expected=FAILS,
 )
-def heavy_tails(rng: Generator) -> Result:
+def heavy_tails(rng: Generator) -> Finding:
     found = {key[0]: share for key, share in _coverage().items() if key[1] == "student-t3"}
     error = math.sqrt(0.25 / _SETS)
-    return Result(
+    return Finding(
         measured="t3 noise, S = 0.3, N = 32: " + ", ".join(f"{100 * v:.0f} % {kind}" for kind, v in found.items()),
         error=f"{_SETS:,} sets, standard errors up to {100 * error:.1f} %",
         verdict=when(found["phi"] > 0.9 - LIMIT * error),
@@ -239,7 +242,7 @@ def heavy_tails(rng: Generator) -> Result:
     "At g = 0 the jackknife over rows overstates the variance by 2 (N - 1)/(N - 2); Hoeffding's is right",
     source="docs/theory.md, estimators: its variance",
 )
-def variance(rng: Generator) -> Result:
+def variance(rng: Generator) -> Finding:
     found, stated, sure = {}, {}, {}
     for n in (8, 32):
         signs = torch.randn(4_000, n, 50, generator=rng, dtype=torch.float64).sign()
@@ -253,7 +256,7 @@ def variance(rng: Generator) -> Result:
         mean, error = mean_error(jackknife / truth)
         found[n], stated[n], sure[n] = float(mean), 2 * (n - 1) / (n - 2), float(error)
     z = [(found[n] - stated[n]) / sure[n] for n in found]
-    return Result(
+    return Finding(
         measured=", ".join(f"{found[n]:.3f} times at N = {n} ({stated[n]:.3f})" for n in found),
         error=f"z = {z[0]:+.1f} and {z[1]:+.1f}, 4,000 sets; Hoeffding's variance by estimators.intervals at S = 0",
         verdict=when(max(map(abs, z)) < LIMIT),
@@ -265,13 +268,13 @@ def variance(rng: Generator) -> Result:
     "An interval of margin below 0 refutes the assumption: rare under symmetric unimodal noise, found under skewed",
     source="signstep.theory.stationarity.margin",
 )
-def margin(rng: Generator) -> Result:
+def margin(rng: Generator) -> Finding:
     found = {}
     for name, size in (("gaussian", 0.2), ("uniform", 0.2), ("student-t3", 0.2), ("skewed", 0.2)):
         rows = rows_of(noise.LAWS[name], torch.full((200,), size, dtype=torch.float64), (1_000, 16), rng)
         found[name] = float((stationarity.margin(rows).high < 0).double().mean())
     false = max(value for name, value in found.items() if name != "skewed")
-    return Result(
+    return Finding(
         measured="intervals below 0, S = 0.2, N = 16, 200 coordinates: "
         + ", ".join(f"{100 * v:.1f} % {k}" for k, v in found.items()),
         error=f"1,000 sets each, standard errors up to {100 * math.sqrt(0.25 / 1_000):.1f} %",
@@ -297,13 +300,13 @@ def mean_median(x: Tensor) -> Tensor:
     source="scipy.stats.skewtest",
     expected=FAILS,
 )
-def skewness_test(rng: Generator) -> Result:
+def skewness_test(rng: Generator) -> Finding:
     found, others = {}, {}
     for n in (64, 128, 512):
         x = noise.LAWS["student-t3"].sample([4_000, n], rng)
         found[n] = float((scipy.stats.skewtest(x.numpy(), axis=1).pvalue < 0.05).mean())
         others[n] = float((mean_median(x) < 0.05).double().mean())
-    return Result(
+    return Finding(
         measured="rejects symmetric t3 noise "
         + ", ".join(f"{100 * value:.0f} % of the time at N = {n}" for n, value in found.items())
         + "; mean against median (MGG): "
@@ -321,13 +324,13 @@ def skewness_test(rng: Generator) -> Result:
     "The monitor's test of symmetry does not reject symmetric unimodal laws, and finds skewed noise",
     source="signstep.monitor.symmetry",
 )
-def symmetric(rng: Generator) -> Result:
+def symmetric(rng: Generator) -> Finding:
     found: dict[str, float] = {}
     for name in ("gaussian", "laplace", "student-t3", "uniform", "bimodal", "skewed"):
         share = symmetry(noise.LAWS[name].sample([64, 4_000], rng))["rejected_share"]
         found[name] = float(share)
     false = max(value for name, value in found.items() if noise.LAWS[name].unimodal)
-    return Result(
+    return Finding(
         measured="share of 4,000 coordinates rejected at a false discovery rate of 5 %, N = 64: "
         + ", ".join(f"{100 * value:.1f} % {name}" for name, value in found.items()),
         error="a false discovery rate allows 5 % of the rejections to be false",
@@ -357,8 +360,8 @@ class Measured:
 @functools.cache
 def _net() -> dict[tuple[int, int], list[Measured]]:
     """By epoch and batch size, for five seeds, of a ReLU net with 32 hidden units on digits."""
-    images = digits.read()
-    x, y = (images.train_x.float() / 255 - 0.3).flatten(1), images.train_y
+    x, y = digits_data()
+    x = x.flatten(1)
     found: dict[tuple[int, int], list[Measured]] = {}
     for seed in range(5):
         rng = Generator().manual_seed(_SEED + seed)
@@ -432,9 +435,9 @@ def _told(values: list[Measured]) -> str:
     source="paper, Sec. III, the assumption",
     expected=FAILS,
 )
-def real_gradients(rng: Generator) -> Result:
+def real_gradients(rng: Generator) -> Finding:
     first, last = _net()[0, 1], _net()[20, 1]
-    return Result(
+    return Finding(
         measured=f"64-32-10 net on digits, exact over 1,437 images: before training {_told(first)}; after 20 epochs "
         f"{_told(last)}",
         error="exact; the ranges are over five seeds",
@@ -453,9 +456,9 @@ def real_gradients(rng: Generator) -> Result:
     "Eq. (7) holds on the gradients of a ReLU net in batches of 128",
     source="docs/theory.md, where the assumption fails",
 )
-def real_batches(rng: Generator) -> Result:
+def real_batches(rng: Generator) -> Finding:
     first, last = _net()[0, 128], _net()[20, 128]
-    return Result(
+    return Finding(
         measured=f"the same net: before training {_told(first)}; after 20 epochs {_told(last)}",
         error="1,000 batches each, five seeds; single coordinates near 0 are counted with the noise of 1,000 signs",
         verdict=when(min(v.ratio for v in (*first, *last)) >= 1),

@@ -12,18 +12,20 @@ import scipy.stats
 import torch
 from torch import Generator, Tensor
 
-from signstep.lab.verify.registry import BETTER, FAILS, HOLDS, LIMIT, Result, check, when
+from signstep.lab.verify.measures import (
+    ROUNDING,
+    symmetric_unimodal,
+)
+from signstep.lab.verify.registry import BETTER, FAILS, LIMIT, Finding, check, when
 from signstep.theory import bounds, noise
 from signstep.theory.noise import Law
 
-_ROUNDING = 1e-9
 _DRAWS = 1 << 19
 
 
 def unimodal() -> list[Law]:
     """The symmetric unimodal laws of `signstep.theory.noise`, and three that attain Gauss's inequality."""
-    laws = [law for law in noise.LAWS.values() if law.symmetric and law.unimodal]
-    return laws + [noise.gauss_extremal(snr) for snr in (1.25, 2.0, 4.0)]
+    return symmetric_unimodal() + [noise.gauss_extremal(snr) for snr in (1.25, 2.0, 4.0)]
 
 
 def grid() -> Tensor:
@@ -42,7 +44,7 @@ def weight(snr: Tensor) -> Tensor:
     "The laws that these checks use have mean 0, variance 1 and the stated chances of a wrong sign",
     source="signstep.theory.noise",
 )
-def laws(rng: Generator) -> Result:
+def laws(rng: Generator) -> Finding:
     snr = torch.tensor([0.05, 0.2, 0.5, 1.0, 2.0], dtype=torch.float64)
     everything = [*noise.LAWS.values(), noise.gauss_extremal(2.0), noise.skewed(16)]
     worst, scores = "", []
@@ -58,7 +60,7 @@ def laws(rng: Generator) -> Result:
         scores.append(max(abs(centre), abs(spread), float(z.abs().max())))
         if scores[-1] == max(scores):
             worst = law.name
-    return Result(
+    return Finding(
         measured=f"{len(everything)} laws, {_DRAWS:,} draws each: mean, variance and P(wrong sign) at 5 values of S",
         error=f"largest |z| {max(scores):.1f} of {7 * len(everything)}, at {worst}",
         verdict=when(max(scores) < LIMIT),
@@ -71,16 +73,16 @@ def laws(rng: Generator) -> Result:
     "For unimodal symmetric noise p <= 2/(9 S^2) where S > sqrt(2/3), else p <= 1/2 - S/(2 sqrt 3)",
     source="paper, eq. (6)",
 )
-def bound(rng: Generator) -> Result:
+def bound(rng: Generator) -> Finding:
     snr = grid()
     gaps = {law.name: float((bounds.sign_failure_bound(snr, split=bounds.PAPER_SPLIT) - law.failure(snr)).min())
             for law in unimodal()}  # fmt: skip
     least = min(gaps.values())
-    return Result(
+    return Finding(
         measured=f"smallest bound - p over {len(gaps)} laws and {len(snr)} values of S: {abs(least):.1e}",
-        error=f"exact, to {_ROUNDING:g}",
-        verdict=when(least > -_ROUNDING),
-        detail=f"the bound is reached by {', '.join(name for name, gap in gaps.items() if gap < _ROUNDING)}",
+        error=f"exact, to {ROUNDING:g}",
+        verdict=when(least > -ROUNDING),
+        detail=f"the bound is reached by {', '.join(name for name, gap in gaps.items() if gap < ROUNDING)}",
         values=gaps,
     )
 
@@ -91,7 +93,7 @@ def bound(rng: Generator) -> Result:
     source="paper, Sec. III, above eq. (6)",
     expected=BETTER,
 )
-def split(rng: Generator) -> Result:
+def split(rng: Generator) -> Finding:
     snr = grid()
     paper = bounds.sign_failure_bound(snr, split=bounds.PAPER_SPLIT)
     sharp = bounds.sign_failure_bound(snr)
@@ -100,12 +102,12 @@ def split(rng: Generator) -> Result:
     above = float(bounds.sign_failure_bound(at * (1 + 1e-12), split=bounds.PAPER_SPLIT))
     corner = torch.tensor(bounds.CRITICAL_SNR, dtype=torch.float64)
     jump = float(bounds.sign_failure_bound(corner * (1 + 1e-12)) - bounds.sign_failure_bound(corner))
-    true = all(bool((sharp - law.failure(snr) > -_ROUNDING).all()) for law in unimodal())
-    better = true and bool((sharp <= paper + _ROUNDING).all()) and abs(jump) < _ROUNDING < above - below
-    return Result(
+    true = all(bool((sharp - law.failure(snr) > -ROUNDING).all()) for law in unimodal())
+    better = true and bool((sharp <= paper + ROUNDING).all()) and abs(jump) < ROUNDING < above - below
+    return Finding(
         measured=f"at sqrt(2/3) the bound jumps up from {below:.3f} to {above:.3f}; split at 2/sqrt 3 it does not "
         "jump, is nowhere larger, and holds for the same laws",
-        error=f"exact, to {_ROUNDING:g}",
+        error=f"exact, to {ROUNDING:g}",
         verdict=BETTER if better else when(not true),
         detail=f"a bound that rises with S is not tight: between {bounds.PAPER_SPLIT:.3f} and "
         f"{bounds.CRITICAL_SNR:.3f} the paper's is up to {float((paper - sharp).max()):.3f} too large. Gauss's split "
@@ -119,18 +121,18 @@ def split(rng: Generator) -> Result:
     "Split at 2/sqrt 3, the bound is attained at every S; a later split would be false",
     source="docs/theory.md, how often a sign is wrong",
 )
-def tight(rng: Generator) -> Result:
+def tight(rng: Generator) -> Finding:
     uniform = noise.LAWS["uniform"]
     low = grid()[grid() <= bounds.CRITICAL_SNR]
     high = torch.linspace(bounds.CRITICAL_SNR + 1e-9, 10, 200, dtype=torch.float64)
     misses = [float((uniform.failure(low) - bounds.sign_failure_bound(low)).abs().max())]
     misses += [float((noise.gauss_extremal(float(s)).failure(s) - bounds.sign_failure_bound(s)).abs()) for s in high]
     p, beyond = float(noise.gauss_extremal(1.3).failure(torch.tensor(1.3).double())), 0.5 - 1.3 / (2 * math.sqrt(3))
-    return Result(
+    return Finding(
         measured=f"largest distance from it: {max(misses):.1e}; by the uniform law up to 2/sqrt 3, above by a law "
         "with an atom at 0 and a uniform part on [-3S/2, 3S/2]",
-        error=f"exact, to {_ROUNDING:g}",
-        verdict=when(max(misses) < _ROUNDING and p > beyond),
+        error=f"exact, to {ROUNDING:g}",
+        verdict=when(max(misses) < ROUNDING and p > beyond),
         detail=f"at S = 1.3 the first branch would be {beyond:.4f}, and that law has p = {p:.4f}",
     )
 
@@ -141,19 +143,19 @@ def tight(rng: Generator) -> Result:
     source="paper, below eq. (6)",
     expected=BETTER,
 )
-def derivation(rng: Generator) -> Result:
+def derivation(rng: Generator) -> Finding:
     snr = grid()
     least = {}
     for name, at in (("sqrt(2/3)", bounds.PAPER_SPLIT), ("2/sqrt 3", bounds.CRITICAL_SNR)):
         # Just above the split is where the second branch is worst.
         near = torch.cat([snr, torch.tensor([at * (1 + 1e-12)], dtype=torch.float64)])
         least[name] = float(((1 - 2 * bounds.sign_failure_bound(near, split=at)) / weight(near)).min())
-    true = min(least.values()) >= 1 / bounds.PAPER_CONSTANT - _ROUNDING
-    return Result(
+    true = min(least.values()) >= 1 / bounds.PAPER_CONSTANT - ROUNDING
+    return Finding(
         measured=f"smallest (1 - 2 bound)/min(1, S): {least['sqrt(2/3)']:.3f} with the paper's split, "
         f"{least['2/sqrt 3']:.3f} = 1/sqrt 3 with Gauss's",
-        error=f"exact, to {_ROUNDING:g}",
-        verdict=BETTER if true and least["2/sqrt 3"] > 1 / bounds.PAPER_CONSTANT + 0.2 else when(true),
+        error=f"exact, to {ROUNDING:g}",
+        verdict=when(true, better=least["2/sqrt 3"] > 1 / bounds.PAPER_CONSTANT + 0.2),
         detail="the paper's own split already gives 0.408 in place of 1/3",
         values=least,
     )
@@ -165,16 +167,16 @@ def derivation(rng: Generator) -> Result:
     source="paper, eq. (5) and (7)",
     expected=BETTER,
 )
-def constant(rng: Generator) -> Result:
+def constant(rng: Generator) -> Finding:
     snr = grid()
     least = {law.name: float(((1 - 2 * law.failure(snr)) / weight(snr)).min()) for law in unimodal()}
     worst = min(least, key=least.__getitem__)
-    true = least[worst] >= 1 / bounds.PAPER_CONSTANT - _ROUNDING
-    better = least[worst] >= 1 / bounds.SHARP_CONSTANT - _ROUNDING
-    return Result(
+    true = least[worst] >= 1 / bounds.PAPER_CONSTANT - ROUNDING
+    better = least[worst] >= 1 / bounds.SHARP_CONSTANT - ROUNDING
+    return Finding(
         measured=f"smallest (1 - 2p)/min(1, S) over {len(least)} laws: {least[worst]:.4f} ({worst})",
-        error=f"exact, to {_ROUNDING:g}",
-        verdict=(BETTER if better else HOLDS) if true else FAILS,
+        error=f"exact, to {ROUNDING:g}",
+        verdict=when(true, better=better),
         detail=f"1/sqrt 3 = {1 / math.sqrt(3):.4f} holds in place of 1/3",
         values=least,
     )
@@ -186,16 +188,16 @@ def constant(rng: Generator) -> Result:
     "Bernstein et al. 2019",
     source="docs/theory.md, the constant of (7)",
 )
-def mixed_norm(rng: Generator) -> Result:
+def mixed_norm(rng: Generator) -> Finding:
     snr = grid()
     longer = snr.clamp(max=bounds.CRITICAL_SNR)
     mixed = torch.where(snr > bounds.CRITICAL_SNR, 1.0, snr)
     least = min(float(((1 - 2 * law.failure(snr)) / longer).min()) for law in unimodal())
     order = bool(((weight(snr) <= mixed) & (mixed <= longer)).all())
-    return Result(
+    return Finding(
         measured=f"smallest (1 - 2p)/min(2/sqrt 3, S) over {len(unimodal())} laws: {least:.4f}",
-        error=f"exact, to {_ROUNDING:g}",
-        verdict=when(order and least >= 1 / bounds.SHARP_CONSTANT - _ROUNDING),
+        error=f"exact, to {ROUNDING:g}",
+        verdict=when(order and least >= 1 / bounds.SHARP_CONSTANT - ROUNDING),
     )
 
 
@@ -204,14 +206,14 @@ def mixed_norm(rng: Generator) -> Result:
     "1/sqrt 3 is the largest constant c with 1 - 2p >= c min(1, S): uniform noise attains it for all S <= 1",
     source="signstep.theory.bounds.SHARP_CONSTANT",
 )
-def sharp(rng: Generator) -> Result:
+def sharp(rng: Generator) -> Finding:
     snr = grid()[grid() <= 1]
     ratio = (1 - 2 * noise.LAWS["uniform"].failure(snr)) / snr
     miss = float((ratio - 1 / bounds.SHARP_CONSTANT).abs().max())
-    return Result(
+    return Finding(
         measured=f"(1 - 2p)/S of uniform noise: {float(ratio.min()):.6f} to {float(ratio.max()):.6f} for S <= 1",
-        error=f"exact, to {_ROUNDING:g}",
-        verdict=when(miss < _ROUNDING),
+        error=f"exact, to {ROUNDING:g}",
+        verdict=when(miss < ROUNDING),
     )
 
 
@@ -221,10 +223,10 @@ def sharp(rng: Generator) -> Result:
     "degrees",
     source="docs/theory.md, the constant of common laws",
 )
-def minima(rng: Generator) -> Result:
+def minima(rng: Generator) -> Finding:
     snr, stated = grid(), {"gaussian": 0.683, "laplace": 0.757, "student-t3": 0.818}
     found = {name: float(((1 - 2 * noise.LAWS[name].failure(snr)) / weight(snr)).min()) for name in stated}
-    return Result(
+    return Finding(
         measured=", ".join(f"{name} {value:.4f}" for name, value in found.items()) + ", all at S = 1",
         error="exact; compared to 0.0005",
         verdict=when(all(abs(found[name] - stated[name]) < 5e-4 for name in stated)),
@@ -238,13 +240,13 @@ def minima(rng: Generator) -> Result:
     source="paper, Sec. III, the assumption; signstep.theory.noise",
     expected=FAILS,
 )
-def bimodal(rng: Generator) -> Result:
+def bimodal(rng: Generator) -> Finding:
     snr = torch.tensor([0.3], dtype=torch.float64)
     law, limit = noise.LAWS["bimodal"], float(bounds.sign_failure_bound(snr, split=bounds.PAPER_SPLIT))
     p = float(law.failure(snr))
     whole = grid()
     ratio = float(((1 - 2 * law.failure(whole)) / weight(whole)).min())
-    return Result(
+    return Finding(
         measured=f"+-0.95 and a narrow Gaussian, S = 0.3: p = {p:.3f} > {limit:.3f}",
         error="exact",
         verdict=when(p <= limit),
@@ -261,10 +263,10 @@ def bimodal(rng: Generator) -> Result:
     source="paper, Sec. III, the assumption; signstep.theory.noise",
     expected=FAILS,
 )
-def skewed(rng: Generator) -> Result:
+def skewed(rng: Generator) -> Finding:
     gain = 1 - 2 * float(noise.LAWS["skewed"].failure(torch.tensor(0.2)))
     exact = 2 * math.exp(-0.8) - 1
-    return Result(
+    return Finding(
         measured=f"Exp(1) - 1, S = 0.2: 1 - 2p = {gain:+.3f}, so the step climbs",
         error=f"exact: 2 exp(-0.8) - 1 = {exact:.3f}",
         verdict=when(gain >= 0.2 / 3),
@@ -278,7 +280,7 @@ def skewed(rng: Generator) -> Result:
     "A mean of n draws of skewness gamma turns more than half of the signs where S < |gamma|/(6 sqrt n)",
     source="docs/theory.md; signstep.theory.bounds.skew_threshold",
 )
-def skew_threshold(rng: Generator) -> Result:
+def skew_threshold(rng: Generator) -> Finding:
     exact, stated = {}, {}
     for n in (1, 8, 32, 128, 1024):
         # The sign of g > 0 is wrong half of the time where -S is the median.
@@ -287,7 +289,7 @@ def skew_threshold(rng: Generator) -> Result:
     wrong = noise.skewed(128).failure(torch.tensor([0.97, 1.03], dtype=torch.float64) * stated[128]) - 0.5
     right = bool(wrong[0] > 0 > wrong[1])
     off = {n: exact[n] / stated[n] - 1 for n in exact}
-    return Result(
+    return Finding(
         measured=f"Exp(1) - 1, n = 128: {exact[128]:.5f} exactly, {stated[128]:.5f} predicted; "
         + ", ".join(f"n = {n}: {100 * each:+.2f} %" for n, each in off.items()),
         error="exact; compared to 1 % from n = 8 on, as the first term of an expansion in 1/n",
@@ -307,7 +309,7 @@ def _threshold(law: Law, low: float, high: float) -> float:
     "Gaussian dither repairs the sign of skewed noise: Exp(1) - 1, S = 0.2, sigma = s gives 1 - 2p = +0.047",
     source="docs/theory.md; paper, Sec. IV, does not say so",
 )
-def dither_repairs(rng: Generator) -> Result:
+def dither_repairs(rng: Generator) -> Finding:
     found, thresholds = {}, {}
     for ratio in (0.5, 1.0, 2.0):
         law = noise.LAWS["skewed"].dithered(ratio)
@@ -318,7 +320,7 @@ def dither_repairs(rng: Generator) -> Result:
     draws = torch.erf((0.2 + x) / math.sqrt(2))
     z = (float(draws.mean()) - found[1.0]) / (float(draws.std()) / 1024)
     gains = ", ".join(f"{gain:+.3f} at sigma = {ratio:g} s" for ratio, gain in found.items())
-    return Result(
+    return Finding(
         measured=f"1 - 2p: {gains}; without dither "
         f"{1 - 2 * float(noise.LAWS['skewed'].failure(torch.tensor(0.2))):+.3f}",
         error=f"integral to 1e-5; z = {z:+.1f} against {1 << 20:,} draws",
@@ -334,13 +336,13 @@ def dither_repairs(rng: Generator) -> Result:
     "Dither of r = sigma/s lowers the threshold of skewed means to |gamma|/(6 sqrt n (1 + r^2))",
     source="docs/theory.md, dither in Theorem 1",
 )
-def dithered_threshold(rng: Generator) -> Result:
+def dithered_threshold(rng: Generator) -> Finding:
     n, off = 32, {}
     for ratio in (0.5, 1.0, 2.0):
         law, norm = noise.skewed(n).dithered(ratio), math.hypot(1, ratio)
         stated = bounds.skew_threshold(2.0, n) / norm**2
         off[ratio] = _threshold(law, 0.5 * stated / norm, 2 * stated / norm) * norm / stated - 1
-    return Result(
+    return Finding(
         measured=f"Exp(1) - 1, n = {n}: exactly " + ", ".join(f"{100 * e:+.1f} % at r = {r:g}" for r, e in off.items()),
         error="integrals to 1e-5; compared to 2 %, as the first term of an expansion in 1/n",
         verdict=when(max(map(abs, off.values())) < 0.02),
@@ -353,18 +355,17 @@ def dithered_threshold(rng: Generator) -> Result:
     "Sums of independent symmetric unimodal noise are unimodal, so a batch of any n obeys (6)",
     source="paper, Sec. III, 'applies coordinate-wise'; docs/theory.md, means of a batch",
 )
-def sums(rng: Generator) -> Result:
+def sums(rng: Generator) -> Finding:
     x = torch.linspace(-12, 12, 4801, dtype=torch.float64)
-    names = [law for law in noise.LAWS.values() if law.symmetric and law.unimodal]
     # Chances of small cells, which convolve without error.
-    cells = {law.name: law.cdf(x + 0.0025) - law.cdf(x - 0.0025) for law in names}
+    cells = {law.name: law.cdf(x + 0.0025) - law.cdf(x - 0.0025) for law in symmetric_unimodal()}
     pairs = [(a, b) for i, a in enumerate(cells) for b in list(cells)[i:]]
     worst = max(_second_mode(_convolve(cells[a], cells[b])) for a, b in pairs)
     # Unimodal, not symmetric: 0.3 uniform on [0, 0.01] and 0.7 on [0, 1].
     lopsided = torch.full((1000,), 0.7 / 1000, dtype=torch.float64)
     lopsided[:10] += 0.03
     lost = _second_mode(_convolve(lopsided, lopsided))
-    return Result(
+    return Finding(
         measured=f"{len(pairs)} sums of two laws: largest rise away from the mode {worst:.0e} of its height",
         error="rounding of the convolution",
         verdict=when(worst < 1e-10 < lost),
@@ -392,7 +393,7 @@ def _second_mode(density: Tensor) -> float:
     "Under symmetric unimodal noise Gaussian dither makes no sign more reliable",
     source="docs/theory.md, the dithered corollary",
 )
-def dither_symmetric(rng: Generator) -> Result:
+def dither_symmetric(rng: Generator) -> Finding:
     snr = torch.logspace(-2, 1, 60, dtype=torch.float64)
     worst = math.inf
     laws_ = [law for law in unimodal() if not law.name.startswith("Gauss extremal")]
@@ -400,7 +401,7 @@ def dither_symmetric(rng: Generator) -> Result:
         for ratio in (0.3, 1.0, 3.0):
             change = law.dithered(ratio).failure(snr / math.hypot(1, ratio)) - law.failure(snr)
             worst = min(worst, float(change.min()))
-    return Result(
+    return Finding(
         measured=f"p never falls: its least change over {len(laws_)} laws, {len(snr)} values of S and 3 of sigma is "
         f"{worst:+.0e}",
         error="integrals to 1e-5",
@@ -417,7 +418,7 @@ def dither_symmetric(rng: Generator) -> Result:
     source="paper, eq. (1) and (6)",
     expected=FAILS,
 )
-def zero_noise(rng: Generator) -> Result:
+def zero_noise(rng: Generator) -> Finding:
     g = torch.tensor([0.0, 2.0, -3.0], dtype=torch.float64)
     undefined = bool((g.abs() / torch.zeros_like(g)).isnan().any())
     ours = float(bounds.phi(g, torch.zeros_like(g)))
@@ -425,7 +426,7 @@ def zero_noise(rng: Generator) -> Result:
     share = 0.1
     s = math.sqrt((1 - share) / share)
     p, limit = 1 - share, float(bounds.sign_failure_bound(torch.tensor(1 / s, dtype=torch.float64)))
-    return Result(
+    return Finding(
         measured=f"g = s = 0 gives S = 0/0; gradients that are exactly 0 nine times of ten (S = {1 / s:.2f}) have p = "
         f"{p:.2f} > {limit:.2f}",
         error="exact",

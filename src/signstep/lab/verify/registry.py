@@ -1,8 +1,8 @@
 """The registry of checks: a statement with its source, how it is measured, and the verdict that is expected.
 
     @check("gauss.example", "p <= 1/2", source="eq. (6)")
-    def _(rng: Generator) -> Result:
-        return Result(measured="p = 0.31", error="exact", verdict=HOLDS)
+    def _(rng: Generator) -> Finding:
+        return Finding(measured="p = 0.31", error="exact", verdict=HOLDS)
 
 A check's name is that of its group, a dot and its own. It is given random numbers of its own, seeded by its name, so it
 measures the same whichever others run.
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 
 from signstep.lab.errors import BadInput
 
@@ -32,7 +32,7 @@ LIMIT = 4.0
 
 
 @dataclass(frozen=True)
-class Result:
+class Finding:
     """What a check found."""
 
     measured: str
@@ -56,11 +56,11 @@ class Check:
     source: str
     """Where it is stated: an equation or section of the paper, or a page of ours."""
     expected: Verdict
-    measure: Callable[[Generator], Result]
+    measure: Callable[[Generator], Finding]
 
     @property
     def group(self) -> str:
-        """The first part of the name, which is that of its file."""
+        """The first part of the name."""
         return self.name.partition(".")[0]
 
 
@@ -69,7 +69,7 @@ class Outcome:
     """A check that has run."""
 
     check: Check
-    result: Result
+    result: Finding
     seconds: float
 
     @property
@@ -100,14 +100,14 @@ CHECKS: dict[str, Check] = {}
 
 def check(
     name: str, claim: str, *, source: str, expected: Verdict = HOLDS
-) -> Callable[[Callable[[Generator], Result]], Callable[[Generator], Result]]:
-    """Register the decorated function, which takes random numbers and returns a `Result`.
+) -> Callable[[Callable[[Generator], Finding]], Callable[[Generator], Finding]]:
+    """Register the decorated function, which takes random numbers and returns a `Finding`.
 
     Raises:
         ValueError: the name is taken, or its first part is no group.
     """
 
-    def register(measure: Callable[[Generator], Result]) -> Callable[[Generator], Result]:
+    def register(measure: Callable[[Generator], Finding]) -> Callable[[Generator], Finding]:
         if name in CHECKS or name.partition(".")[0] not in GROUPS:
             raise ValueError(f"check {name!r}: expected a new name that begins with one of {', '.join(GROUPS)}")
         CHECKS[name] = Check(name, claim, source, expected, measure)
@@ -141,11 +141,6 @@ def run(checks: Sequence[Check]) -> Iterator[Outcome]:
         yield Outcome(each, result, time.perf_counter() - started)
 
 
-def when(truth: bool, otherwise: Verdict = FAILS) -> Verdict:
-    """The verdict on a statement that was found true or not."""
-    return HOLDS if truth else otherwise
-
-
-def mean_error(values: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """The mean of independent values along a dimension, and its standard error."""
-    return values.mean(dim), values.std(dim) / values.shape[dim] ** 0.5
+def when(truth: bool, *, better: bool = False) -> Verdict:
+    """The verdict on a statement that was found true or not; `better`: true with a better constant as well."""
+    return FAILS if not truth else BETTER if better else HOLDS

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import rich.box
 import torch
@@ -19,12 +18,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from signstep.lab.output import figures, pages
+from signstep.lab.output.files import write_all
 from signstep.lab.output.machine import environment
-from signstep.lab.training.checkpoint import write_atomically
+from signstep.lab.output.tables import markdown_table
 from signstep.lab.verify import drawings
 from signstep.lab.verify.registry import BETTER, FAILS, GROUPS, HOLDS, Check, Outcome
 
-NAME = "verify"
 _WIDTH = 120
 _STYLES = {HOLDS: "green", BETTER: "cyan", FAILS: "yellow"}
 _KINDS = {HOLDS: "holds", BETTER: "better", FAILS: "fails"}
@@ -163,21 +162,16 @@ def markdown(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
         f"{record['summary']}; {record['seconds']:.0f} s.",
     ]
     for group, members in grouped(outcomes).items():
-        lines += [
-            "",
-            f"## {typeset(GROUPS[group])}",
-            "",
-            "| check | statement | source | measured | error | verdict | s |",
-        ]
-        lines += ["|---|---|---|---|---|---|---:|"]
+        rows = []
         for each in members:
             measured = each.result.measured + (f". {_sentence(each.result.detail)}" if each.result.detail else "")
             texts = (each.check.claim, each.check.source, measured, each.result.error, each.verdict)
             cells = [_cell(typeset(text)) for text in texts]
             if not each.as_expected:
                 cells[-1] = f"**{cells[-1]}**; expected: {each.check.expected}"
-            row = [f"`{each.check.name}`", *cells, f"{each.seconds:.1f}"]
-            lines.append("| " + " | ".join(row) + " |")
+            rows.append([f"`{each.check.name}`", *cells, f"{each.seconds:.1f}"])
+        head = ["check", "statement", "source", "measured", "error", "verdict", "s"]
+        lines += ["", f"## {typeset(GROUPS[group])}", "", *markdown_table(head, rows, left=range(6))]
     return "\n".join(lines) + "\n"
 
 
@@ -186,7 +180,8 @@ def _sentence(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.translate({ord(c): f"\\{c}" for c in "\\|*_`<>"})
+    """Text without Markdown's marks; the table itself takes care of `|`."""
+    return text.translate({ord(c): f"\\{c}" for c in "\\*_`<>"})
 
 
 def _page(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
@@ -210,10 +205,6 @@ def _page(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
     return pages.render("verify.html", context, {"typeset": typeset, "sentence": _sentence})
 
 
-def _put(content: str, file: IO[bytes]) -> None:
-    file.write(content.encode())
-
-
 def write(outcomes: Sequence[Outcome], record: Mapping[str, Any], out: Path) -> list[Path]:
     """Write the three files into `out`, a folder, and return their paths.
 
@@ -221,9 +212,4 @@ def write(outcomes: Sequence[Outcome], record: Mapping[str, Any], out: Path) -> 
         OSError: `out` cannot be written. Each file is there whole or as it was.
     """
     contents = {"html": _page(outcomes, record), "md": markdown(outcomes, record), "json": to_json(record)}
-    paths = []
-    for suffix, content in contents.items():
-        path = out / f"{NAME}.{suffix}"
-        write_atomically(path, functools.partial(_put, content))
-        paths.append(path)
-    return paths
+    return write_all(out, {f"verify.{suffix}": text for suffix, text in contents.items()})

@@ -13,11 +13,14 @@ from torch import Generator, Tensor
 
 from signstep.distributed.attacks import Attack, SignFlip
 from signstep.lab.training.single_votes import RATIOS, MeasuredVote, dithered_votes, formula_vote, measure_vote
-from signstep.lab.verify.registry import BETTER, FAILS, HOLDS, LIMIT, Result, check, when
-from signstep.theory import noise, vote
+from signstep.lab.verify.measures import (
+    ROUNDING,
+    symmetric_unimodal,
+)
+from signstep.lab.verify.registry import BETTER, LIMIT, Finding, check, when
+from signstep.theory import vote
 
 _ELEMENTS = 1 << 16
-_ROUNDING = 1e-9
 
 
 def votes(
@@ -39,7 +42,7 @@ def _curves() -> tuple[MeasuredVote, ...]:
     "The expected vote of M workers is P(B > M/2) - P(B < M/2), B binomial with q = Phi(m/sigma)",
     source="docs/theory.md; docs/vote-curve.md; signstep.theory.vote.expected_vote",
 )
-def vote_law(rng: Generator) -> Result:
+def vote_law(rng: Generator) -> Finding:
     scores, count = [], 0
     for measured in _curves():
         if measured.dither_workers == "independent":
@@ -51,7 +54,7 @@ def vote_law(rng: Generator) -> Result:
             ]
             scores.append(max(map(abs, z)))
             count += len(z)
-    return Result(
+    return Finding(
         measured="votes through signstep.distributed.SimulatedVote, M = "
         f"{', '.join(str(m.workers) for m in _curves()[:-1])}, m/sigma from 0 to 2",
         error=f"largest |z| {max(scores):.1f} of {count}",
@@ -65,13 +68,13 @@ def vote_law(rng: Generator) -> Result:
     "Its slope at 0 is sqrt(2/pi) M C(M-1, (M-1)/2)/2^(M-1) ~ (2/pi) sqrt M: 0.80, 2.51 and 6.41 for M = 1, 15 and 101",
     source="docs/theory.md; signstep.theory.vote.linear_slope",
 )
-def slope(rng: Generator) -> Result:
+def slope(rng: Generator) -> Finding:
     stated, h, miss = {1: 0.80, 15: 2.51, 101: 6.41}, 1e-5, 0.0
     found = {m: vote.linear_slope(m) for m in (1, 3, 15, 101, 999)}
     for m, value in found.items():
         miss = max(miss, abs(vote.expected_vote(h, m) / h / value - 1))
     ratio = found[999] / (2 / math.pi * math.sqrt(999))
-    return Result(
+    return Finding(
         measured=", ".join(f"{value:.3f} for M = {m}" for m, value in found.items())
         + f"; {ratio:.4f} of (2/pi) sqrt M at 999",
         error=f"against the difference quotient of the expected vote: {miss:.0e}",
@@ -88,7 +91,7 @@ def slope(rng: Generator) -> Result:
     "0.654 and 0.984 at M = 1, 15 and 101",
     source="docs/vote-curve.md; docs/theory.md",
 )
-def linear_range(rng: Generator) -> Result:
+def linear_range(rng: Generator) -> Finding:
     found = {m: vote.expected_vote(0.3, m) for m in (1, 15, 101)}
     stated = {1: 0.236, 15: 0.654, 101: 0.984}
     ends = {}
@@ -98,7 +101,7 @@ def linear_range(rng: Generator) -> Result:
         ends[m] = float(brentq(lambda z, m=m, k=slope_: k * z / vote.expected_vote(z, m) - 1.1, 1e-3, 3))
     scaled = {m: z * math.sqrt(m) for m, z in ends.items() if m > 1}
     spread = max(scaled.values()) / min(scaled.values()) - 1
-    return Result(
+    return Finding(
         measured=", ".join(f"{value:.3f} at M = {m}" for m, value in found.items())
         + "; the line is 10 % too large from m/sigma = "
         + ", ".join(f"{z:.3f} (M = {m})" for m, z in ends.items()),
@@ -114,12 +117,12 @@ def linear_range(rng: Generator) -> Result:
     "sigma sqrt M on each worker keeps the range: m = 0.3 sigma is worth 0.19 for every M",
     source='docs/vote-curve.md, dither_workers="scaled"',
 )
-def scaled(rng: Generator) -> Result:
+def scaled(rng: Generator) -> Finding:
     found = {m: formula_vote(0.3, m, scaled=True) for m in (1, 15, 101, 999)}
     measured = _curves()[-1]
     z = measured.scores
     limit = math.erf(0.3 * math.sqrt(2 / math.pi) / math.sqrt(2))
-    return Result(
+    return Finding(
         measured=", ".join(f"{value:.3f} at M = {m}" for m, value in found.items()) + f"; its limit is {limit:.3f}",
         error=f"largest |z| of real votes with scaled noise, M = 15: {max(map(abs, z)):.1f} of {len(z)}",
         verdict=when(max(map(abs, z)) < LIMIT and all(abs(found[m] - 0.19) < 6e-3 for m in (15, 101, 999))),
@@ -132,7 +135,7 @@ def scaled(rng: Generator) -> Result:
     "M = 15, m = 0.1 sigma: honest 0.247, 3 flippers 0.150, 6 flippers 0.050, 3 colluders -0.440",
     source="docs/theory.md, attackers",
 )
-def attackers(rng: Generator) -> Result:
+def attackers(rng: Generator) -> Finding:
     m = torch.full((_ELEMENTS,), 0.1)
     wrong = torch.full((_ELEMENTS,), -100.0)
     cases = {
@@ -148,7 +151,7 @@ def attackers(rng: Generator) -> Result:
         value = vote.expected_vote(0.1, 15, **counts)
         z.append((found[name] - value) / math.sqrt((1 - value**2) / _ELEMENTS))
         miss = max(miss, abs(value - stated))
-    return Result(
+    return Finding(
         measured=", ".join(f"{name} {value:+.3f}" for name, value in found.items()),
         error=f"largest |z| {max(map(abs, z)):.1f} of 4, {_ELEMENTS:,} real votes each; the formula to {miss:.4f} as "
         "stated",
@@ -163,19 +166,19 @@ def attackers(rng: Generator) -> Result:
     "15, exactly 0.309 and 0.917",
     source="docs/theory.md, attackers; docs/vote-curve.md",
 )
-def colluders(rng: Generator) -> Result:
+def colluders(rng: Generator) -> Finding:
     stated, limits = {3: (0.319, 0.309), 6: (0.967, 0.917)}, {}
     many = {}
     for f in (3, 6):
         limits[f] = (float(ndtri(1 / (2 * (1 - f / 15)))), _reversed_below(15, f))
         many[f] = _reversed_below(900, 60 * f)
     close = all(abs(a - b) < 6e-4 for f in stated for a, b in zip(limits[f], stated[f], strict=True))
-    shares = all(abs(vote.colluders_survived(z, 15)[0] - f / 15) < _ROUNDING for f, (z, _) in limits.items())
+    shares = all(abs(vote.colluders_survived(z, 15)[0] - f / 15) < ROUNDING for f, (z, _) in limits.items())
     z = []
     for f, (_, exact) in limits.items():
         momenta = [torch.full((_ELEMENTS,), exact)] * (15 - f) + [torch.full((_ELEMENTS,), -100.0)] * f
         z.append(float(votes(momenta, seed=f).mean()) * math.sqrt(_ELEMENTS))
-    return Result(
+    return Finding(
         measured="; ".join(
             f"{f} of 15: z* {a:.3f}, exactly {b:.3f}, {60 * f} of 900 {many[f]:.3f}" for f, (a, b) in limits.items()
         ),
@@ -199,7 +202,7 @@ def _reversed_below(workers: int, colluding: int) -> float:
     "Workers that flip their own signs must be half of all, at any m/sigma above 0",
     source="docs/theory.md, attackers; Bernstein et al. 2019",
 )
-def flippers(rng: Generator) -> Result:
+def flippers(rng: Generator) -> Finding:
     worst, least = -math.inf, math.inf
     for m in (3, 4, 7, 15, 31):
         for z in (0.01, 0.1, 1.0, 3.0):
@@ -209,11 +212,11 @@ def flippers(rng: Generator) -> Result:
                     least = min(least, value)
                 else:
                     worst = max(worst, value)
-    return Result(
+    return Finding(
         measured=f"least expected vote with fewer than half flipping {least:.1e}, largest with half or more "
         f"{abs(worst):.0e}; M = 3 to 31, m/sigma = 0.01 to 3",
         error="exact",
-        verdict=when(least > 0 and worst < _ROUNDING),
+        verdict=when(least > 0 and worst < ROUNDING),
     )
 
 
@@ -222,13 +225,13 @@ def flippers(rng: Generator) -> Result:
     "Dither weakens the defence of votes that are otherwise free of noise against colluders",
     source="docs/theory.md, attackers; docs/vote-curve.md",
 )
-def dither_weakens(rng: Generator) -> Result:
+def dither_weakens(rng: Generator) -> Finding:
     clean = vote.colluders_survived(math.inf, 15)[1]
     found = {z: vote.colluders_survived(z, 15)[1] for z in (3.0, 1.0, 0.3, 0.1)}
     m = torch.full((_ELEMENTS,), 0.3)
     turned = float(votes([m] * 11 + [torch.full_like(m, -100.0)] * 4, seed=11).mean())
     error = math.sqrt((1 - turned**2) / _ELEMENTS)
-    return Result(
+    return Finding(
         measured=f"colluders survived by 15 workers: {clean} without noise, "
         + ", ".join(f"{count} at m = {z:g} sigma" for z, count in found.items()),
         error=f"exact; 4 colluders against 11 real votes at m = 0.3 sigma: mean vote {turned:+.3f} ± {error:.3f}",
@@ -243,7 +246,7 @@ def dither_weakens(rng: Generator) -> Result:
     "Four workers tie 37 % of the time at m = 0, and an even number of workers is worth one fewer",
     source="docs/theory.md; docs/vote-curve.md",
 )
-def ties(rng: Generator) -> Result:
+def ties(rng: Generator) -> Finding:
     miss = 0.0
     for m in (2, 4, 10, 100):
         for z in (0.0, 0.1, 1.0):
@@ -252,11 +255,11 @@ def ties(rng: Generator) -> Result:
     # Momenta of 0 are coins: a hair of momentum is a fair dithered sign.
     tied = float((votes([torch.full((n,), 1e-12)] * 4, seed=3, ties="abstain") == 0).double().mean())
     z_score = (tied - 0.375) / math.sqrt(0.375 * 0.625 / n)
-    return Result(
+    return Finding(
         measured=f"{100 * tied:.2f} % of real votes of 4 tie, by C(4, 2)/16 = 37.50 %; E v of M and M - 1 differ by "
         f"{miss:.0e}",
         error=f"z = {z_score:+.1f}, {n:,} votes; exact",
-        verdict=when(abs(z_score) < LIMIT and miss < _ROUNDING),
+        verdict=when(abs(z_score) < LIMIT and miss < ROUNDING),
         values={"tied": tied},
     )
 
@@ -267,12 +270,10 @@ def ties(rng: Generator) -> Result:
     source="paper, Sec. II, of Bernstein et al. 2018",
     expected=BETTER,
 )
-def variance(rng: Generator) -> Result:
+def variance(rng: Generator) -> Finding:
     snr = torch.logspace(-3, 1, 120, dtype=torch.float64)
     least, least_gaussian, at = math.inf, math.inf, ""
-    for law in noise.LAWS.values():
-        if not (law.symmetric and law.unimodal):
-            continue
+    for law in symmetric_unimodal():
         for m in (1, 3, 15, 101, 401):
             right = 1 - law.failure(snr)
             # The S of Gaussian votes with the same chance of a right sign.
@@ -283,11 +284,11 @@ def variance(rng: Generator) -> Result:
                 least, at = ratio, f"{law.name}, M = {m}"
             if law.name == "gaussian":
                 least_gaussian = min(least_gaussian, ratio)
-    return Result(
+    return Finding(
         measured=f"smallest E v/min(1, sqrt(M) S) over the symmetric unimodal laws and M = 1 to 401: {least:.3f} "
         f"({at}); Gaussian {least_gaussian:.3f}",
         error="exact",
-        verdict=(BETTER if least > 0.4 else HOLDS) if least >= 1 / 3 - _ROUNDING else FAILS,
+        verdict=when(least >= 1 / 3 - ROUNDING, better=least > 0.4),
         detail=f"uniform noise and many workers have 2 Phi(1/sqrt 3) - 1 = {math.erf(1 / math.sqrt(6)):.3f}: 1/sqrt 3 "
         "= 0.577 is a worker's constant, not a vote's",
         values={"least": least, "gaussian": least_gaussian},

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from measured import KeepingSink
 from torch import Tensor, nn
 
+from measured import KeepingSink
 from signstep import HybridSignSGD, SignSGD
 from signstep.monitor import Monitor
 from signstep.monitor.callbacks import begin

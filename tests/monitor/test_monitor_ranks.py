@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from measured import KeepingSink, micro_gradients
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gang import gang
+from measured import KeepingSink, micro_gradients
 from signstep import Monitor, SignSGD
 from signstep.distributed import MajorityVote
 from signstep.theory import stationarity

@@ -69,7 +69,7 @@ COMMANDS = Commands(
         ),
         "inspect": (
             "signstep.lab.studies.inspect_run:InspectRun",
-            "Say what a monitor's records show of a run, or measure it at a checkpoint.",
+            "Say what a monitor's records show, or measure a checkpoint of signstep train.",
         ),
     },
     version=True,

@@ -20,7 +20,8 @@ from signstep.lab.studies import inspect_run
 from signstep.lab.studies.inspect_run import InspectRun
 from signstep.lab.training.batches import Batches
 from signstep.lab.training.config import RunConfig
-from signstep.lab.training.loop import _Run, train
+from signstep.lab.training.loop import train
+from signstep.lab.training.run import TrainingRun
 from signstep.lab.training.workers import Workers
 from signstep.monitor.calibration_panel import CalibrationPanel
 from signstep.monitor.dither_meter import DitherMeter
@@ -70,8 +71,8 @@ def dithered(folder: Path) -> tuple[RunConfig, Path]:
 # ------------------------------------------------------------------------------------------------ what it measures
 
 
-def restored(config: RunConfig, path: Path) -> _Run:
-    run = _Run(config, ALONE, None)
+def restored(config: RunConfig, path: Path) -> TrainingRun:
+    run = TrainingRun(config, ALONE, None)
     run.restore(torch.load(path, weights_only=True))
     return run
 

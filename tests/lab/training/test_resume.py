@@ -21,7 +21,8 @@ from signstep.lab.training import checkpoint
 from signstep.lab.training import records as runs
 from signstep.lab.training.checkpoint import CheckpointError, RunBusy
 from signstep.lab.training.config import RunConfig
-from signstep.lab.training.loop import _Run, train
+from signstep.lab.training.loop import train
+from signstep.lab.training.run import TrainingRun
 from signstep.lab.training.workers import StopRequest
 
 TINY: dict[str, Any] = {
@@ -192,13 +193,13 @@ def test_a_second_signal_kills() -> None:
 def test_a_signal_in_the_last_step_reaches_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a loop over runs would go on with the next one."""
     config = tiny(epochs=1)
-    evaluate = _Run.evaluate
+    evaluate = TrainingRun.evaluate
 
-    def interrupted(run: _Run) -> tuple[float, float]:
+    def interrupted(run: TrainingRun) -> tuple[float, float]:
         os.kill(os.getpid(), signal.SIGINT)
         return evaluate(run)
 
-    monkeypatch.setattr(_Run, "evaluate", interrupted)
+    monkeypatch.setattr(TrainingRun, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path, progress=False)
     assert runs.read_run(tmp_path / f"{config.hash}.jsonl").done

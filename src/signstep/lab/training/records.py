@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from signstep.lab.errors import BadInput
+from signstep.lab.output.files import write_text
 from signstep.lab.output.machine import environment
-from signstep.lab.training.checkpoint import write_atomically
 from signstep.lab.training.config import RunConfig
 
 
@@ -101,8 +101,7 @@ def read_runs(folder: Path) -> dict[str, Run]:
 
 def write_events(path: Path, events: list[dict[str, Any]]) -> None:
     """Write a run's lines, atomically. ValueError for a number that JSON does not have (infinity, NaN)."""
-    lines = "".join(json.dumps(event, allow_nan=False) + "\n" for event in events)
-    write_atomically(path, lambda file: file.write(lines.encode()))
+    write_text(path, "".join(json.dumps(event, allow_nan=False) + "\n" for event in events))
 
 
 def start_event(

@@ -40,11 +40,11 @@ from torch import Tensor  # noqa: E402
 
 from signstep.kernels import fused, momentum  # noqa: E402
 from signstep.kernels import triton as engine  # noqa: E402
-from signstep.kernels.engine import Dither, Options, Tensors  # noqa: E402
+from signstep.kernels.engine import Direction, Options, Projected, Tensors  # noqa: E402
+from signstep.kernels.plain import multi_tensor_step  # noqa: E402
 from signstep.lab.bench import step_timing as bench  # noqa: E402
 from signstep.lab.bench.step_contestants import COPY, groups, peer_for  # noqa: E402
 from signstep.lab.bench.workloads import gpt2_shapes  # noqa: E402
-from signstep.optim.signsgd import _multi_tensor_signsgd  # noqa: E402
 
 STEPS = 3
 DTYPES = {x: getattr(torch, x) for x in ("float32", "bfloat16", "float16", "float64")}
@@ -79,7 +79,7 @@ def combinations(dtypes: Sequence[str]) -> Iterator[tuple[str, torch.dtype, torc
         {},
         {"decay": 0.99, "sums": True},
         {"coupled_weight_decay": 0.1, "maximize": True, "momentum": 0.3},
-        {"on_device": True, "sums": True, "sums_applied": True},
+        {"on_device": True, "sums": True, "projected": Projected.EXPECTED_SIGN},
         {"offset": 16 * 2**31 - 5, "misaligned": True},
     ]
     for i, (name, state, position) in enumerate(itertools.product(dtypes, STATE_DTYPES, POSITIONS)):
@@ -113,10 +113,20 @@ def tensors_for(
     )
 
 
+_DIRECTIONS = {
+    "clean": Direction.SIGN,
+    "pre": Direction.PRE,
+    "relative": Direction.PRE,
+    "post": Direction.POST,
+    "gradient": Direction.MOMENTUM,
+}
+
+
 def options_for(step: int, state: torch.dtype | None, position: str, other: dict[str, Any], sums: Tensor) -> Options:
     """The request for one step."""
     sigma = torch.tensor(1.0 if position == "relative" else 0.05)
-    dither = Dither("post" if position == "post" else "pre", sigma)
+    direction = _DIRECTIONS[position]
+    dithered = direction in (Direction.PRE, Direction.POST)
     return Options(
         step=torch.tensor(step),
         rate=0.013,
@@ -124,12 +134,12 @@ def options_for(step: int, state: torch.dtype | None, position: str, other: dict
         coupled_weight_decay=other.get("coupled_weight_decay", 0.0),
         momentum=other.get("momentum", 0.9),
         state_dtype=state,
-        dither=None if position in ("clean", "gradient") else dither,
+        direction=direction,
+        sigma=sigma if dithered else None,
         seed=2**64 - 12345,
         maximize=other.get("maximize", False),
         sums=sums if "sums" in other and position != "gradient" else None,
-        sums_applied=other.get("sums_applied", False),
-        gradient_step=position == "gradient",
+        projected=other.get("projected", Projected.SIGN),
     )
 
 
@@ -152,12 +162,12 @@ def compare(name: str, device: torch.device, sizes: Sequence[int], *kind: Any) -
     sums = [torch.zeros(2, dtype=wide), torch.zeros(2, dtype=wide, device=device)]
     for step in range(STEPS):
         options = options_for(step + 2**31, state, position, other, sums[0])
-        _multi_tensor_signsgd(expected, options)
+        multi_tensor_step(expected, options)
         options = options._replace(sums=None if options.sums is None else sums[1])
         if "on_device" in other:
-            dither = options.dither and Dither(options.dither.position, options.dither.sigma.to(device))
+            sigma = None if options.sigma is None else options.sigma.to(device)
             rate = torch.tensor(options.rate, dtype=wide, device=device)
-            options = options._replace(step=options.step.to(device), rate=rate, dither=dither)
+            options = options._replace(step=options.step.to(device), rate=rate, sigma=sigma)
         engine.step(actual, options)
     elements = sum(sizes)
     result = Comparison(name, elements, exact=position in ("clean", "pre", "relative"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from signstep.kernels.engine import Dither, Options
+from signstep.kernels.engine import Direction, Options
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -52,7 +53,18 @@ def strided(dtype: torch.dtype, device: torch.device = CPU) -> list[torch.nn.Par
     return [torch.nn.Parameter(v) for v in views]
 
 
-def request(**changes: Any) -> Options:
+class Dither(NamedTuple):
+    """Noise that a step is asked for."""
+
+    position: str
+    sigma: Tensor
+
+
+UNIT = Dither("pre", torch.tensor(1.0))
+
+
+def request(*, dither: Dither | None = UNIT, **changes: Any) -> Options:
+    """Options of a step: dithered, of step 3 and seed 9, and without momentum, but for what is given."""
     options: dict[str, Any] = {
         "step": torch.tensor(3),
         "rate": 1.0,
@@ -60,10 +72,9 @@ def request(**changes: Any) -> Options:
         "coupled_weight_decay": 0.0,
         "momentum": 0.0,
         "state_dtype": None,
-        "dither": Dither("pre", torch.tensor(1.0)),
+        "direction": Direction.SIGN if dither is None else Direction[dither.position.upper()],
+        "sigma": None if dither is None else dither.sigma,
         "seed": 9,
         "maximize": False,
-        "sums": None,
-        "sums_applied": False,
     }
     return Options(**(options | changes))

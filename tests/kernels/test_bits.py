@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_cases import DTYPES, STATE_DTYPES, request
+from engine_cases import DTYPES, STATE_DTYPES, Dither, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from signstep.kernels import bits, native, reference
-from signstep.kernels import momentum as buffers
-from signstep.kernels.bits import Slot
-from signstep.kernels.engine import Dither, Options, Tensors
+from signstep.kernels.engine import Options, Slot, Tensors
+from signstep.kernels.momentum import new_momentum
 from signstep.kernels.reference import TIE_COINS, ZERO_COINS, Segment
 
 STEP = torch.tensor(3)
@@ -154,7 +153,7 @@ def case(
         tensors.ordinals.append(i)
         tensors.offsets.append(256 * i + i)
         if momentum > 0:
-            for name, x in buffers.new_momentum(tensors.grads[-1], state_dtype).items():
+            for name, x in new_momentum(tensors.grads[-1], state_dtype).items():
                 (tensors.exp_avgs if name == "exp_avg" else tensors.scales).append(x)
         if relative:
             tensors.mean_squares.append(torch.tensor(0.003))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import DITHERS, DTYPES, OTHERS, STATE_DTYPES, give_gradients, parameters, request, strided
+from engine_cases import DITHERS, DTYPES, OTHERS, STATE_DTYPES, Dither, give_gradients, parameters, request, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,9 +22,10 @@ from torch import Tensor
 from signstep import HybridSignSGD, SignSGD
 from signstep.kernels import fused as engines
 from signstep.kernels import momentum, native, reference
-from signstep.kernels.engine import Dither, Options, Tensors
+from signstep.kernels.engine import Options, Tensors
+from signstep.kernels.plain import multi_tensor_step
 from signstep.kernels.reference import Segment
-from signstep.optim.signsgd import _multi_tensor_signsgd, signsgd
+from signstep.optim.signsgd import signsgd
 
 ROOT = Path(__file__).parents[2]
 if shutil.which("c++") is not None:
@@ -155,12 +156,17 @@ def test_complex_parameters() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def forget_the_library() -> None:
+    native._load.cache_clear()
+    engines._missing.cache_clear()
+
+
 def directions(
     m: Tensor, *, offset: int = 0, ordinal: int = 0, engine: Callable[..., None] = native.step, **changes: Any
 ) -> Tensor:
     """What a step without momentum moves along: the parameter starts at 0 and the rate is 1."""
     p = torch.zeros_like(m)
-    options = {name: changes.pop(name) for name in list(changes) if name in Options._fields}
+    options = {name: changes.pop(name) for name in list(changes) if name in (*Options._fields, "dither")}
     engine(Tensors([p], [m], [], [], [], [ordinal], [offset]), request(**options), **changes)
     return -p
 
@@ -178,7 +184,7 @@ def test_decisions_are_the_references(isa: str, z: float) -> None:
         * (1 + 0.1 * torch.randn(1_000_003, generator=generator))
         * torch.where(torch.rand(1_000_003, generator=generator) < 0.5, -1, 1)
     )
-    expected = directions(m, engine=_multi_tensor_signsgd)
+    expected = directions(m, engine=multi_tensor_step)
     assert torch.equal(directions(m, isa=isa), expected)
 
 
@@ -188,7 +194,7 @@ def test_approximation_is_within_its_slack(isa: str) -> None:
     z = torch.arange(-40000, 40001, dtype=torch.float32) / 8192
     for ordinal in range(12):
         assert torch.equal(
-            directions(z, ordinal=ordinal, isa=isa), directions(z, ordinal=ordinal, engine=_multi_tensor_signsgd)
+            directions(z, ordinal=ordinal, isa=isa), directions(z, ordinal=ordinal, engine=multi_tensor_step)
         )
 
 
@@ -203,7 +209,7 @@ def test_a_shard_draws_what_the_whole_draws(position: str, offset: int) -> None:
     tolerance = {"rtol": 0, "atol": 0} if position == "pre" else {"rtol": 1e-6, "atol": 1e-6}
     whole = directions(m, offset=offset, dither=dither)
     torch.testing.assert_close(
-        whole, directions(m, offset=offset, dither=dither, engine=_multi_tensor_signsgd), **tolerance
+        whole, directions(m, offset=offset, dither=dither, engine=multi_tensor_step), **tolerance
     )
     for cut in (1, 8, 250, 3999):
         parts = [
@@ -217,7 +223,7 @@ def test_post_noise_is_the_references() -> None:
     m = torch.ones(1_000_000)
     dither = Dither("post", torch.tensor(1.0))
     noise = directions(m, dither=dither) - 1
-    expected = directions(m, dither=dither, engine=_multi_tensor_signsgd) - 1
+    expected = directions(m, dither=dither, engine=multi_tensor_step) - 1
     torch.testing.assert_close(noise, expected, rtol=2e-7, atol=2e-7)
 
 
@@ -229,7 +235,7 @@ def test_numbers_that_are_not_finite_or_zero(sigma: float, position: str | None)
     for isa in ISAS:
         torch.testing.assert_close(
             directions(m, dither=dither, isa=isa),
-            directions(m, dither=dither, engine=_multi_tensor_signsgd),
+            directions(m, dither=dither, engine=multi_tensor_step),
             equal_nan=True,
             rtol=1e-6,
             atol=0,
@@ -358,17 +364,9 @@ def test_a_gradient_of_a_wider_dtype_takes_plain_torch() -> None:
         p = torch.zeros(3, dtype=torch.bfloat16)
         exp_avg = torch.zeros(3)
         grad = torch.tensor([1e-3, -1.0, 1e-42])
-        signsgd(
-            [p],
-            [grad],
-            [exp_avg],
-            step=torch.tensor(0),
-            lr=1.0,
-            momentum=0.5,
-            state_dtype=torch.float32,
-            foreach=None if fused is None else False,
-            fused=fused,
-        )
+        options = request(dither=None, momentum=0.5, state_dtype=torch.float32)
+        tensors = Tensors([p], [grad], [exp_avg], [], [], [0], [0])
+        signsgd(tensors, options, foreach=None if fused is None else False, fused=fused, differentiable=False)
         results.append((p, exp_avg))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
@@ -378,7 +376,9 @@ def test_autograd_is_followed_where_it_is_on() -> None:
     """Outside no_grad the default is plain torch, which autograd sees."""
     p = torch.ones(3, requires_grad=True)
     q = p * 2
-    signsgd([q], [torch.ones(3)], [], step=torch.tensor(0), lr=0.1, momentum=0.0, weight_decay=0.5)
+    tensors = Tensors([q], [torch.ones(3)], [], [], [], [0], [0])
+    options = request(dither=None, rate=0.1, decay=1 - 0.1 * 0.5)
+    signsgd(tensors, options, foreach=None, fused=None, differentiable=False)
     (slope,) = torch.autograd.grad(q.sum(), p)
     assert torch.allclose(slope, torch.full((3,), 2 * (1 - 0.1 * 0.5)))
 
@@ -388,7 +388,7 @@ def test_double_momentum_is_decided_as_float(position: str) -> None:
     m = torch.tensor([1e-60, -1e-60, 1e60, -1e60, 1e-300, 0.5, -0.5, 0.0] * 40, dtype=torch.float64)
     dither = Dither(position, torch.tensor(0.3))
     for isa in ISAS:
-        expected = directions(m, dither=dither, engine=_multi_tensor_signsgd)
+        expected = directions(m, dither=dither, engine=multi_tensor_step)
         torch.testing.assert_close(directions(m, dither=dither, isa=isa), expected, equal_nan=True, rtol=1e-6, atol=0)
 
 
@@ -427,7 +427,7 @@ def test_tensor_subclasses_take_plain_torch() -> None:
 
 def test_a_missing_library_is_said_and_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     params = parameters([(4,)], torch.float32)
-    native._load.cache_clear()
+    forget_the_library()
     monkeypatch.setattr(native, "_candidates", lambda: [tmp_path / "libsignstep.so"])
     try:
         with pytest.raises(
@@ -445,12 +445,12 @@ def test_a_missing_library_is_said_and_done_without(monkeypatch: pytest.MonkeyPa
             engines._warn_once.cache_clear()
             SignSGD(params, fused=False).step()
         (tmp_path / "libsignstep.so").write_bytes(b"not a library")
-        native._load.cache_clear()
+        forget_the_library()
         with pytest.raises(RuntimeError, match=r"native library cannot be loaded \(.*\): install"):
             SignSGD(params, fused=True)
     finally:
         monkeypatch.undo()
-        native._load.cache_clear()
+        forget_the_library()
     SignSGD(params, fused=True)
 
 
@@ -471,10 +471,10 @@ def test_stochastic_rounding_is_unbiased_and_within_one_unit(state_dtype: torch.
     for step in range(rounds):
         state = momentum.new_momentum(m, state_dtype)
         exp_avg, scale = state["exp_avg"], state.get("exp_avg_scale")
-        momentum.update(
-            exp_avg, scale, m, 0.0, state_dtype, segment=Segment(0, 0, 512), seed=1, step=torch.tensor(step)
-        )
-        kept = momentum.read(exp_avg, scale).float()
+        tensors = Tensors([m], [m], [exp_avg], [] if scale is None else [scale], [], [0], [0])
+        options = request(dither=None, state_dtype=state_dtype, seed=1, step=torch.tensor(step))
+        momentum.enter_momentum(tensors, 0, options)
+        kept = momentum.read_momentum(exp_avg, scale).float()
         assert ((kept - m).abs() <= unit * 1.001).all()
         total += kept.double()
     error = (total / rounds - m.double()).abs()
@@ -486,7 +486,7 @@ def test_zero_stays_zero_in_eight_bits_and_small_blocks_vanish() -> None:
     grad[:256] = torch.linspace(-1, 1, 256)
     grad[10] = 0
     grad[256:] = 1e-38
-    for engine in (native.step, _multi_tensor_signsgd):
+    for engine in (native.step, multi_tensor_step):
         p = torch.zeros(512)
         state = momentum.new_momentum(p, torch.int8)
         tensors = Tensors([p], [grad], [state["exp_avg"]], [state["exp_avg_scale"]], [], [0], [0])

@@ -23,15 +23,15 @@ ON_GPU = torch.cuda.is_available()
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from engine_cases import DITHERS, DTYPES, OTHERS, STATE_DTYPES, give_gradients, parameters, request, strided  # noqa: E402
+from engine_cases import DITHERS, DTYPES, OTHERS, STATE_DTYPES, Dither, give_gradients, parameters, request, strided  # noqa: E402
 
 from signstep import HybridSignSGD, SignSGD  # noqa: E402
 from signstep.kernels import fused, momentum, native, reference  # noqa: E402
 from signstep.kernels import triton as engine  # noqa: E402
-from signstep.kernels.engine import Dither, Options, Tensors  # noqa: E402
+from signstep.kernels.engine import Options, Projected, Tensors  # noqa: E402
+from signstep.kernels.plain import multi_tensor_step  # noqa: E402
 from signstep.kernels.reference import Segment  # noqa: E402
-from signstep.kernels.triton import _bytes, _erf, _normal, _uniform  # noqa: E402
-from signstep.optim.signsgd import _multi_tensor_signsgd  # noqa: E402
+from signstep.kernels.triton_noise import erf, noise_bytes, normal, uniform  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED and isinstance(tl.sum, triton.runtime.JITFunction):
@@ -182,7 +182,7 @@ def directions(m: Tensor, *, offset: int = 0, ordinal: int = 0, plain: bool = Fa
     device = torch.device("cpu") if plain else DEVICE
     p = torch.zeros_like(m, device=device)
     tensors = Tensors([p], [m.to(device)], [], [], [], [ordinal], [offset])
-    (_multi_tensor_signsgd if plain else engine.step)(tensors, request(**changes))
+    (multi_tensor_step if plain else engine.step)(tensors, request(**changes))
     return -p.cpu()
 
 
@@ -221,7 +221,7 @@ def test_a_shard_draws_what_the_whole_draws(position: str, offset: int) -> None:
 @pytest.mark.parametrize("offset", [0, 3, 2**36 - 7])
 def test_stochastic_rounding_of_a_shard_is_the_references(offset: int, state_dtype: torch.dtype) -> None:
     results = []
-    for step, device in ((engine.step, DEVICE), (_multi_tensor_signsgd, torch.device("cpu"))):
+    for step, device in ((engine.step, DEVICE), (multi_tensor_step, torch.device("cpu"))):
         p, m = torch.zeros(3001, device=device), momenta(3001).to(device)
         state = momentum.new_momentum(p, state_dtype)
         scales = [state["exp_avg_scale"]] if state_dtype == torch.int8 else []
@@ -252,7 +252,7 @@ def test_momentum_that_is_not_finite(state_dtype: torch.dtype | None) -> None:
     grad = momenta(1200)
     grad[300], grad[301], grad[900] = math.nan, math.inf, -math.inf
     results = []
-    for step, device in ((engine.step, DEVICE), (_multi_tensor_signsgd, torch.device("cpu"))):
+    for step, device in ((engine.step, DEVICE), (multi_tensor_step, torch.device("cpu"))):
         p = torch.zeros(1200, device=device)
         state = momentum.new_momentum(p, state_dtype)
         tensors = Tensors([p], [grad.to(device)], [state["exp_avg"]], list(state.values())[1:], [], [0], [0])
@@ -279,14 +279,14 @@ def test_sums_and_mean_squares(dtype: torch.dtype, applied: bool, monkeypatch: p
     sizes = [11000, 3, 0, 2048, 5000]
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     results = []
-    for step, device in ((engine.step, DEVICE), (engine.step, DEVICE), (_multi_tensor_signsgd, torch.device("cpu"))):
+    for step, device in ((engine.step, DEVICE), (engine.step, DEVICE), (multi_tensor_step, torch.device("cpu"))):
         make = functools.partial(torch.randn, generator=torch.Generator().manual_seed(8))
         ps, gs, ms = ([make(n).add(0.3).to(dtype).to(device) for n in sizes] for _ in range(3))
         squares = [torch.tensor(0.5 + i, device=device) for i in range(len(sizes))]
         total = torch.ones(2, dtype=sums, device=device)
         step(
             Tensors(ps, gs, ms, [], squares, list(range(5)), [0] * 5),
-            request(sums=total, sums_applied=applied, momentum=0.5),
+            request(sums=total, projected=Projected.EXPECTED_SIGN if applied else Projected.SIGN, momentum=0.5),
         )
         results.append([total, *squares])
     for first, second, expected in zip(*results, strict=True):
@@ -296,8 +296,7 @@ def test_sums_and_mean_squares(dtype: torch.dtype, applied: bool, monkeypatch: p
 
 def on_device(options: Options) -> Options:
     moved = {n: x.to(DEVICE) for n, x in options._asdict().items() if isinstance(x, Tensor)}
-    dither = options.dither and Dither(options.dither.position, options.dither.sigma.to(DEVICE))
-    return options._replace(**moved, dither=dither)
+    return options._replace(**moved)
 
 
 @pytest.mark.parametrize("position", [None, "pre", "post"])
@@ -309,7 +308,7 @@ def test_numbers_that_are_on_the_device(
     results = []
     for there in (False, True):
         if there:
-            monkeypatch.setattr(engine, "_on_host", lambda x: not isinstance(x, Tensor))
+            monkeypatch.setattr("signstep.kernels.triton_noise.on_host", lambda x: not isinstance(x, Tensor))
         p, m, g = (momenta(3000).to(dtype).to(DEVICE) for _ in range(3))
         dither = None if position is None else Dither(position, torch.tensor(0.3))
         options = request(
@@ -325,7 +324,7 @@ def test_numbers_that_are_on_the_device(
 
 
 def test_capturable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_on_host", lambda x: not isinstance(x, Tensor))
+    monkeypatch.setattr("signstep.kernels.triton_noise.on_host", lambda x: not isinstance(x, Tensor))
     options = {"capturable": True, "lr": torch.tensor(0.03), "weight_decay": 0.1, **DITHERS["pre"]}
 
     def make(device: torch.device) -> list[torch.nn.Parameter]:
@@ -344,7 +343,7 @@ def test_gradients_and_foreign_memory_are_not_touched() -> None:
     kept = [g.clone() for g in grads]
     expected = [v.cpu() for v in views]
     engine.step(Tensors(views, grads, [], [], [], [0, 1, 2], [0, 0, 0]), request())
-    _multi_tensor_signsgd(Tensors(expected, [g.cpu() for g in kept], [], [], [], [0, 1, 2], [0, 0, 0]), request())
+    multi_tensor_step(Tensors(expected, [g.cpu() for g in kept], [], [], [], [0, 1, 2], [0, 0, 0]), request())
     assert all(torch.equal(g, k) for g, k in zip(grads, kept, strict=True))
     assert all(torch.equal(v.cpu(), e) for v, e in zip(views, expected, strict=True))
     inside = torch.zeros(9000, dtype=torch.bool, device=DEVICE)
@@ -423,15 +422,15 @@ def draw_kernel(u, byte, first, seed: tl.uint64, step, ordinal, ROWS: tl.constex
     key = seed.to(tl.uint64)
     k = step.to(tl.uint32)
     p = ordinal.to(tl.uint32)
-    tl.store(u + local, _uniform(start, local, key, k, p, ROWS, ALIGNED).to(tl.int64))
-    tl.store(byte + local, (_bytes(start, local, 2, key, k, p, ROWS, ALIGNED) >> 24).to(tl.int64))
+    tl.store(u + local, uniform(start, local, key, k, p, ROWS, ALIGNED).to(tl.int64))
+    tl.store(byte + local, (noise_bytes(start, local, 2, key, k, p, ROWS, ALIGNED) >> 24).to(tl.int64))
 
 
 @triton.jit
-def function_kernel(normal, erf, u, x, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def function_kernel(normal_at, erf_at, u, x, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.arange(0, SIZE)
-    tl.store(normal + i, _normal(tl.load(u + i).to(tl.uint32)))
-    tl.store(erf + i, _erf(tl.load(x + i)))
+    tl.store(normal_at + i, normal(tl.load(u + i).to(tl.uint32)))
+    tl.store(erf_at + i, erf(tl.load(x + i)))
 
 
 @pytest.mark.parametrize("aligned", [True, False])

@@ -16,13 +16,16 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from engine_cases import DTYPES, request  # noqa: E402
+from engine_cases import DTYPES, Dither, request  # noqa: E402
 from test_triton import DEVICE, compiled_kernel  # noqa: E402
 
 from signstep.kernels import bits, native  # noqa: E402
 from signstep.kernels import triton_bits as engine  # noqa: E402
-from signstep.kernels.bits import Slot, word_count  # noqa: E402
-from signstep.kernels.engine import Dither, Tensors  # noqa: E402
+from signstep.kernels.bits import word_count  # noqa: E402
+from signstep.kernels.engine import (  # noqa: E402
+    Slot,
+    Tensors,
+)
 from signstep.kernels.reference import Segment  # noqa: E402
 
 pytestmark = pytest.mark.skipif(engine.unavailable() is not None, reason=str(engine.unavailable()))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_cases import Dither, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -15,6 +16,7 @@ from scipy import stats
 import references
 from signstep import SignSGD
 from signstep.kernels import reference
+from signstep.kernels.engine import Tensors
 from signstep.kernels.reference import Segment
 from signstep.optim.dither import dither_std, expected_sign
 from signstep.optim.signsgd import signsgd
@@ -156,14 +158,17 @@ def test_a_split_tensor_draws_the_same(
     dtype = torch.complex64 if is_complex else torch.float32
     generator = torch.Generator().manual_seed(sum(parts))
     p, g = torch.randn(2, sum(parts), dtype=dtype, generator=generator)
-    options = {"lr": 0.1, "momentum": 0.0, "dither": 4.0, "dither_position": position, "foreach": foreach}
+
+    def step(params: list[torch.Tensor], grads: list[torch.Tensor], offsets: list[int]) -> None:
+        tensors = Tensors(params, grads, [], [], [], [3] * len(params), offsets)
+        options = request(dither=Dither(position, torch.tensor(2.0)), rate=0.1, step=torch.tensor(6))
+        signsgd(tensors, options, foreach=foreach, fused=None, differentiable=False)
+
     whole = p.clone()
-    signsgd([whole], [g], [], step=torch.tensor(6), ordinals=[3], offsets=[offset], **options)
+    step([whole], [g], [offset])
     shards = [part.clone() for part in p.split(parts)]
     starts = [offset + sum(parts[:i]) for i in range(len(parts))]
-    signsgd(
-        shards, list(g.split(parts)), [], step=torch.tensor(6), ordinals=[3] * len(parts), offsets=starts, **options
-    )
+    step(shards, list(g.split(parts)), starts)
     assert torch.equal(torch.cat(shards), whole)
 
 

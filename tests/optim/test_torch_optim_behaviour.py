@@ -629,7 +629,9 @@ def test_loading_shares_no_count(cls: type[SignSGD]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cls", "name"), [(cls, name) for cls in CLASSES for name in cls._ORIGINAL], ids=lambda x: getattr(x, "__name__", x)
+    ("cls", "name"),
+    [(cls, name) for cls in CLASSES for name, option in cls.OPTIONS.items() if not option.always],
+    ids=lambda x: getattr(x, "__name__", x),
 )
 def test_state_saved_before_an_option_existed(cls: type[SignSGD], name: str) -> None:
     """The group behaves as it did then, whatever value the optimizer that loads it was made with."""

@@ -191,7 +191,7 @@ def info(cls: type[SignSGD], options: list[tuple[str, dict[str, Any]]]) -> Optim
         optim_error_inputs_func=error_inputs_of(cls),
         scheduler_inputs=SCHEDULERS,
         supported_impls=("foreach", "fused", "differentiable"),
-        not_og_supported_flags=tuple(cls._ORIGINAL),
+        not_og_supported_flags=tuple(name for name, option in cls.OPTIONS.items() if not option.always),
         has_capturable_arg=True,
         supports_fused_on=FUSED_ON,
     )
@@ -624,12 +624,12 @@ class TestOptimSuite(TestCase):
             model = torch.nn.Linear(5, 5, device=device, dtype=dtype)
             optimizer = optim_info.optim_cls(model.parameters(), fused=False, **optim_input.kwargs)
             model(torch.rand(2, 5, device=device, dtype=dtype)).sum().backward()
-            with patch.object(signsgd, "_multi_tensor_signsgd") as called:
+            with patch.object(signsgd, "multi_tensor_step") as called:
                 optimizer.step()
             assert called.call_count == 1, optim_input.desc
             if isinstance(optimizer, HybridSignSGD):
                 optimizer.switch()
-                with patch.object(signsgd, "_multi_tensor_signsgd") as called:
+                with patch.object(signsgd, "multi_tensor_step") as called:
                     optimizer.step()
                 assert called.call_count == 1, optim_input.desc
 
@@ -837,7 +837,7 @@ class TestOptimSuite(TestCase):
             optimizer.load_state_dict(old)
             (group,) = optimizer.param_groups
             for name in optim_info.not_og_supported_flags:
-                assert group[name] == optim_info.optim_cls._ORIGINAL[name], f"{optim_input.desc}: {name}"
+                assert group[name] == optim_info.optim_cls.OPTIONS[name].default, f"{optim_input.desc}: {name}"
             before = [p.detach().clone() for p in model.parameters()]
             backward()
             optimizer.step()

@@ -26,7 +26,8 @@ from signstep.distributed.collectives import all_gather, mean_over, own_group, r
 from signstep.distributed.fsdp_shards import Part, Reduced, Routes, Unit, check_groups, check_optimizer, find_units
 from signstep.distributed.vote import Ballot, Vote, cast, flag_gradients, flags_of, nonfinite_rule, words_of
 from signstep.distributed.worker import Gradient, Worker, check_choice, state_key
-from signstep.kernels.bits import Slot, word_count
+from signstep.kernels.bits import word_count
+from signstep.kernels.engine import Slot
 from signstep.kernels.reference import Segment
 from signstep.optim.signsgd import SignSGD
 

@@ -19,8 +19,9 @@ from signstep.distributed.collectives import CollectiveError, all_gather
 from signstep.distributed.hooks import Entry
 from signstep.distributed.worker import Gradient, Worker, check_choice, in_memory_order, state_key
 from signstep.kernels import bits
-from signstep.kernels import momentum as buffers
-from signstep.kernels.bits import WORD, Slot
+from signstep.kernels.bits import WORD
+from signstep.kernels.engine import Slot
+from signstep.kernels.momentum import new_momentum, read_momentum
 from signstep.kernels.reference import Segment
 
 __all__ = ["ABSENT", "NOT_FINITE", "PRESENT", "Ballot", "Election", "Outcome", "Vote", "nonfinite_rule"]
@@ -256,8 +257,8 @@ class Vote:
         momenta = [torch.zeros(param.numel() if size is None else size, device=param.device) for _ in kept]
         for momentum, state in zip(momenta, kept, strict=True):
             if "exp_avg" in state:
-                momentum.copy_(buffers.read(state["exp_avg"], state.get("exp_avg_scale")))
-        state = buffers.new_momentum(param, group["state_dtype"])
+                momentum.copy_(read_momentum(state["exp_avg"], state.get("exp_avg_scale")))
+        state = new_momentum(param, group["state_dtype"])
         started = mean(momenta)
         exp_avg: Any = state["exp_avg"]
         if exp_avg.is_floating_point():  # 8 bits start from 0

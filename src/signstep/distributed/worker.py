@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from signstep.kernels import bits
-from signstep.kernels import momentum as buffers
-from signstep.kernels.bits import Slot
-from signstep.kernels.engine import Dither, Options, Tensors, select
+from signstep.kernels.engine import Direction, Options, Slot, Tensors, select
+from signstep.kernels.momentum import STOCHASTIC, enter_momentum, new_momentum
 from signstep.kernels.reference import Segment
 from signstep.optim.dither import dither_std
-from signstep.optim.signsgd import SignSGD, decays
+from signstep.optim.signsgd import SignSGD, rate_and_decay
 
 __all__ = ["Gradient", "Worker", "resplit", "worker_seed"]
 
@@ -127,7 +126,7 @@ class Worker:
             )
         if any(p.is_complex() for p in group["params"]):
             raise ValueError("a vote takes real parameters: keep a complex one as torch.view_as_real of itself")
-        if self.error_feedback and group["state_dtype"] in buffers.STOCHASTIC:
+        if self.error_feedback and group["state_dtype"] in STOCHASTIC:
             raise ValueError(f"Invalid state_dtype: {group['state_dtype']} with error_feedback=True, use torch.float32")
 
     def _take_over(self, name: str, p: Tensor) -> None:
@@ -176,7 +175,7 @@ class Worker:
             state = self.state.setdefault(state_key(name, start), {})
             if group["momentum"] > 0:
                 if "exp_avg" not in state:
-                    state.update(buffers.new_momentum(flat, group["state_dtype"]))
+                    state.update(new_momentum(flat, group["state_dtype"]))
                 tensors.exp_avgs.append(state["exp_avg"])
                 if "exp_avg_scale" in state:
                     tensors.scales.append(state["exp_avg_scale"])
@@ -188,26 +187,25 @@ class Worker:
                 state["residual"] = torch.zeros_like(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
         return tensors
 
-    def dither(self, group: dict[str, Any], step: int) -> Dither | None:
-        """The noise that this worker adds to the momentum of a param_group before the sign."""
+    def sigma(self, group: dict[str, Any], step: int) -> Tensor | None:
+        """The standard deviation of the noise that this worker adds to a param_group's momentum; None: it adds none."""
         if group["dither"] == 0:
             return None
-        sigma = dither_std(torch.tensor(step), group["dither"], group["dither_decay"])
-        return Dither("pre", sigma * self._sigma_factor)
+        return dither_std(torch.tensor(step), group["dither"], group["dither_decay"]) * self._sigma_factor
 
     def _options(self, group: dict[str, Any], step: int) -> Options:
+        sigma = self.sigma(group, step)
         return Options(
             step=torch.tensor(step),
             rate=0.0,
             decay=1.0,
-            coupled_weight_decay=decays(0.0, group["weight_decay"], group["decoupled_weight_decay"])[1],
+            coupled_weight_decay=rate_and_decay(group)[2],
             momentum=group["momentum"],
             state_dtype=group["state_dtype"],
-            dither=self.dither(group, step),
+            direction=Direction.SIGN if sigma is None else Direction.PRE,
+            sigma=sigma,
             seed=worker_seed(group["seed"], self.rank),
             maximize=group["maximize"],
-            sums=None,
-            sums_applied=False,
         )
 
     def _cast_with_feedback(
@@ -221,11 +219,9 @@ class Worker:
     ) -> None:
         for i, (gradient, slot) in enumerate(zip(gradients, slots, strict=True)):
             one = select(tensors, [i])
-            g = -gradient.flat if options.maximize else gradient.flat
             residual = self.state[state_key(gradient.name, gradient.start)]["residual"]
-            if options.coupled_weight_decay:
-                g = g.to(residual.dtype).add(gradient.param.to(residual.dtype), alpha=options.coupled_weight_decay)
-            corrected = buffers.update_entry(one, 0, g, options) + residual
+            m, _ = enter_momentum(one, 0, options)
+            corrected = m + residual
             plain = options._replace(momentum=0.0, maximize=False, coupled_weight_decay=0.0)
             bits.cast(one._replace(grads=[corrected], exp_avgs=[], scales=[]), plain, words, [slot])
             residual.copy_(corrected)

@@ -15,25 +15,18 @@ plain torch, whose `reference_cast`, `reference_count` and `reference_spread` de
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from signstep.kernels import momentum as buffers
 from signstep.kernels import native, reference
-from signstep.kernels.engine import Options, Tensors, sigmas
+from signstep.kernels.engine import Direction, Options, Slot, Tensors, sigmas
+from signstep.kernels.momentum import enter_momentum, mean_square
+from signstep.kernels.plain import dithered
 from signstep.kernels.reference import TIE_COINS, ZERO_COINS, Segment
 
 WORD = 64
-
-
-class Slot(NamedTuple):
-    """Where the bits of a run of elements are."""
-
-    first: int
-    """The first word."""
-    segment: Segment
 
 
 def word_count(elements: int) -> int:
@@ -102,24 +95,12 @@ def reference_cast(tensors: Tensors, options: Options, words: Tensor, slots: Seq
 
 def _direction(tensors: Tensors, options: Options, i: int, segment: Segment) -> Tensor:
     """What the bits of a tensor are the signs of, with the new gradient in its momentum."""
-    param, grad = tensors.params[i], tensors.grads[i]
-    if options.maximize:
-        grad = -grad
-    if options.coupled_weight_decay != 0:
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        grad = grad.to(wide).add(param.to(wide), alpha=options.coupled_weight_decay)
-    direction = m = buffers.update_entry(tensors, i, grad, options)
-    if options.dither is not None:
-        (direction,) = reference.directions(
-            [m],
-            sigmas(options.dither, tensors.mean_squares[i : i + 1], 1),
-            [segment],
-            seed=options.seed,
-            step=options.step,
-            position="pre",
-        )
+    m, _ = enter_momentum(tensors, i, options)
+    direction = m
+    if options.direction is Direction.PRE:
+        (direction,) = dithered([m], sigmas(options, tensors.mean_squares[i : i + 1], 1), [segment], options)
     if tensors.mean_squares:
-        tensors.mean_squares[i].copy_(buffers.mean_square(m))
+        tensors.mean_squares[i].copy_(mean_square(m))
     return direction
 
 

@@ -1,42 +1,60 @@
-"""What one step of a param_group works on and what it is asked for: the interface of the engines.
+"""What an engine is given: the tensors of a step, its options, and where a vote's bits are.
 
-Three compute the same step: plain torch (`signstep.optim.signsgd`, with `signstep.kernels.reference` for the noise),
-which defines the result; `signstep.kernels.native` on CPUs; `signstep.kernels.triton` on GPUs.
+Three engines compute the same step: `signstep.kernels.plain` in plain torch, which defines the result;
+`signstep.kernels.native` on CPUs; `signstep.kernels.triton` on GPUs. Here is no computation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from signstep.kernels.reference import Segment
+
+
+class Direction(IntEnum):
+    """What a parameter moves along, numbered as in csrc/signstep.h."""
+
+    SIGN = 0
+    """sign(m)."""
+    PRE = 1
+    """sign(m + noise), Algorithm 1."""
+    POST = 2
+    """sign(m) + noise, eq. (10)."""
+    MOMENTUM = 3
+    """m itself, as in SGD."""
+
+
+class Projected(IntEnum):
+    """Whose inner product with the gradient a step sums up, numbered as in csrc/signstep.h."""
+
+    SIGN = 1
+    """That of sign(m)."""
+    EXPECTED_SIGN = 2
+    """That of the expected dithered sign."""
 
 
 class Tensors(NamedTuple):
     """Parameters that have a gradient, and their state, one entry per parameter in every list that is not empty."""
 
     params: list[Tensor]
+    """Dense, of any float or complex dtype; a complex element is two real coordinates."""
     grads: list[Tensor]
+    """No engine changes them."""
     exp_avgs: list[Tensor]
     """Momentum; empty if there is none."""
     scales: list[Tensor]
-    """Of 8-bit momentum, float32; empty if it has more bits."""
+    """Scales of 8-bit momentum, float32, see `signstep.kernels.momentum`; else empty."""
     mean_squares: list[Tensor]
-    """Of the last step's momentum, 0-dim float32, replaced by this step's; empty unless dither is relative."""
+    """Mean squares of the last step's momentum, 0-dim float32, replaced by this step's; empty if dither is absolute."""
     ordinals: list[int]
-    """Of the parameters over all param_groups, for the noise's key."""
+    """Numbers of the parameters over all param_groups, for the noise's key."""
     offsets: list[int]
-    """Row-major index, in the whole parameter, of the first element."""
-
-
-class Dither(NamedTuple):
-    """Gaussian noise before or after the sign."""
-
-    position: str
-    """"pre" or "post"."""
-    sigma: Tensor
-    """Standard deviation, 0-dim float32; times the root of a tensor's mean square where there is one."""
+    """Row-major index, in the whole parameter, of the first element: not 0 for shards."""
 
 
 class Options(NamedTuple):
@@ -47,23 +65,33 @@ class Options(NamedTuple):
     rate: float | Tensor
     decay: float | Tensor
     coupled_weight_decay: float
-    """Times the parameter is added to the gradient."""
+    """The gradient becomes gradient + coupled_weight_decay * param before it enters the momentum."""
     momentum: float
     state_dtype: torch.dtype | None
-    dither: Dither | None
+    direction: Direction
+    sigma: Tensor | None
+    """The noise's standard deviation, 0-dim float32; multiplied by the root of a tensor's mean square where there is
+    one. None where no noise is drawn."""
     seed: int
     maximize: bool
-    sums: Tensor | None
-    """Shape (2,), to which [<s, g>, ||g||^2] is added."""
-    sums_applied: bool
-    """s is the expected dithered sign, not sign(m)."""
-    gradient_step: bool = False
-    """The direction is m itself, as in SGD."""
+    sums: Tensor | None = None
+    """Shape (2,), to which [<s, g>, ||g||^2] is added; None: not wanted."""
+    projected: Projected = Projected.SIGN
+    """Which s."""
 
 
-def sigmas(dither: Dither, mean_squares: Sequence[Tensor], count: int) -> list[Tensor]:
+class Slot(NamedTuple):
+    """Where the bits of a run of elements are, one bit per element, see `signstep.kernels.bits`."""
+
+    first: int
+    """The first word."""
+    segment: Segment
+
+
+def sigmas(options: Options, mean_squares: Sequence[Tensor], count: int) -> list[Tensor]:
     """The standard deviation of each tensor's noise, 0-dim float32."""
-    return [dither.sigma * ms.sqrt() for ms in mean_squares] if mean_squares else [dither.sigma] * count
+    assert options.sigma is not None
+    return [options.sigma * square.sqrt() for square in mean_squares] if mean_squares else [options.sigma] * count
 
 
 def select(tensors: Tensors, indices: Sequence[int]) -> Tensors:
@@ -79,9 +107,9 @@ def real(x: Tensor) -> Tensor:
 
 def real_tensors(tensors: Tensors) -> Tensors:
     """`tensors` with every complex one as its coordinates, two elements each."""
-    if not any(dtype.is_complex for dtype in {p.dtype for p in tensors.params}):
+    if not any(p.is_complex() for p in tensors.params):
         return tensors
-    offsets = [o * 2 if torch.is_complex(p) else o for p, o in zip(tensors.params, tensors.offsets, strict=True)]
+    offsets = [o * 2 if p.is_complex() else o for p, o in zip(tensors.params, tensors.offsets, strict=True)]
     params, exp_avgs = ([real(x) for x in column] for column in (tensors.params, tensors.exp_avgs))
     grads = [real(g.resolve_conj()) for g in tensors.grads]
     return tensors._replace(params=params, grads=grads, exp_avgs=exp_avgs, offsets=offsets)

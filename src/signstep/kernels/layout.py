@@ -1,60 +1,57 @@
-"""Tensors as the fused engines see them: as addresses, of memory that must be what it is taken for."""
+"""Tensors as an engine reads them, by address: checked, and laid out so that element i of each is at place i."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from signstep.kernels.engine import Options, Tensors
-from signstep.kernels.momentum import STOCHASTIC, check_state
-
-
-class Row(NamedTuple):
-    """One parameter and what belongs to it, element i of each at place i."""
-
-    param: Tensor
-    grad: Tensor
-    exp_avg: Tensor | None
-    scale: Tensor | None
-    mean_square: Tensor | None
-    ordinal: int
-    offset: int
-
-    def addresses(self) -> list[int]:
-        """Of the five tensors; 0 where there is none."""
-        return [0 if x is None else x.data_ptr() for x in self[:5]]
+from signstep.kernels.engine import Direction, Options, Tensors
+from signstep.kernels.momentum import STOCHASTIC, check_momentum
 
 
 def order_is_free(options: Options) -> bool:
-    """Whether a step does not ask which element is which: it draws no noise."""
-    return options.dither is None and options.state_dtype not in STOCHASTIC
+    """Whether a step gives the same result in any order of the elements, because it draws no noise."""
+    return options.direction in (Direction.SIGN, Direction.MOMENTUM) and options.state_dtype not in STOCHASTIC
 
 
 @contextmanager
-def laid_out(tensors: Tensors, options: Options) -> Iterator[list[Row]]:
-    """The tensors, checked, in the layout that an engine works on; on leaving, what it wrote is in the tensors.
+def laid_out(tensors: Tensors, options: Options) -> Iterator[Tensors]:
+    """The tensors, checked, with copies in place of those that no engine can read; on leaving, the copies are written
+    back. What is given must be alive until the engine is done: a gradient may be a copy.
 
-    The rows must be alive until the engine is done: a gradient may be a copy.
+    Raises:
+        RuntimeError: a gradient, a momentum or a mean square that does not fit its parameter, one sentence.
     """
     copies: list[tuple[Tensor, Tensor]] = []
-    rows = []
-    free = order_is_free(options)
-    columns: tuple[Sequence[Tensor | None], ...] = (tensors.exp_avgs, tensors.scales, tensors.mean_squares)
-    momentum, scales, mean_squares = (column or [None] * len(tensors.params) for column in columns)
-    for p, g, m, s, q, ordinal, offset in zip(
-        tensors.params, tensors.grads, momentum, scales, mean_squares, tensors.ordinals, tensors.offsets, strict=True
-    ):
-        _check(p, g, m, s, q, options.state_dtype)
-        g = g.resolve_neg()
-        if not _same_layout(p, g, m, free):
-            p, g = _contiguous(p, copies), g.contiguous()
-            m = None if m is None else _contiguous(m, copies)
-        rows.append(Row(p, g, m, s, q, ordinal, offset))
-    yield rows
+    params, grads, exp_avgs = list(tensors.params), [g.resolve_neg() for g in tensors.grads], list(tensors.exp_avgs)
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
+            raise RuntimeError(
+                f"the gradient of a parameter, {p.dtype}, {tuple(p.shape)}, on {p.device}, is {g.dtype}, "
+                f"{tuple(g.shape)}, on {g.device}: fused kernels need it alike; pass fused=False for a gradient of "
+                "another dtype"
+            )
+        m = exp_avgs[i] if exp_avgs else None
+        if m is not None:
+            check_momentum(p, m, tensors.scales[i] if tensors.scales else None, options.state_dtype)
+        square = tensors.mean_squares[i] if tensors.mean_squares else None
+        if square is not None and (square.numel() != 1 or square.dtype != torch.float32 or square.device != p.device):
+            raise RuntimeError(
+                f"the mean square of the momentum of a parameter on {p.device} is {square.dtype}, "
+                f"{tuple(square.shape)}, on {square.device}, expected one torch.float32 there: load the state of this "
+                "model"
+            )
+        if p.is_contiguous() and g.is_contiguous() and (m is None or m.is_contiguous()):
+            continue
+        if order_is_free(options) and _share_dense_order(p, g, m):
+            continue
+        params[i], grads[i] = _contiguous(p, copies), g.contiguous()
+        if m is not None:
+            exp_avgs[i] = _contiguous(m, copies)
+    yield tensors._replace(params=params, grads=grads, exp_avgs=exp_avgs)
     for original, copy in copies:
         original.copy_(copy)
     # The engine wrote behind autograd's back, which must not take the old values for the present ones.
@@ -62,36 +59,12 @@ def laid_out(tensors: Tensors, options: Options) -> Iterator[list[Row]]:
         torch.autograd.graph.increment_version(column)
 
 
-def _check(
-    p: Tensor, g: Tensor, m: Tensor | None, scale: Tensor | None, square: Tensor | None, state_dtype: torch.dtype | None
-) -> None:
-    """Raise a RuntimeError if what an engine would read is not as large, or not where, it takes it to be."""
-    if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
-        raise RuntimeError(
-            f"the gradient of a parameter, {p.dtype}, {tuple(p.shape)}, on {p.device}, is {g.dtype}, {tuple(g.shape)}, "
-            f"on {g.device}: fused kernels need it alike; pass fused=False for a gradient of another dtype"
-        )
-    if m is not None:
-        check_state(p, m, scale, state_dtype)
-    if square is not None and (square.numel() != 1 or square.dtype != torch.float32 or square.device != p.device):
-        raise RuntimeError(
-            f"the mean square of the momentum of a parameter on {p.device} is {square.dtype}, {tuple(square.shape)}, "
-            f"on {square.device}, expected one torch.float32 there: load the state of this model"
-        )
-
-
-def _same_layout(p: Tensor, g: Tensor, m: Tensor | None, free: bool) -> bool:
-    """Whether element i of each is at address i: in row-major order, or in any that they share if the order is free."""
-    if p.is_contiguous() and g.is_contiguous() and (m is None or m.is_contiguous()):
-        return True
-    same = p.stride() == g.stride() and (m is None or p.stride() == m.stride())
-    return free and same and _is_dense(p)
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements, in some order of the dimensions, lie side by side."""
+def _share_dense_order(p: Tensor, g: Tensor, m: Tensor | None) -> bool:
+    """Whether the elements of all lie side by side, in the same order of the dimensions."""
+    if p.stride() != g.stride() or (m is not None and p.stride() != m.stride()):
+        return False
     expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
         if size != 1:
             if stride != expected:
                 return False

@@ -1,4 +1,4 @@
-"""How the momentum is kept: to the nearest, or in fewer bits by stochastic rounding.
+"""The momentum: how a gradient enters it, and how it is kept, to the nearest or in fewer bits by stochastic rounding.
 
 With ``state_dtype=None`` or float32 the buffer holds m to the nearest, and what it holds is what the sign is taken of.
 In bfloat16 (2 bytes) and int8 (1 byte, and a float32 scale per block of 256 consecutive elements) the sign is taken of
@@ -13,6 +13,8 @@ A block in which a momentum is not finite becomes NaN.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,7 +42,7 @@ def new_momentum(param: Tensor, state_dtype: torch.dtype | None) -> dict[str, Te
     return {"exp_avg": exp_avg, "exp_avg_scale": scale}
 
 
-def read(exp_avg: Tensor, scale: Tensor | None = None) -> Tensor:
+def read_momentum(exp_avg: Tensor, scale: Tensor | None = None) -> Tensor:
     """The momentum that a buffer holds, float32 if it is kept in 8 bits, else in the buffer's own dtype."""
     if scale is None:
         return exp_avg
@@ -48,43 +50,60 @@ def read(exp_avg: Tensor, scale: Tensor | None = None) -> Tensor:
     return exp_avg.to(torch.float32) * per_element
 
 
-def update(
-    exp_avg: Tensor,
-    scale: Tensor | None,
-    grad: Tensor,
-    momentum: float,
-    state_dtype: torch.dtype | None,
-    *,
-    segment: Segment,
-    seed: int,
-    step: Tensor,
-) -> Tensor:
-    """M <- momentum m + (1 - momentum) g in the buffer, in place; returns the m that the sign is taken of.
+def enter_momentum(tensors: Tensors, i: int, options: Options) -> tuple[Tensor, Tensor]:
+    r"""Let the gradient of tensor i of a step enter its momentum: with w the coupled weight decay,
 
-    Args:
-        exp_avg: the buffer, of grad's shape.
-        scale: of 8-bit momentum, else None.
-        grad: the gradient.
-        momentum: beta.
-        state_dtype: as the optimizer's option.
-        segment: which elements of which parameter these are.
-        seed: in [0, 2^64).
-        step: 0-dim int64 tensor, the step count k.
+    .. math:: g \leftarrow \pm g + w x, \qquad m \leftarrow \beta m + (1 - \beta) g
 
     Returns:
-        The buffer itself, or a float32 (or wider) tensor of its shape where the buffer is rounded stochastically.
+        The m that the sign is taken of, and the g that entered it. Without momentum m is g. m is the buffer itself,
+        or a float32 (or wider) tensor where the buffer is rounded stochastically.
     """
-    weight = 1 - momentum
-    if state_dtype not in STOCHASTIC:
+    grad = tensors.grads[i]
+    if options.maximize:
+        grad = -grad
+    if options.coupled_weight_decay != 0:
+        grad = widened(grad).add(widened(tensors.params[i]), alpha=options.coupled_weight_decay)
+    return _average(tensors, i, grad, options), grad
+
+
+def enter_momenta(tensors: Tensors, indices: Sequence[int], options: Options) -> tuple[list[Tensor], list[Tensor]]:
+    """`enter_momentum` of several tensors of one device and dtype at once."""
+    grads = [tensors.grads[i] for i in indices]
+    if options.maximize:
+        grads = list(torch._foreach_neg(grads))
+    if options.coupled_weight_decay != 0:
+        params = [widened(tensors.params[i]) for i in indices]
+        grads = list(torch._foreach_add([widened(g) for g in grads], params, alpha=options.coupled_weight_decay))
+    if tensors.exp_avgs and options.state_dtype is None and grads[0].dtype == tensors.exp_avgs[indices[0]].dtype:
+        ms = [tensors.exp_avgs[i] for i in indices]
+        torch._foreach_lerp_(ms, grads, 1 - options.momentum)
+        return ms, grads
+    return [_average(tensors, i, g, options) for i, g in zip(indices, grads, strict=True)], grads
+
+
+def widened(x: Tensor, param: Tensor | None = None) -> Tensor:
+    """X in the dtype to compute in: at least float32, and the parameter's if that is wider."""
+    return x.to(torch.promote_types((x if param is None else param).dtype, torch.float32))
+
+
+def _average(tensors: Tensors, i: int, grad: Tensor, options: Options) -> Tensor:
+    """Average a gradient into the buffer of tensor i, in place; returns the m that the sign is taken of."""
+    if not tensors.exp_avgs:
+        return grad
+    exp_avg, scale = tensors.exp_avgs[i], tensors.scales[i] if tensors.scales else None
+    weight = 1 - options.momentum
+    if options.state_dtype not in STOCHASTIC:
         if torch.promote_types(grad.dtype, exp_avg.dtype) == exp_avg.dtype:
             exp_avg.lerp_(grad.to(exp_avg.dtype), weight)
         else:
             exp_avg.copy_(torch.lerp(exp_avg.to(grad.dtype), grad, weight))
         return exp_avg
     wide = torch.promote_types(grad.dtype, torch.float32)
-    m = torch.lerp(read(exp_avg, scale).to(wide), grad.to(wide), weight)
+    m = torch.lerp(read_momentum(exp_avg, scale).to(wide), grad.to(wide), weight)
     kept = m.detach().to(torch.float32)
-    (random,) = noise_bytes([segment], ROUNDING, seed=seed, step=step, device=m.device)
+    segment = Segment(tensors.ordinals[i], tensors.offsets[i], grad.numel())
+    (random,) = noise_bytes([segment], ROUNDING, seed=options.seed, step=options.step, device=m.device)
     random = random.view(m.shape)
     if scale is None:
         bits = kept.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
@@ -101,22 +120,6 @@ def update(
     return m
 
 
-def update_entry(tensors: Tensors, i: int, grad: Tensor, options: Options) -> Tensor:
-    """M of tensor i of a step, with the new gradient in it; the gradient itself where there is no momentum."""
-    if not tensors.exp_avgs:
-        return grad
-    return update(
-        tensors.exp_avgs[i],
-        tensors.scales[i] if tensors.scales else None,
-        grad,
-        options.momentum,
-        options.state_dtype,
-        segment=Segment(tensors.ordinals[i], tensors.offsets[i], grad.numel()),
-        seed=options.seed,
-        step=options.step,
-    )
-
-
 def mean_square(m: Tensor) -> Tensor:
     """Mean of the squares over all elements, 0-dim float32; 0 if there are none."""
     return m.to(torch.float32).square().sum() / max(1, m.numel())
@@ -128,7 +131,7 @@ def _blocks(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
 
 
-def check_state(p: Tensor, m: Tensor, scale: Tensor | None, state_dtype: torch.dtype | None) -> None:
+def check_momentum(p: Tensor, m: Tensor, scale: Tensor | None, state_dtype: torch.dtype | None) -> None:
     """Raise a RuntimeError if a momentum buffer is not what the parameter's must be."""
     dtype = p.dtype if state_dtype is None else state_dtype
     if m.shape != p.shape or m.dtype != dtype or m.device != p.device or (scale is None) != (dtype != torch.int8):

@@ -12,25 +12,19 @@ import sys
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from signstep.kernels.engine import Options, Tensors
+from signstep.kernels.engine import Options, Slot, Tensors
 from signstep.kernels.layout import laid_out
 from signstep.kernels.momentum import BLOCK
-
-if TYPE_CHECKING:
-    from signstep.kernels.bits import Slot
 
 _ABI = 2
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _STATE_DTYPES = {torch.float32: 0, torch.bfloat16: 4, torch.int8: 5}
-_CLEAN, _PRE, _POST, _GRADIENT = range(4)
 _MOST_ROWS = (1 << 16) - 1
-_POSITIONS = {"pre": _PRE, "post": _POST}
 ISAS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
 """Instruction sets by name, as the library numbers them."""
 
@@ -45,7 +39,7 @@ class _Options(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("step", ctypes.c_uint64),
         ("maximize", ctypes.c_int32),
-        ("position", ctypes.c_int32),
+        ("direction", ctypes.c_int32),
         ("sums", ctypes.c_int32),
         ("isa", ctypes.c_int32),
         ("threads", ctypes.c_int32),
@@ -111,25 +105,25 @@ def _parallel() -> int | None:
 
 
 def _request(isa: str, own_threads: bool, options: Options | None = None) -> _Options:
-    """What all calls are asked for, and what a step and a ballot have in common."""
-    request = _Options(
-        isa=ISAS[isa], threads=torch.get_num_threads(), parallel=None if own_threads else _parallel(), position=_CLEAN
-    )
+    """The options of a call: those of every call, and with `options` those that a step and a ballot have in common."""
+    request = _Options(isa=ISAS[isa], threads=torch.get_num_threads(), parallel=None if own_threads else _parallel())
     if options is not None:
         request.coupled_decay = options.coupled_weight_decay
         request.gradient_weight = 1 - options.momentum
+        request.direction = options.direction
+        request.sigma = 0.0 if options.sigma is None else float(options.sigma)
         request.seed = options.seed
         request.step = int(options.step)
         request.maximize = options.maximize
-        if options.dither is not None:
-            request.position = _POSITIONS[options.dither.position]
-            request.sigma = float(options.dither.sigma)
     return request
+
+
+_NO_MEMORY = "signstep: no memory for the list of work; nothing was changed"
 
 
 def _run(function: Callable[..., int], *arguments: object) -> None:
     if function(*arguments):
-        raise MemoryError("signstep: no memory for the list of work; nothing was changed")
+        raise MemoryError(_NO_MEMORY)
 
 
 def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: bool = False) -> None:
@@ -139,19 +133,31 @@ def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: 
         raise RuntimeError(reason)
     request = _request(isa, own_threads, options)
     request.rate, request.decay = float(options.rate), float(options.decay)
-    if options.gradient_step:
-        request.position = _GRADIENT
-    request.sums = 0 if options.sums is None else 1 + options.sums_applied
+    request.sums = 0 if options.sums is None else options.projected
     count = len(tensors.params)
     sums = None if options.sums is None else torch.empty(count, 3, dtype=torch.float64)
-    with laid_out(tensors, options) as rows:
+    with laid_out(tensors, options) as (params, grads, exp_avgs, scales, mean_squares, ordinals, offsets):
         table = array("q")
-        for row in rows:
-            dtype = _DTYPES[row.param.dtype]
-            state_dtype = dtype if options.state_dtype is None else _STATE_DTYPES[options.state_dtype]
-            table.extend((*row.addresses(), 0, row.param.numel(), row.offset, row.ordinal, dtype, state_dtype))
+        for i, p in enumerate(params):
+            dtype = _DTYPES[p.dtype]
+            table.extend(
+                (
+                    p.data_ptr(),
+                    grads[i].data_ptr(),
+                    exp_avgs[i].data_ptr() if exp_avgs else 0,
+                    scales[i].data_ptr() if scales else 0,
+                    mean_squares[i].data_ptr() if mean_squares else 0,
+                    0,
+                    p.numel(),
+                    offsets[i],
+                    ordinals[i],
+                    dtype,
+                    dtype if options.state_dtype is None else _STATE_DTYPES[options.state_dtype],
+                )
+            )
         at = table.buffer_info()[0]
-        _run(library.signstep_step, at, count, request, None if sums is None else sums.data_ptr())
+        if library.signstep_step(at, count, request, None if sums is None else sums.data_ptr()):
+            raise MemoryError(_NO_MEMORY)
     if sums is not None and options.sums is not None:
         options.sums.add_(sums[:, :2].sum(dim=0).to(options.sums.device, options.sums.dtype))
 

@@ -141,6 +141,20 @@ def directions(
     return out
 
 
+def expected_sign(m: Tensor, sigma: Tensor) -> Tensor:
+    r"""Expected dithered sign, Sec. IV: :math:`E\,\mathrm{sign}(m + \xi) = 2\Phi(m/\sigma) - 1`.
+
+    Args:
+        m: momentum, any shape, a real float dtype.
+        sigma: 0-dim tensor >= 0; at 0 the result is sign(m).
+
+    Returns:
+        A float32 tensor of m's shape in [-1, 1]; 0 where m is 0.
+    """
+    z = m.to(torch.float32) / sigma
+    return torch.where(m == 0, 0.0, torch.special.erf(z * math.sqrt(0.5)))
+
+
 def _pieces(sizes: Sequence[int]) -> list[list[tuple[int, int, int]]]:
     """All elements of tensors of these sizes, in order, as lists of (tensor, first, end), `CHUNK` elements a list."""
     lists: list[list[tuple[int, int, int]]] = []

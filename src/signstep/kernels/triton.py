@@ -13,16 +13,16 @@ from __future__ import annotations
 import functools
 import struct
 from array import array
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from signstep.kernels.engine import Options, Tensors
+from signstep.kernels.engine import Options, Projected, Tensors
 from signstep.kernels.layout import laid_out, order_is_free
 from signstep.kernels.momentum import BLOCK as ROW
 from signstep.kernels.momentum import STOCHASTIC
+from signstep.kernels.triton_noise import argument, erf, jit, noise_bytes, normal, triton_dtype, unavailable, uniform
 
 try:
     import triton
@@ -30,7 +30,6 @@ try:
 except ImportError:  # the kernels below are then never called
     triton = None
 
-_OLDEST = (3, 2)
 ROWS = 8
 """Rows of 256 elements that a program steps."""
 BLOCK = ROWS * ROW
@@ -39,180 +38,28 @@ _REDUCE = 4096
 """Programs whose sums the second kernel adds at a time."""
 
 
-def unavailable() -> str | None:
-    """Why the engine cannot be used here, one sentence; None if it can."""
-    if triton is None:
-        return "Triton is not installed: pip install triton"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < _OLDEST:
-        return f"Triton {triton.__version__} is too old: pip install 'triton>={_OLDEST[0]}.{_OLDEST[1]}'"
-    return None
-
-
-def _jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """triton.jit, or nothing where there is no Triton."""
-    return lambda function: function if triton is None else triton.jit(**options)(function)
-
-
-# --- noise, see kernels/reference.py ---------------------------------------------------------------------------------
-
-
-@_jit()
-def _philox(block: tl.tensor, stream: tl.constexpr, seed: tl.tensor, step: tl.tensor, ordinal: tl.tensor) -> tl.tensor:
-    """Philox4x32-10 as in kernels/philox.py. (tl.philox multiplies twice for the two halves of a product.)"""
-    c0 = block
-    c1 = step
-    c2 = ordinal
-    c3 = tl.full([], stream, tl.uint32)
-    k0 = seed
-    k1 = seed >> 32
-    for _ in tl.static_range(10):
-        p0 = c0.to(tl.uint64) * 0xD2511F53
-        p1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0.to(tl.uint32)
-        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1.to(tl.uint32)
-        c1 = p1.to(tl.uint32)
-        c3 = p0.to(tl.uint32)
-        k0 = k0 + 0x9E3779B9
-        k1 = k1 + 0xBB67AE85
-    return c0, c1, c2, c3
-
-
-@_jit()
-def _pick(w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor, i: tl.tensor) -> tl.tensor:
-    return tl.where(i < 2, tl.where(i == 0, w0, w1), tl.where(i == 2, w2, w3))
-
-
-@_jit()
-def _in_sequence(w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor) -> tl.tensor:
-    """The four words of each Philox block, one after another."""
-    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [4 * w0.shape[0]])
-
-
-@_jit()
-def _bytes(
-    first: tl.tensor,
-    local: tl.tensor,
-    stream: tl.constexpr,
-    seed: tl.tensor,
-    step: tl.tensor,
-    ordinal: tl.tensor,
-    ROWS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-) -> tl.tensor:
-    """A byte per element, the upper 8 bits of a uint32 [ROWS, 256]: byte e % 16 of block e // 16.
-
-    ALIGNED says that the first element is a multiple of 16, so that one block serves 16 elements; else every element
-    computes its own.
-    """
-    if ALIGNED:
-        block = (first // 16 + tl.arange(0, ROWS * 16)).to(tl.uint32)
-        w0, w1, w2, w3 = _philox(block, stream, seed, step, ordinal)
-        words = _in_sequence(w0, w1, w2, w3)
-        result = tl.reshape(words[:, None] << (24 - 8 * tl.arange(0, 4))[None, :].to(tl.uint32), [ROWS, 256])
-    else:
-        element = first + local
-        w0, w1, w2, w3 = _philox((element // 16).to(tl.uint32), stream, seed, step, ordinal)
-        word = _pick(w0, w1, w2, w3, element // 4 % 4)
-        result = word << (24 - 8 * (element % 4)).to(tl.uint32)
-    return result
-
-
-@_jit()
-def _uniform(
-    first: tl.tensor,
-    local: tl.tensor,
-    seed: tl.tensor,
-    step: tl.tensor,
-    ordinal: tl.tensor,
-    ROWS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-) -> tl.tensor:
-    """U, uint32 [ROWS, 256]: 8 bits of stream 0 and the low 24 of word e % 4 of block e // 4 of stream 1."""
-    if ALIGNED:
-        block = (first // 4 + tl.arange(0, ROWS * 64)).to(tl.uint32)
-        w0, w1, w2, w3 = _philox(block, 1, seed, step, ordinal)
-        low = tl.reshape(_in_sequence(w0, w1, w2, w3), [ROWS, 256])
-    else:
-        element = first + local
-        w0, w1, w2, w3 = _philox((element // 4).to(tl.uint32), 1, seed, step, ordinal)
-        low = _pick(w0, w1, w2, w3, element % 4)
-    top = _bytes(first, local, 0, seed, step, ordinal, ROWS, ALIGNED)
-    return (top & 0xFF000000) | (low & 0xFFFFFF)
-
-
-@_jit()
-def _erf(x: tl.tensor) -> tl.tensor:
-    """Erf to 1e-7, by a polynomial for log2 erfc: half as many instructions as a library's, which is as good near 0."""
-    size = tl.abs(x)
-    y = tl.fma(tl.full(x.shape, -4.5358612e-05, tl.float32), size, 0.000445507706)
-    y = tl.fma(y, size, -0.00148944168)
-    y = tl.fma(y, size, -0.000774629779)
-    y = tl.fma(y, size, 0.0282536813)
-    y = tl.fma(y, size, -0.148481615)
-    y = tl.fma(y, size, -0.918416393)
-    y = tl.fma(y, size, -1.62790859)
-    positive = 1.0 - tl.exp2(y * size)
-    sign = x.to(tl.uint32, bitcast=True) & 0x80000000
-    return (positive.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-
-
-@_jit()
-def _normal(u: tl.tensor) -> tl.tensor:
-    """Phi^-1((U + 1/2) / 2^32) to 5e-7 of itself.
-
-    With s = 2 Phi - 1: s P(w), w = -log(1 - s^2), as Giles, "Approximating the erfinv function" (2012), computes
-    sqrt(2) erfinv(s); the coefficients are fitted anew, because his are for |s| <= 1 - 2^-24.
-    """
-    # U - 2^31, and the nearer of U and 2^32 - 1 - U: float32 resolves both where they are small.
-    centred = (u ^ 0x80000000).to(tl.int32, bitcast=True)
-    nearer = tl.where(centred < 0, u, u ^ 0xFFFFFFFF)
-    s = (centred.to(tl.float32) + 0.5) * 2.0**-31
-    tail = (nearer.to(tl.float32) + 0.5) * 2.0**-32
-    w = -tl.log(4.0 * tail * (1.0 - tail))
-    x = w - 2.5
-    centre = tl.fma(tl.full(x.shape, 4.03460605e-08, tl.float32), x, 4.86090749e-07)
-    centre = tl.fma(centre, x, -4.99046321e-06)
-    centre = tl.fma(centre, x, -6.21785208e-06)
-    centre = tl.fma(centre, x, 0.000309149831)
-    centre = tl.fma(centre, x, -0.00177301058)
-    centre = tl.fma(centre, x, -0.00590817055)
-    centre = tl.fma(centre, x, 0.34880266)
-    centre = tl.fma(centre, x, 2.12331357)
-    x = tl.sqrt_rn(w) - 3.0
-    far = tl.fma(tl.full(x.shape, -2.99194622e-05, tl.float32), x, -0.000157672669)
-    far = tl.fma(far, x, 0.00162357271)
-    far = tl.fma(far, x, -0.00484826588)
-    far = tl.fma(far, x, 0.00822829474)
-    far = tl.fma(far, x, -0.0108963425)
-    far = tl.fma(far, x, 0.0133303181)
-    far = tl.fma(far, x, 1.41659073)
-    far = tl.fma(far, x, 4.00643502)
-    return s * tl.where(w < 5.0, centre, far)
-
-
 # --- the step --------------------------------------------------------------------------------------------------------
 
 
-@_jit()
+@jit()
 def _number(bits: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     """A number of the host's: see `_bits`."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True).to(DTYPE)
 
 
-@_jit()
+@jit()
 def _number_or(bits: tl.tensor, at: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     """A number of the host's, or what is at an address on the device."""
     return _number(bits, DTYPE) if at is None else tl.load(at).to(DTYPE)
 
 
-@_jit()
+@jit()
 def _load(address: tl.tensor, inside: tl.tensor, FULL: tl.constexpr) -> tl.tensor:
     # A mask that may end anywhere would keep the compiler from loading vectors.
     return tl.load(address) if FULL else tl.load(address, mask=inside, other=0)
 
 
-@_jit()
+@jit()
 def _store(address: tl.tensor, value: tl.tensor, inside: tl.tensor, FULL: tl.constexpr) -> None:
     if FULL:
         tl.store(address, value)
@@ -220,7 +67,7 @@ def _store(address: tl.tensor, value: tl.tensor, inside: tl.tensor, FULL: tl.con
         tl.store(address, value, mask=inside)
 
 
-@_jit()
+@jit()
 def _address(
     row: tl.tensor, column: tl.constexpr, first: tl.tensor, DTYPE: tl.constexpr, VECTORS: tl.constexpr
 ) -> tl.tensor:
@@ -231,18 +78,18 @@ def _address(
     return base + first
 
 
-@_jit()
+@jit()
 def _average(m: tl.tensor, g: tl.tensor, weight: tl.tensor, SMALL: tl.constexpr) -> tl.tensor:
     """M + (1 - beta) (g - m), in the form that torch.lerp rounds: from g if the weight is not below 1/2."""
     return tl.fma(weight, g - m, m) if SMALL else tl.fma(weight - 1, g - m, g)
 
 
-@_jit()
+@jit()
 def _sign(m: tl.tensor) -> tl.tensor:
     return tl.where(m > 0, 1.0, 0.0).to(m.dtype) - tl.where(m < 0, 1.0, 0.0).to(m.dtype)
 
 
-@_jit()
+@jit()
 def _to_int8(m: tl.tensor, random: tl.tensor) -> tl.tensor:
     """8-bit momentum and its scales, one per row: see `signstep.kernels.momentum`."""
     # Of the bits: a NaN is larger than infinity, and that than all numbers.
@@ -256,7 +103,7 @@ def _to_int8(m: tl.tensor, random: tl.tensor) -> tl.tensor:
     return tl.minimum(shifted, 127).to(tl.int8), scale
 
 
-@_jit()
+@jit()
 def _to_bfloat16_bits(m: tl.tensor, random: tl.tensor) -> tl.tensor:
     """Momentum rounded up or down to bfloat16 at random: see `signstep.kernels.momentum`."""
     bits = m.to(tl.uint32, bitcast=True)
@@ -265,7 +112,7 @@ def _to_bfloat16_bits(m: tl.tensor, random: tl.tensor) -> tl.tensor:
     return tl.where(m == m, rounded, 0x7FC0).to(tl.uint16)
 
 
-@_jit()
+@jit()
 def _step_elements(
     row: tl.tensor,
     partial: tl.tensor,
@@ -317,7 +164,7 @@ def _step_elements(
             _store(state_at, kept, inside, FULL)
             m = kept.to(WIDE)
         else:
-            random = _bytes(element, local, 2, seed, step, ordinal, ROWS, ALIGNED)
+            random = noise_bytes(element, local, 2, seed, step, ordinal, ROWS, ALIGNED)
             if KEPT == "int8":
                 scale_at = _address(row, 3, first // 256, tl.float32, False) + rows
                 has_row = first + rows * 256 < size
@@ -337,17 +184,17 @@ def _step_elements(
     if DIRECTION == "pre" or DIRECTION == "post":
         if RELATIVE:
             sigma = sigma * tl.sqrt_rn(tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32))))
-        u = _uniform(element, local, seed, step, ordinal, ROWS, ALIGNED)
+        u = uniform(element, local, seed, step, ordinal, ROWS, ALIGNED)
         if DIRECTION == "pre":
             x = narrow * tl.div_rn(tl.full([], 0.70710678, tl.float32), sigma)
             # U < 2^32 Phi by the upper 24 bits, which float32 holds; at sigma = 0 it is the sign.
-            up = (u >> 8).to(tl.float32) < tl.fma(_erf(x), 8388608.0, 8388608.0)
+            up = (u >> 8).to(tl.float32) < tl.fma(erf(x), 8388608.0, 8388608.0)
             one = tl.where(sigma == sigma, 1.0, sigma)
             noisy = tl.where(up, one, -one)
             if EXPECTED:
                 signs = tl.where(narrow == 0, 0.0, tl.erf(x)).to(WIDE)
         else:
-            noisy = _sign(narrow) + sigma * _normal(u)
+            noisy = _sign(narrow) + sigma * normal(u)
         noisy = tl.where(narrow == 0, 0.0, noisy)
         # m * 0 is NaN where m is not finite.
         direction = tl.fma(narrow, 0.0, noisy).to(WIDE)
@@ -371,7 +218,7 @@ _NUMBERS = [
 ]
 
 
-@_jit(do_not_specialize=_NUMBERS)
+@jit(do_not_specialize=_NUMBERS)
 def _step_kernel(
     table: tl.tensor,
     chunks: tl.tensor,
@@ -429,7 +276,7 @@ def _step_kernel(
         )  # fmt: skip
 
 
-@_jit()
+@jit()
 def _reduce_kernel(
     table: tl.tensor,
     partials: tl.tensor,
@@ -501,14 +348,15 @@ def step(tensors: Tensors, options: Options) -> None:
         raise RuntimeError(reason)
     launches: dict[_Kind, _Rows] = {}
     free = order_is_free(options)
-    with laid_out(tensors, options) as rows:
-        for row in rows:
-            addresses, size = row.addresses(), row.param.numel()
+    with laid_out(tensors, options) as ready:
+        columns = (ready.params, ready.grads, ready.exp_avgs, ready.scales, ready.mean_squares)
+        for i, (p, ordinal, offset) in enumerate(zip(ready.params, ready.ordinals, ready.offsets, strict=True)):
+            addresses = [column[i].data_ptr() if column else 0 for column in columns]
             vectors = (addresses[0] | addresses[1] | addresses[2]) % 16 == 0
-            table = launches.setdefault(_Kind(row.param.dtype, vectors, free or row.offset % 16 == 0), _Rows())
-            table.add(*addresses, size=size, offset=row.offset, ordinal=row.ordinal)
-        if rows:
-            with torch.cuda.device_of(tensors.params[0]):  # type: ignore[no-untyped-call]
+            table = launches.setdefault(_Kind(p.dtype, vectors, free or offset % 16 == 0), _Rows())
+            table.add(*addresses, size=p.numel(), offset=offset, ordinal=ordinal)
+        if ready.params:
+            with torch.cuda.device_of(ready.params[0]):  # type: ignore[no-untyped-call]
                 for kind, table in launches.items():
                     _launch(kind, table, tensors, options)
 
@@ -520,11 +368,10 @@ def _launch(kind: _Kind, rows: _Rows, tensors: Tensors, options: Options) -> Non
     wide = torch.promote_types(kind.dtype, torch.float32)
     sums = options.sums is not None
     partials = torch.empty((rows.chunks, 3), dtype=wide, device=device) if sums or relative else None
-    step, step_at = _argument(options.step, device)
-    rate, rate_at = _argument(options.rate, device)
-    decay, decay_at = _argument(options.decay, device)
-    sigma, sigma_at = _argument(0.0 if options.dither is None else options.dither.sigma, device)
-    position = "sign" if options.dither is None else options.dither.position
+    step, step_at = argument(options.step, device)
+    rate, rate_at = argument(options.rate, device)
+    decay, decay_at = argument(options.decay, device)
+    sigma, sigma_at = argument(0.0 if options.sigma is None else options.sigma, device)
     if rows.chunks:
         _step_kernel[(rows.chunks,)](
             table,
@@ -541,17 +388,17 @@ def _launch(kind: _Kind, rows: _Rows, tensors: Tensors, options: Options) -> Non
             rate_at=rate_at,
             decay_at=decay_at,
             sigma_at=sigma_at,
-            PARAM=_triton_dtype(kind.dtype),
-            STATE=_triton_dtype(options.state_dtype or kind.dtype),
-            WIDE=_triton_dtype(wide),
+            PARAM=triton_dtype(kind.dtype),
+            STATE=triton_dtype(options.state_dtype or kind.dtype),
+            WIDE=triton_dtype(wide),
             KEPT=_kept(options.state_dtype) if tensors.exp_avgs else "none",
-            DIRECTION="m" if options.gradient_step else position,
+            DIRECTION=options.direction.name.lower(),
             RELATIVE=relative,
             MAXIMIZE=options.maximize,
             COUPLED=options.coupled_weight_decay != 0,
             SMALL=array("d" if wide == torch.float64 else "f", [1.0 - options.momentum])[0] < 0.5,
             SUMS=sums,
-            EXPECTED=sums and options.sums_applied,
+            EXPECTED=sums and options.projected is Projected.EXPECTED_SIGN,
             VECTORS=kind.vectors,
             ALIGNED=kind.aligned,
             ROWS=ROWS,
@@ -571,25 +418,9 @@ def _launch(kind: _Kind, rows: _Rows, tensors: Tensors, options: Options) -> Non
         options.sums.add_(totals.sum(dim=0).to(options.sums.device, options.sums.dtype))
 
 
-def _on_host(x: float | Tensor) -> bool:
-    return not isinstance(x, Tensor) or x.device.type == "cpu"
-
-
-def _argument(x: float | Tensor, device: torch.device) -> tuple[float | Tensor, Tensor | None]:
-    """A number and None, or a placeholder and where on the device the number is, which the host must not wait for."""
-    if _on_host(x):
-        return x, None
-    assert isinstance(x, Tensor)
-    return 0, x.to(device)
-
-
 def _bits(x: float | Tensor) -> int:
     """A float as the int64 of the same bits: as a float, Triton would round it to float32."""
     return int.from_bytes(struct.pack("<d", x), "little", signed=True)
-
-
-def _triton_dtype(dtype: torch.dtype) -> Any:
-    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def _kept(state_dtype: torch.dtype | None) -> str:

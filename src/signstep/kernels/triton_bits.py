@@ -7,13 +7,13 @@ for sm_90 and gfx942, but have not run on a device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from signstep.kernels.engine import Slot
 from signstep.kernels.reference import Segment
-from signstep.kernels.triton import _argument, _jit, _philox, _triton_dtype, unavailable
+from signstep.kernels.triton_noise import argument, jit, philox, triton_dtype, unavailable
 
 try:
     import triton
@@ -21,27 +21,24 @@ try:
 except ImportError:  # the kernels below are then never called
     triton = None
 
-if TYPE_CHECKING:
-    from signstep.kernels.bits import Slot
-
 __all__ = ["count", "pack", "spread", "unavailable"]
 
 WORDS = 32
 """Words of 64 bits that a program works on."""
 
 
-@_jit()
+@jit()
 def _coin_word(
     index: tl.tensor, stream: tl.constexpr, seed: tl.tensor, step: tl.tensor, ordinal: tl.tensor
 ) -> tl.tensor:
     """64 coins: bits 64 (index % 2) and on of Philox block index // 2."""
-    w0, w1, w2, w3 = _philox((index // 2).to(tl.uint32), stream, seed, step, ordinal)
+    w0, w1, w2, w3 = philox((index // 2).to(tl.uint32), stream, seed, step, ordinal)
     low = tl.where(index % 2 == 0, w0, w2).to(tl.uint64)
     high = tl.where(index % 2 == 0, w1, w3).to(tl.uint64)
     return low | (high << 32)
 
 
-@_jit()
+@jit()
 def _coins(
     start: tl.tensor, stream: tl.constexpr, seed: tl.tensor, step: tl.tensor, ordinal: tl.tensor, N: tl.constexpr
 ) -> tl.tensor:
@@ -54,7 +51,7 @@ def _coins(
     return (first >> shift) | ((second << 1) << (63 - shift))
 
 
-@_jit()
+@jit()
 def _gather(each: tl.tensor) -> tl.tensor:
     """Bool [N, 64] as words."""
     lane = tl.arange(0, 64).to(tl.uint64)
@@ -64,7 +61,7 @@ def _gather(each: tl.tensor) -> tl.tensor:
 _NUMBERS = ["size", "start", "seed", "step", "ordinal", "step_at", "rows", "stride", "voters"]
 
 
-@_jit(do_not_specialize=_NUMBERS)
+@jit(do_not_specialize=_NUMBERS)
 def _pack_kernel(
     direction: tl.tensor,
     words: tl.tensor,
@@ -88,7 +85,7 @@ def _pack_kernel(
     tl.store(words + word, up.to(tl.int64, bitcast=True), mask=word * 64 < size)
 
 
-@_jit(do_not_specialize=_NUMBERS)
+@jit(do_not_specialize=_NUMBERS)
 def _count_kernel(
     ballots: tl.tensor,
     majority: tl.tensor,
@@ -122,7 +119,7 @@ def _count_kernel(
     tl.store(majority + word, above.to(tl.int64, bitcast=True), mask=word * 64 < size)
 
 
-@_jit(do_not_specialize=_NUMBERS)
+@jit(do_not_specialize=_NUMBERS)
 def _spread_kernel(
     words: tl.tensor, ties: tl.tensor, out: tl.tensor, size: tl.int64, OUT: tl.constexpr, N: tl.constexpr
 ) -> None:
@@ -145,7 +142,7 @@ def pack(direction: Tensor, words: Tensor, segment: Segment, *, seed: int, step:
     """Write the signs of a segment's direction, any float dtype, as words: 1 for up, a coin for 0."""
     if segment.size == 0:
         return
-    k, step_at = _argument(step, words.device)
+    k, step_at = argument(step, words.device)
     with torch.cuda.device_of(words):  # type: ignore[no-untyped-call]
         _pack_kernel[_grid(segment.size)](
             direction.contiguous(),
@@ -156,7 +153,7 @@ def pack(direction: Tensor, words: Tensor, segment: Segment, *, seed: int, step:
             step=int(k) & 0xFFFFFFFF,
             ordinal=segment.parameter,
             step_at=step_at,
-            WIDE=_triton_dtype(torch.promote_types(direction.dtype, torch.float32)),
+            WIDE=triton_dtype(torch.promote_types(direction.dtype, torch.float32)),
             N=WORDS,
         )
 
@@ -175,7 +172,7 @@ def count(
     out = torch.zeros_like(ballots[0])
     if ties is not None:
         ties.zero_()
-    k, step_at = _argument(step, out.device)
+    k, step_at = argument(step, out.device)
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
         for (first, segment), number in zip(slots, voters, strict=True):
             if number == 0 or segment.size == 0:
@@ -211,7 +208,7 @@ def spread(
                     None if ties is None else ties[first:],
                     out,
                     size=segment.size,
-                    OUT=_triton_dtype(out.dtype),
+                    OUT=triton_dtype(out.dtype),
                     N=WORDS,
                 )
             if sums is not None and before is not None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from signstep.distributed.worker import Worker
-from signstep.kernels import momentum as buffers
+from signstep.kernels.momentum import read_momentum
 from signstep.monitor.last_step import (
     BeforeStep,
     MovedParam,
@@ -139,7 +139,7 @@ class DitherMeter:
             assert self.worker is not None
             state = self.worker.state.get(self.worker.names.get(p, ""), {})
             m = state.get("exp_avg")
-            return None if m is None else buffers.read(m, state.get("exp_avg_scale")).to(torch.float32)
+            return None if m is None else read_momentum(m, state.get("exp_avg_scale")).to(torch.float32)
         if keeps_average(optimizer, group):
             return kept_momentum(optimizer, group, p)
         if before.phases[moved.group_index] == "sign" and phase(optimizer, group) == "sgd" and group["momentum"] > 0:
@@ -152,10 +152,10 @@ class DitherMeter:
             return before.sigma(moved)
         step = before.steps[index]
         assert step is not None
-        noise = self.worker.dither(group, step)
-        assert noise is not None
+        sigma = self.worker.sigma(group, step)
+        assert sigma is not None
         square = self.worker.state.get(self.worker.names.get(p, ""), {}).get("mean_square")
-        return noise.sigma if square is None else noise.sigma.to(square.device) * square.sqrt()
+        return sigma if square is None else sigma.to(square.device) * square.sqrt()
 
 
 _ONE = math.sqrt(2 / math.pi)

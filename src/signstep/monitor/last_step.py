@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from signstep.kernels import momentum as buffers
+from signstep.kernels.momentum import mean_square, read_momentum
 from signstep.monitor.totals import flat
 from signstep.optim.dither import dither_std
 from signstep.optim.signsgd import SignSGD
@@ -144,7 +144,7 @@ def kept_momentum(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> Ten
     """
     state = optimizer.state.get(p, {})
     if isinstance(state.get("exp_avg"), Tensor):
-        return flat(buffers.read(state["exp_avg"], state.get("exp_avg_scale")))
+        return flat(read_momentum(state["exp_avg"], state.get("exp_avg_scale")))
     buffer = state.get("momentum_buffer")
     if isinstance(optimizer, torch.optim.RMSprop) or not isinstance(buffer, Tensor):
         return None
@@ -165,7 +165,7 @@ def _mean_squares(optimizer: Optimizer) -> dict[Tensor, Tensor]:
             square = optimizer.state.get(p, {}).get("mean_square")
             if square is None:
                 m = kept_momentum(optimizer, group, p)
-                square = torch.zeros((), device=p.device) if m is None else buffers.mean_square(m)
+                square = torch.zeros((), device=p.device) if m is None else mean_square(m)
             squares[p] = square.clone()
     return squares
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from signstep.optim.hybrid import HybridSignSGD
-from signstep.optim.signsgd import SignSGD
+from signstep.optim.signsgd import ENGINE_CHOICE, SignSGD, signsgd
 
 __all__ = ["attach_to_backward"]
 
@@ -63,7 +63,7 @@ def attach_to_backward(model: torch.nn.Module, optimizer_options: Mapping[str, A
         raise ValueError(
             f"attach_to_backward: parameters on several devices, {', '.join(map(str, devices))}, cannot be stepped"
         )
-    own = HybridSignSGD._ORIGINAL.keys() - SignSGD._ORIGINAL.keys()
+    own = HybridSignSGD.OPTIONS.keys() - SignSGD.OPTIONS.keys()
     optimizer_class = HybridSignSGD if own & optimizer_options.keys() else SignSGD
     optimizer = optimizer_class(params, **optimizer_options)
     optimizer.start_stepping_in_backward()
@@ -93,14 +93,15 @@ class _Stepper:
             if backward < self.backward:  # numbers go up, so that one inside this one has ended
                 raise RuntimeError(_NESTED)
             self.backward = backward
-            self.sums = self.optimizer._new_sums(group)
+            self.sums = self.optimizer.new_sums(group)
             Variable._execution_engine.queue_callback(functools.partial(self.finish, backward))
-        self.optimizer._step_params(group, self.optimizer._batch(group, [p], [ordinal]), self.sums)
+        batch = self.optimizer.collect(group, [p], [ordinal])
+        signsgd(batch, self.optimizer.options(group, self.sums), **{name: group[name] for name in ENGINE_CHOICE})
         p.grad = None
 
     @torch.no_grad()
     def finish(self, backward: int) -> None:
         if backward != self.backward:
             raise RuntimeError(_NESTED)
-        self.optimizer._finish_step(self.optimizer.param_groups[0], self.sums)
+        self.optimizer.finish_step(self.optimizer.param_groups[0], self.sums)
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # or schedulers would warn that no step has been taken

@@ -22,11 +22,11 @@ EPS = 1e-8
 
 RULES = ("paper", "ratio", "applied")
 
-STATE = ("calibrated_lr", "lr_ratio", "inner_avg", "square_avg")
+CALIBRATION_STATE = ("calibrated_lr", "lr_ratio", "inner_avg", "square_avg")
 """What a rule keeps per param_group: 0-dim tensors, 0 before the first step."""
 
 
-def update(
+def update_rate(
     rule: str,
     state: dict[str, Tensor],
     sums: Tensor,
@@ -39,7 +39,8 @@ def update(
 
     Args:
         rule: one of `RULES`.
-        state: the tensors of `STATE`: lambda_bar, lambda_bar over delta at the last sign step, E<s, g> and E||g||^2.
+        state: the tensors of `CALIBRATION_STATE`: lambda_bar, lambda_bar over delta at the last sign step, E<s, g>
+            and E||g||^2.
         sums: [<s, g>, ||g||^2], shape (2,).
         steps: 0-dim integer tensor, sign steps taken, this one included.
         lr: delta, the scheduled learning rate of this step; a tensor has 0 dimensions.

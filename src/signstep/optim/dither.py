@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from signstep.kernels.reference import wide_dtype
+from signstep.kernels.reference import expected_sign, wide_dtype
+
+__all__ = ["dither_std", "expected_sign"]
 
 
 def dither_std(step: Tensor, alpha: float, decay: float) -> Tensor:
@@ -27,17 +29,3 @@ def dither_std(step: Tensor, alpha: float, decay: float) -> Tensor:
     """
     k = step.to(wide_dtype(step.device))
     return ((1 + k).pow(-decay / 2) * math.sqrt(alpha)).to(torch.float32)
-
-
-def expected_sign(m: Tensor, sigma: Tensor) -> Tensor:
-    r"""Expected dithered sign, Sec. IV: :math:`E\,\mathrm{sign}(m + \xi) = 2\Phi(m/\sigma) - 1`.
-
-    Args:
-        m: momentum, any shape, a real float dtype.
-        sigma: 0-dim tensor >= 0; at 0 the result is sign(m).
-
-    Returns:
-        A float32 tensor of m's shape in [-1, 1]; 0 where m is 0.
-    """
-    z = m.to(torch.float32) / sigma
-    return torch.where(m == 0, 0.0, torch.special.erf(z * math.sqrt(0.5)))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from signstep.kernels.engine import Options, Tensors
-from signstep.optim import calibration as rules
-from signstep.optim.signsgd import SignSGD, decays, move, scalar
+from signstep.kernels.engine import Direction, Options, Projected
+from signstep.optim.calibration import CALIBRATION_STATE, update_rate
+from signstep.optim.options import HYBRID_OPTIONS, SIGNSGD_OPTIONS, Option
+from signstep.optim.signsgd import SignSGD, rate_and_decay
 
 __all__ = ["HybridSignSGD"]
 
@@ -62,6 +63,8 @@ class HybridSignSGD(SignSGD):
         'sgd'
     """
 
+    OPTIONS: ClassVar[Mapping[str, Option]] = {**SIGNSGD_OPTIONS, **HYBRID_OPTIONS}
+    calibrates: ClassVar[bool] = True
     _voted_sums: Sequence[Tensor] = ()
 
     def __init__(
@@ -88,42 +91,12 @@ class HybridSignSGD(SignSGD):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        self._init(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "switch_step": switch_step,
-                "ema_decay": ema_decay,
-                "calibration": calibration,
-                "sgd_momentum": sgd_momentum,
-                "dither": dither,
-                "dither_decay": dither_decay,
-                "dither_position": dither_position,
-                "dither_scale": dither_scale,
-                "state_dtype": state_dtype,
-                "seed": seed,
-                "weight_decay": weight_decay,
-                "decoupled_weight_decay": decoupled_weight_decay,
-                "maximize": maximize,
-                "foreach": foreach,
-                "fused": fused,
-                "capturable": capturable,
-                "differentiable": differentiable,
-            },
-        )
-
-    _ORIGINAL = SignSGD._ORIGINAL | {
-        "switch_step": None,
-        "ema_decay": 0.99,
-        "calibration": "paper",
-        "sgd_momentum": 0.0,
-    }
+        self._init(params, locals())
 
     def _group_tensors(self, group: dict[str, Any]) -> dict[str, tuple[torch.dtype, torch.device]]:
         first = group["params"][0] if group["params"] else torch.empty(0)
         wide = torch.float64 if first.dtype in (torch.float64, torch.complex128) else torch.float32
-        return super()._group_tensors(group) | dict.fromkeys(rules.STATE, (wide, first.device))
+        return super()._group_tensors(group) | dict.fromkeys(CALIBRATION_STATE, (wide, first.device))
 
     def _place_group_state(self, group: dict[str, Any]) -> None:
         group.setdefault("phase", "sign")
@@ -141,11 +114,6 @@ class HybridSignSGD(SignSGD):
         """lambda_bar: a number with one param_group, a list with several; 0 before the first sign step."""
         values = [float(g["calibrated_lr"]) for g in self.param_groups]
         return values[0] if len(values) == 1 else values
-
-    @property
-    def calibrates(self) -> bool:
-        """The optimizer measures its steps against the gradient, so a vote must call `receive_voted_sums`."""
-        return True
 
     @property
     def voted_sums(self) -> Sequence[Tensor]:
@@ -181,54 +149,53 @@ class HybridSignSGD(SignSGD):
             for p in group["params"]:
                 self.state.pop(p, None)
 
-    def _keeps_exp_avg(self, group: dict[str, Any]) -> bool:
-        return super()._keeps_exp_avg(group) if group["phase"] == "sign" else bool(group["sgd_momentum"] > 0)
+    def kept_state(self, group: dict[str, Any]) -> Collection[str]:
+        """Names of what a step of this group keeps of each parameter, see `SignSGD.kept_state`."""
+        if group["phase"] == "sign":
+            return super().kept_state(group)
+        return ["exp_avg"] if group["sgd_momentum"] > 0 else []
 
-    def _new_sums(self, group: dict[str, Any]) -> Tensor | None:
+    def new_sums(self, group: dict[str, Any]) -> Tensor | None:
+        """Where a sign step's [<s, g>, ||g||^2] is added up, or under a vote what the workers have added up."""
         if group["phase"] == "sgd":
             return None
         like = group["lr_ratio"]
-        if self.takes_votes:
+        if self._driver == "vote":
             index = next(i for i, g in enumerate(self.param_groups) if g is group)
             return self._voted_sums[index].to(like.device, like.dtype)
         return torch.zeros(2, dtype=like.dtype, device=like.device)
 
-    def _step_params(self, group: dict[str, Any], batch: Tensors, sums: Tensor | None) -> None:
+    def options(self, group: dict[str, Any], sums: Tensor | None) -> Options:
+        """What this group's next step asks of the engines, in either phase."""
         if group["phase"] == "sign":
-            super()._step_params(group, batch, sums)
-            return
-        lr = scalar(group["lr"])
-        decay, coupled_weight_decay = decays(lr, group["weight_decay"], group["decoupled_weight_decay"])
-        options = Options(
+            projected = Projected.EXPECTED_SIGN if group["calibration"] == "applied" else Projected.SIGN
+            return super().options(group, sums)._replace(projected=projected)
+        lr, decay, coupled_weight_decay = rate_and_decay(group)
+        return Options(
             step=group["step"],
             rate=group["lr_ratio"] * lr,
             decay=decay,
             coupled_weight_decay=coupled_weight_decay,
             momentum=group["sgd_momentum"],
             state_dtype=group["state_dtype"],
-            dither=None,
+            direction=Direction.MOMENTUM,
+            sigma=None,
             seed=group["seed"],
             maximize=group["maximize"],
-            sums=None,
-            sums_applied=False,
-            gradient_step=True,
         )
-        move(batch, options, **{name: group[name] for name in ("foreach", "fused", "differentiable")})
 
-    def _finish_step(self, group: dict[str, Any], sums: Tensor | None) -> None:
-        super()._finish_step(group, sums)
+    def finish_step(self, group: dict[str, Any], sums: Tensor | None) -> None:
+        """Count the step, bring the calibrated rate up to date, and switch where it is time."""
+        super().finish_step(group, sums)
         if sums is None:
             return
-        rules.update(
+        update_rate(
             group["calibration"],
-            {name: group[name] for name in rules.STATE},
+            {name: group[name] for name in CALIBRATION_STATE},
             sums,
             steps=group["step"],
-            lr=scalar(group["lr"]),
+            lr=rate_and_decay(group)[0],
             ema_decay=group["ema_decay"],
         )
         if group["switch_step"] is not None and group["step"] >= group["switch_step"]:
             self._switch_group(group)
-
-    def _needs_mean_square(self, group: dict[str, Any]) -> bool:
-        return group["phase"] == "sign" and super()._needs_mean_square(group)

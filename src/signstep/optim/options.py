@@ -1,9 +1,9 @@
-"""What every option of the optimizers may be, checked with one sentence that says what is wrong."""
+"""Every option of the optimizers, once: its default, and what it may be."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -11,76 +11,104 @@ import torch
 from torch import Tensor
 
 from signstep.kernels.momentum import STATE_DTYPES
-from signstep.optim import calibration
+from signstep.optim.calibration import RULES
+
+__all__ = ["HYBRID_OPTIONS", "SIGNSGD_OPTIONS", "Option", "check_options"]
 
 
-class _Rule(NamedTuple):
+class Option(NamedTuple):
+    """One keyword of an optimizer."""
+
+    default: Any
+    types: tuple[type, ...]
     holds: Callable[[Any], bool]
+    """Whether a value of these types is allowed."""
     allowed: str
+    """What is allowed, in words, for the message."""
+    always: bool = False
+    """Every state that was ever saved has the option. In a state that lacks one of the others it is the default."""
 
 
-def _number(low: float, high: float = math.inf, *, open_end: bool = False) -> _Rule:
-    end = f"{high})" if open_end or high == math.inf else f"{high}]"
+def _number(default: float, end: float = math.inf, *types: type, always: bool = False) -> Option:
+    """A number from 0 to `end`, which is not allowed itself."""
 
     def holds(x: float) -> bool:
-        return low <= x <= high and math.isfinite(x) and not (open_end and x == high)
+        return 0 <= x < end and math.isfinite(x)
 
-    return _Rule(holds, f"a number in [{low}, {end}")
-
-
-def _integer(low: int, high: int) -> _Rule:
-    return _Rule(lambda x: low <= x < high, f"an integer in [{low}, {high})")
+    return Option(default, (Real, *types), holds, f"a number in [0, {end})", always)
 
 
-def _choice(*names: str) -> _Rule:
-    return _Rule(lambda x: x in names, "one of " + ", ".join(repr(n) for n in names))
+def _choice(default: str, *others: str) -> Option:
+    names = (default, *others)
+    return Option(default, (str,), lambda x: x in names, "one of " + ", ".join(repr(n) for n in names))
 
 
-_FLAG = (bool,)
-_STATE_DTYPES = "None or one of " + ", ".join(str(dtype) for dtype in STATE_DTYPES)
-_RULES: dict[str, tuple[tuple[type, ...], _Rule]] = {
-    "lr": ((Real, Tensor), _number(0)),
-    "momentum": ((Real,), _number(0, 1, open_end=True)),
-    "dither": ((Real,), _number(0)),
-    "dither_decay": ((Real,), _number(0)),
-    "dither_position": ((str,), _choice("pre", "post")),
-    "dither_scale": ((str,), _choice("absolute", "relative")),
-    "state_dtype": ((torch.dtype, type(None)), _Rule(lambda x: x is None or x in STATE_DTYPES, _STATE_DTYPES)),
-    "seed": ((Integral,), _integer(0, 1 << 64)),
-    "weight_decay": ((Real,), _number(0)),
-    "switch_step": ((Integral, type(None)), _Rule(lambda x: x is None or x >= 1, "None or an integer >= 1")),
-    "ema_decay": ((Real,), _number(0, 1, open_end=True)),
-    "calibration": ((str,), _choice(*calibration.RULES)),
-    "sgd_momentum": ((Real,), _number(0, 1, open_end=True)),
-    "decoupled_weight_decay": (_FLAG, _Rule(lambda x: True, "True or False")),
-    "maximize": (_FLAG, _Rule(lambda x: True, "True or False")),
-    "capturable": (_FLAG, _Rule(lambda x: True, "True or False")),
-    "differentiable": (_FLAG, _Rule(lambda x: True, "True or False")),
-    "foreach": ((bool, type(None)), _Rule(lambda x: True, "True, False or None")),
-    "fused": ((bool, type(None)), _Rule(lambda x: True, "True, False or None")),
+def _flag(default: bool) -> Option:
+    return Option(default, (bool,), lambda x: True, "True or False")
+
+
+def _flag_or_none() -> Option:
+    return Option(None, (bool, type(None)), lambda x: True, "True, False or None")
+
+
+SIGNSGD_OPTIONS: Mapping[str, Option] = {
+    "lr": _number(1e-3, math.inf, Tensor, always=True),
+    "momentum": _number(0.9, 1, always=True),
+    "dither": _number(0.0),
+    "dither_decay": _number(0.55),
+    "dither_position": _choice("pre", "post"),
+    "dither_scale": _choice("absolute", "relative"),
+    "state_dtype": Option(
+        None,
+        (torch.dtype, type(None)),
+        lambda x: x is None or x in STATE_DTYPES,
+        "None or one of " + ", ".join(str(dtype) for dtype in STATE_DTYPES),
+    ),
+    "seed": Option(0, (Integral,), lambda x: 0 <= x < 1 << 64, f"an integer in [0, {1 << 64})"),
+    "weight_decay": _number(0.0),
+    "decoupled_weight_decay": _flag(True),
+    "maximize": _flag(False),
+    "foreach": _flag_or_none(),
+    "fused": _flag_or_none(),
+    "capturable": _flag(False),
+    "differentiable": _flag(False),
 }
+"""Of `SignSGD`, and of every optimizer that extends it."""
+
+HYBRID_OPTIONS: Mapping[str, Option] = {
+    "switch_step": Option(None, (Integral, type(None)), lambda x: x is None or x >= 1, "None or an integer >= 1"),
+    "ema_decay": _number(0.99, 1),
+    "calibration": _choice(*RULES),
+    "sgd_momentum": _number(0.0, 1),
+}
+"""Of `HybridSignSGD` alone."""
 
 
-def check_options(options: dict[str, Any]) -> None:
-    """Raise a TypeError or ValueError that names the first bad option, its value and what is allowed."""
-    for name, value in options.items():
-        if name not in _RULES:
+def check_options(options: Mapping[str, Option], values: Mapping[str, Any]) -> None:
+    """Raise a TypeError or ValueError that names the first bad option, its value and what is allowed.
+
+    Args:
+        options: those of the optimizer.
+        values: a param_group, or the optimizer's defaults; other keys are not looked at.
+    """
+    for name, option in options.items():
+        if name not in values:
             continue
-        types, rule = _RULES[name]
+        value = values[name]
         if isinstance(value, Tensor) and name == "lr" and value.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(value.shape)}")
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise TypeError(f"Invalid {name}: {value!r} of type {type(value).__name__}, expected {rule.allowed}")
-        if not rule.holds(float(value.detach()) if isinstance(value, Tensor) else value):
-            raise ValueError(f"Invalid {name}: {value!r}, expected {rule.allowed}")
-    if options["fused"] and options["foreach"]:
+        if not isinstance(value, option.types) or (isinstance(value, bool) and bool not in option.types):
+            raise TypeError(f"Invalid {name}: {value!r} of type {type(value).__name__}, expected {option.allowed}")
+        if not option.holds(float(value.detach()) if isinstance(value, Tensor) else value):
+            raise ValueError(f"Invalid {name}: {value!r}, expected {option.allowed}")
+    if values["fused"] and values["foreach"]:
         raise RuntimeError("Invalid fused: True with foreach=True, which are two implementations; pass one of them")
-    if options["fused"] and options["differentiable"]:
+    if values["fused"] and values["differentiable"]:
         raise RuntimeError("Invalid fused: True with differentiable=True, which needs plain torch; pass fused=None")
-    if options["capturable"] and options.get("switch_step") is not None:
+    if values["capturable"] and values.get("switch_step") is not None:
         raise ValueError(
-            f"Invalid switch_step: {options['switch_step']!r} with capturable=True, whose step count is on the device; "
+            f"Invalid switch_step: {values['switch_step']!r} with capturable=True, whose step count is on the device; "
             "pass switch_step=None and call switch()"
         )
-    if options["foreach"] and options["differentiable"]:
+    if values["foreach"] and values["differentiable"]:
         raise RuntimeError("Invalid foreach: True, _foreach ops do not support differentiable=True; pass foreach=None")

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
-from signstep.kernels import fused as engines
-from signstep.kernels import momentum as buffers
-from signstep.kernels import reference
-from signstep.kernels.engine import Dither, Options, Tensors, real, real_tensors, sigmas
-from signstep.kernels.reference import Segment
-from signstep.optim.dither import dither_std, expected_sign
-from signstep.optim.options import check_options
+from signstep.kernels import fused as fused_engines
+from signstep.kernels.engine import Direction, Options, Tensors, real
+from signstep.kernels.momentum import check_momentum, mean_square, new_momentum, read_momentum
+from signstep.kernels.plain import multi_tensor_step, single_tensor_step
+from signstep.optim.dither import dither_std
+from signstep.optim.options import SIGNSGD_OPTIONS, Option, check_options
 
-__all__ = ["SignSGD", "signsgd"]
+__all__ = ["ENGINE_CHOICE", "SignSGD", "rate_and_decay", "signsgd"]
 
+ENGINE_CHOICE = ("foreach", "fused", "differentiable")
+"""The options of a param_group that choose between engines, see `signsgd`."""
 
 _OWN_DTYPE = ("exp_avg_scale", "mean_square")
 """State that is float32 whatever the parameter is."""
+
+_DIRECTIONS = {"pre": Direction.PRE, "post": Direction.POST}
+
+_CAPTURE_CHECK = "_accelerator_graph_capture_health_check"
+if not hasattr(Optimizer, _CAPTURE_CHECK):  # before torch 2.9
+    _CAPTURE_CHECK = "_cuda_graph_capture_health_check"
 
 
 class SignSGD(Optimizer):
@@ -84,6 +91,12 @@ class SignSGD(Optimizer):
         >>> optimizer.step()
     """
 
+    OPTIONS: ClassVar[Mapping[str, Option]] = SIGNSGD_OPTIONS
+    """What the constructor takes beside the parameters, and what a param_group may override."""
+
+    calibrates: ClassVar[bool] = False
+    """The optimizer measures its steps against the gradient, so a vote must call `receive_voted_sums`."""
+
     _driver: Literal["step", "backward", "vote"] = "step"
 
     def __init__(
@@ -106,27 +119,12 @@ class SignSGD(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dither": dither,
-            "dither_decay": dither_decay,
-            "dither_position": dither_position,
-            "dither_scale": dither_scale,
-            "state_dtype": state_dtype,
-            "seed": seed,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
-        self._init(params, defaults)
+        self._init(params, locals())
 
-    def _init(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        check_options(defaults)
+    def _init(self, params: ParamsT, values: Mapping[str, Any]) -> None:
+        """Construct from the arguments of a constructor, which are the options and others."""
+        defaults = {name: values[name] for name in self.OPTIONS}
+        check_options(self.OPTIONS, defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -138,9 +136,9 @@ class SignSGD(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_options(group)
+            check_options(self.OPTIONS, group)
             if group["fused"]:
-                engines.require(group["params"])
+                fused_engines.require(group["params"])
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
@@ -168,11 +166,6 @@ class SignSGD(Optimizer):
         """Let backward move the parameters from now on; groups can no longer be added."""
         self._driver = "backward"
 
-    @property
-    def calibrates(self) -> bool:
-        """The optimizer measures its steps against the gradient, so a vote must call `receive_voted_sums`."""
-        return False
-
     def receive_voted_sums(self, sums: Sequence[Tensor]) -> None:
         """Take what a vote measured for the next step of an optimizer that `calibrates`.
 
@@ -187,7 +180,7 @@ class SignSGD(Optimizer):
 
     def count_step(self, group: dict[str, Any]) -> None:
         """Count a step that other workers of a vote take and this one does not, as it has no more batches."""
-        self._finish_step(group, self._new_sums(group))
+        self.finish_step(group, self.new_sums(group))
 
     def _group_tensors(self, group: dict[str, Any]) -> dict[str, tuple[torch.dtype, torch.device]]:
         """The 0-dim tensors that a group keeps beside its options: dtype and device by name."""
@@ -202,28 +195,16 @@ class SignSGD(Optimizer):
                 value = torch.tensor(value)
             group[name] = value.to(device, dtype)
 
-    # Options as they were before they existed, for states saved by older versions.
-    _ORIGINAL: dict[str, Any] = {  # noqa: RUF012
-        "dither": 0.0,
-        "dither_decay": 0.55,
-        "dither_position": "pre",
-        "dither_scale": "absolute",
-        "state_dtype": None,
-        "seed": 0,
-        "weight_decay": 0.0,
-        "decoupled_weight_decay": True,
-        "maximize": False,
-        "foreach": None,
-        "fused": None,
-        "capturable": False,
-        "differentiable": False,
-    }
+    def _follow_parameters(self, group: dict[str, Any]) -> None:
+        if any(group[name].device != device for name, (_, device) in self._group_tensors(group).items()):
+            self._place_group_state(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in self._ORIGINAL.items():
-                group.setdefault(name, value)
+            for name, option in self.OPTIONS.items():
+                if not option.always:
+                    group.setdefault(name, option.default)
             self._place_group_state(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -250,24 +231,11 @@ class SignSGD(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _batches(self) -> list[tuple[dict[str, Any], Tensors]]:
-        """Each group that has gradients, with its tensors; state is made on first use."""
-        batches = []
-        first = 0
-        for group in self.param_groups:
-            batch = self._batch(group, group["params"], range(first, first + len(group["params"])))
-            first += len(group["params"])
-            if batch.params:
-                # The model may have moved since the group was made.
-                if any(group[name].device != device for name, (_, device) in self._group_tensors(group).items()):
-                    self._place_group_state(group)
-                batches.append((group, batch))
-        return batches
-
-    def _batch(self, group: dict[str, Any], params: Sequence[Tensor], ordinals: Sequence[int]) -> Tensors:
-        """Those of a group's parameters that have a gradient, with their state."""
+    def collect(self, group: dict[str, Any], params: Sequence[Tensor], ordinals: Sequence[int]) -> Tensors:
+        """Those of a group's parameters that have a gradient, with their state, which is made on first use."""
         batch = Tensors([], [], [], [], [], [], [])
-        keeps_exp_avg, needs_mean_square = self._keeps_exp_avg(group), self._needs_mean_square(group)
+        kept = self.kept_state(group)
+        dtype = group["state_dtype"]
         for p, ordinal in zip(params, ordinals, strict=True):
             grad = p.grad
             if grad is None:
@@ -281,40 +249,39 @@ class SignSGD(Optimizer):
             batch.grads.append(grad)
             batch.ordinals.append(ordinal)
             batch.offsets.append(0)
-            if not (keeps_exp_avg or needs_mean_square):
+            if not kept:
                 continue
             state = self.state[p]
-            if keeps_exp_avg:
+            if "exp_avg" in kept:
                 if "exp_avg" not in state:
-                    state.update(buffers.new_momentum(p, group["state_dtype"]))
+                    state.update(new_momentum(p, dtype))
                 m, scale = state["exp_avg"], state.get("exp_avg_scale")
-                if m.dtype != (group["state_dtype"] or p.dtype) or (scale is None) == (m.dtype == torch.int8):
-                    buffers.check_state(real(p), real(m), scale, group["state_dtype"])
+                if m.dtype != (dtype or p.dtype) or (scale is None) == (m.dtype == torch.int8):
+                    check_momentum(real(p), real(m), scale, dtype)
                 batch.exp_avgs.append(m)
                 if scale is not None:
                     batch.scales.append(scale)
-            if needs_mean_square:
+            if "mean_square" in kept:
                 if "mean_square" not in state:
-                    # Of the momentum that is there, if relative dither comes late.
+                    # That of the momentum that is there, if relative dither comes late.
                     m = (
-                        buffers.read(state["exp_avg"], state.get("exp_avg_scale"))
-                        if keeps_exp_avg
+                        read_momentum(state["exp_avg"], state.get("exp_avg_scale"))
+                        if "exp_avg" in kept
                         else torch.zeros_like(p)
                     )
-                    state["mean_square"] = buffers.mean_square(real(m)).to(p.device)
+                    state["mean_square"] = mean_square(real(m)).to(p.device)
                 batch.mean_squares.append(state["mean_square"])
         return batch
 
-    def _needs_mean_square(self, group: dict[str, Any]) -> bool:
-        return bool(group["dither"] > 0 and group["dither_scale"] == "relative" and not self.takes_votes)
+    def kept_state(self, group: dict[str, Any]) -> Collection[str]:
+        """Names of what a step of this group keeps of each parameter: "exp_avg", "mean_square", both or neither.
 
-    def _keeps_exp_avg(self, group: dict[str, Any]) -> bool:
-        return bool(group["momentum"] > 0 and not self.takes_votes)
-
-    def _graph_capture_health_check(self) -> None:
-        # torch renamed it between 2.6 and 2.13.
-        check = getattr(self, "_accelerator_graph_capture_health_check", None)
-        (check or self._cuda_graph_capture_health_check)()
+        With "exp_avg" comes ``exp_avg_scale`` in 8 bits.
+        """
+        if self._driver == "vote":
+            return ()
+        kept = ["exp_avg"] if group["momentum"] > 0 else []
+        return [*kept, "mean_square"] if group["dither"] > 0 and group["dither_scale"] == "relative" else kept
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -325,16 +292,32 @@ class SignSGD(Optimizer):
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step; with a closure, re-evaluate the loss under grad first and return it."""
-        self._graph_capture_health_check()
+        getattr(self, _CAPTURE_CHECK)()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         # Not asked while compiling: a guard on the state's keys would compile anew at every step.
         stateless = not torch.compiler.is_compiling() and not self.state
-        for group, batch in self._batches():
+        # All state is made, and all gradients are checked, before the first parameter moves.
+        batches = []
+        first = 0
+        for group in self.param_groups:
+            last = first + len(group["params"])
+            batch = self.collect(group, group["params"], range(first, last))
+            first = last
+            if batch.params:
+                batches.append((group, batch))
+                # The model may have moved since the group was made.
+                if group["capturable"] or self.calibrates:
+                    self._follow_parameters(group)
+        for group, batch in batches:
             if not (stateless and self._changes_nothing(group, batch)):
-                self._step_group(group, batch)
+                if self._driver == "vote":
+                    batch = local_tensors(batch)
+                sums = self.new_sums(group) if self.calibrates else None
+                signsgd(batch, self.options(group, sums), **{name: group[name] for name in ENGINE_CHOICE})
+                self.finish_step(group, sums)
         return loss
 
     def _changes_nothing(self, group: dict[str, Any], batch: Tensors) -> bool:
@@ -348,137 +331,91 @@ class SignSGD(Optimizer):
             return False
         return not any(_of_all_ranks(g.any()) for g in batch.grads)
 
-    def _step_group(self, group: dict[str, Any], batch: Tensors) -> None:
-        sums = self._new_sums(group)
-        self._step_params(group, local_tensors(batch) if self.takes_votes else batch, sums)
-        self._finish_step(group, sums)
+    # A step in parts, for `step` and for whom it is not one call: backward, and the ranks of a vote.
 
-    def _new_sums(self, group: dict[str, Any]) -> Tensor | None:
-        """Where a step's [<s, g>, ||g||^2] is added up, if anyone wants to know."""
+    def new_sums(self, group: dict[str, Any]) -> Tensor | None:
+        """Where a step's [<s, g>, ||g||^2] is added up; None where nobody wants to know."""
         return None
 
-    def _step_params(self, group: dict[str, Any], batch: Tensors, sums: Tensor | None) -> None:
-        """Move the parameters of a batch, which may be a part of the group's, with the group's present step count."""
-        options = {name: group[name] for name in ("lr", "momentum", *SignSGD._ORIGINAL) if name != "capturable"}
-        if self.takes_votes:
-            options |= {"momentum": 0.0, "dither": 0.0, "maximize": False}
-            if not group["decoupled_weight_decay"]:
-                options["weight_decay"] = 0.0
-            sums = None
-        signsgd(
-            batch.params,
-            batch.grads,
-            batch.exp_avgs,
-            batch.scales,
-            batch.mean_squares,
-            ordinals=batch.ordinals,
-            step=group["step"],
-            sums=sums,
-            sums_applied=group.get("calibration") == "applied",
-            **options,
-        )
-
-    def _finish_step(self, group: dict[str, Any], sums: Tensor | None) -> None:
+    def finish_step(self, group: dict[str, Any], sums: Tensor | None) -> None:
         """What comes once per step, after all of the group's parameters have moved."""
         group["step"] += 1
 
+    def options(self, group: dict[str, Any], sums: Tensor | None) -> Options:
+        """What this group's next step asks of the engines, see `signsgd`."""
+        lr, decay, coupled_weight_decay = rate_and_decay(group)
+        voted = self._driver == "vote"
+        dithered = group["dither"] > 0 and not voted
+        return Options(
+            step=group["step"],
+            rate=lr,
+            decay=decay,
+            coupled_weight_decay=0.0 if voted else coupled_weight_decay,
+            momentum=0.0 if voted else group["momentum"],
+            state_dtype=group["state_dtype"],
+            direction=_DIRECTIONS[group["dither_position"]] if dithered else Direction.SIGN,
+            sigma=dither_std(group["step"], group["dither"], group["dither_decay"]) if dithered else None,
+            seed=group["seed"],
+            maximize=group["maximize"] and not voted,
+            sums=None if voted else sums,
+        )
+
 
 def signsgd(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    scales: Sequence[Tensor] = (),
-    mean_squares: Sequence[Tensor] = (),
-    *,
-    step: Tensor,
-    lr: float | Tensor,
-    momentum: float,
-    dither: float = 0.0,
-    dither_decay: float = 0.55,
-    dither_position: str = "pre",
-    dither_scale: str = "absolute",
-    state_dtype: torch.dtype | None = None,
-    seed: int = 0,
-    weight_decay: float = 0.0,
-    decoupled_weight_decay: bool = True,
-    maximize: bool = False,
-    foreach: bool | None = None,
-    fused: bool | None = None,
-    differentiable: bool = False,
-    ordinals: Sequence[int] | None = None,
-    offsets: Sequence[int] | None = None,
-    sums: Tensor | None = None,
-    sums_applied: bool = False,
+    tensors: Tensors, options: Options, *, foreach: bool | None, fused: bool | None, differentiable: bool
 ) -> None:
-    """One step of Algorithm 1 on lists of tensors, in place on params and state; gradients are not touched.
+    """One step of Algorithm 1 (or of SGD) in place on parameters and state, by the engine asked for or the fastest.
 
     Args:
-        params: dense tensors of any float or complex dtype (a complex one is two real coordinates).
-        grads: their gradients.
-        exp_avgs: their momentum buffers, updated; empty if momentum is 0.
-        scales: of 8-bit momentum, see `signstep.kernels.momentum.new_momentum`; else empty.
-        mean_squares: for "relative" dither, the mean square of each tensor's m_k, 0-dim float32, replaced by that of
-            m_{k+1}; else empty.
-        step: k, a 0-dim int64 tensor on the CPU or the parameters' device; read, not advanced.
-        lr, momentum, dither, dither_decay, dither_position, dither_scale, state_dtype, seed, weight_decay,
-        decoupled_weight_decay, maximize, foreach, fused, differentiable: as in `SignSGD`.
-        ordinals: for each parameter, its number in the noise's key; None: 0, 1, 2, ...
-        offsets: for each parameter, the row-major index of its first element in the whole tensor of which it is a
-            shard; None: 0. "relative" dither takes the rms of what it is given, 8-bit momentum its blocks.
-        sums: shape (2,), to which [<s, g>, ||g||^2] over all tensors is added, with s = sign(m) and g the gradient that
-            entered the momentum.
-        sums_applied: s is the expected dithered sign instead.
+        tensors: parameters, gradients and state; gradients are not changed.
+        options: what the step is asked for; the step count in it is read, not advanced. "relative" dither takes the rms
+            of what it is given, 8-bit momentum its blocks.
+        foreach, fused, differentiable: as in `SignSGD`.
+
+    Raises:
+        RuntimeError: ``fused=True`` where no kernel can step these parameters.
+
+    Example:
+        >>> from signstep.kernels.engine import Direction
+        >>> p, g = torch.ones(2), torch.tensor([0.5, -3.0])
+        >>> options = Options(
+        ...     step=torch.tensor(0), rate=0.25, decay=1.0, coupled_weight_decay=0.0, momentum=0.0, state_dtype=None,
+        ...     direction=Direction.SIGN, sigma=None, seed=0, maximize=False,
+        ... )
+        >>> signsgd(Tensors([p], [g], [], [], [], [0], [0]), options, foreach=None, fused=None, differentiable=False)
+        >>> p
+        tensor([0.7500, 1.2500])
     """
-    noise = Dither(dither_position, dither_std(step, dither, dither_decay)) if dither > 0 else None
-    lr = scalar(lr)
-    decay, coupled_weight_decay = decays(lr, weight_decay, decoupled_weight_decay)
-    options = Options(
-        step=step,
-        rate=lr,
-        decay=decay,
-        coupled_weight_decay=coupled_weight_decay,
-        momentum=momentum,
-        state_dtype=state_dtype,
-        dither=noise,
-        seed=seed,
-        maximize=maximize,
-        sums=sums,
-        sums_applied=sums_applied,
-    )
-    ordinals = list(range(len(params)) if ordinals is None else ordinals)
-    offsets = [0] * len(params) if offsets is None else list(offsets)
-    lists = (list(params), list(grads), list(exp_avgs), list(scales), list(mean_squares))
-    move(Tensors(*lists, ordinals, offsets), options, foreach=foreach, fused=fused, differentiable=differentiable)
-
-
-def move(tensors: Tensors, options: Options, *, foreach: bool | None, fused: bool | None, differentiable: bool) -> None:
-    """Take a step with the implementation that was asked for, or else the fastest that there is."""
+    params = tensors.params
     if fused:
-        engines.require(tensors.params)
+        fused_engines.require(params)
     elif fused is None and foreach is None and not differentiable and not torch.compiler.is_compiling():
-        alike = all(g.dtype == p.dtype for g, p in zip(tensors.grads, tensors.params, strict=True))
-        tracked = torch.is_grad_enabled() and any(p.requires_grad for p in tensors.params)
-        fused = alike and not tracked and engines.by_default(tensors.params)
-    # One draw of noise serves all tensors, on any device.
+        fused = fused_engines.by_default(tensors)
     if foreach is None:
-        foreach = not differentiable and {type(p) for p in tensors.params} <= {Tensor, torch.nn.Parameter}
-    implementation = _multi_tensor_signsgd if foreach else _single_tensor_signsgd
+        # One draw of noise serves all tensors, on any device.
+        foreach = not differentiable and {type(p) for p in params} <= {Tensor, torch.nn.Parameter}
     if fused:
-        _fused_signsgd(tensors, options)
+        fused_engines.step(tensors, options)
+    elif foreach:
+        multi_tensor_step(tensors, options)
     else:
-        implementation(real_tensors(tensors), options)
+        single_tensor_step(tensors, options)
 
 
-def scalar(lr: float | Tensor) -> float | Tensor:
-    """A tensor of one element without its dimensions, so that it may be on the CPU while the parameters are not."""
-    return lr.squeeze() if isinstance(lr, Tensor) else lr
+def rate_and_decay(group: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor, float]:
+    """The learning rate of a param_group, and how its weight decay acts.
 
-
-def decays(lr: float | Tensor, weight_decay: float, decoupled: bool) -> tuple[float | Tensor, float]:
-    """What the parameter is multiplied by, and what times the parameter is added to the gradient."""
-    if not decoupled:
-        return 1.0, weight_decay
-    return (1 - lr * weight_decay if weight_decay != 0 else 1.0), 0.0
+    Returns:
+        The learning rate, a tensor without dimensions where it is a tensor, so that it may be on the CPU while the
+        parameters are not; the factor 1 - lr * weight_decay of the parameter, or 1; and the multiple of the parameter
+        that is added to the gradient, or 0. Which of the two decays, ``decoupled_weight_decay`` says.
+    """
+    lr, weight_decay = group["lr"], group["weight_decay"]
+    if isinstance(lr, Tensor):
+        lr = lr.squeeze()
+    if not group["decoupled_weight_decay"]:
+        return lr, 1.0, weight_decay
+    return lr, (1 - lr * weight_decay if weight_decay != 0 else 1.0), 0.0
 
 
 def _of_all_ranks(x: Tensor) -> Tensor:
@@ -502,130 +439,3 @@ def local_tensors(tensors: Tensors) -> Tensors:
     offsets = [offset + begin(p) for p, offset in zip(tensors.params, tensors.offsets, strict=True)]
     columns: list[Any] = [[local(x) for x in column] for column in tensors[:5]]
     return Tensors(*[*columns, tensors.ordinals, offsets])
-
-
-def _wide(x: Tensor, param: Tensor | None = None) -> Tensor:
-    """X in the dtype to compute in: at least float32, and the parameter's if that is wider."""
-    return x.to(torch.promote_types((x if param is None else param).dtype, torch.float32))
-
-
-def _apply_steps(params: list[Tensor], directions: Sequence[Tensor], options: Options) -> None:
-    """Param <- decay * param - rate * direction, in at least float32 and rounded to the parameter's dtype once.
-
-    May overwrite directions.
-    """
-    rate, decay = options.rate, options.decay
-    decays = isinstance(decay, Tensor) or decay != 1
-    targets = [_wide(p) for p in params] if decays else params
-    if decays:
-        torch._foreach_mul_(targets, decay)
-    steps = [_wide(d, p) for d, p in zip(directions, params, strict=True)]
-    if isinstance(rate, Tensor):
-        torch._foreach_mul_(steps, -rate.to(params[0].device))
-        torch._foreach_add_(targets, steps)
-    else:
-        torch._foreach_add_(targets, steps, alpha=-rate)
-    if targets[0] is not params[0]:
-        torch._foreach_copy_(params, targets)
-
-
-def _add_sums(sums: Tensor, directions: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Add [<s, g>, ||g||^2] over the lists to sums, in the dtype of sums."""
-    for direction, grad in zip(directions, grads, strict=True):
-        g = grad.to(sums.dtype)
-        sums += torch.stack([(direction.to(sums.dtype) * g).sum(), g.square().sum()]).to(sums.device)
-
-
-def _single_tensor_signsgd(tensors: Tensors, options: Options) -> None:
-    for i, (param, grad) in enumerate(zip(tensors.params, tensors.grads, strict=True)):
-        if options.maximize:
-            grad = -grad
-        if options.coupled_weight_decay != 0:
-            grad = _wide(grad).add(_wide(param), alpha=options.coupled_weight_decay)
-        m = buffers.update_entry(tensors, i, grad, options)
-        expected = torch.sign(m)
-        if options.gradient_step:
-            # Under differentiable=True autograd holds this step's average, which the next step overwrites.
-            direction = m.clone() if torch.is_grad_enabled() else m
-        elif options.dither is None:
-            direction = reference.sign(m)
-        else:
-            (sigma,) = sigmas(options.dither, tensors.mean_squares[i : i + 1], 1)
-            (direction,) = reference.directions(
-                [m.detach()],
-                [sigma],
-                [Segment(tensors.ordinals[i], tensors.offsets[i], m.numel())],
-                seed=options.seed,
-                step=options.step,
-                position=options.dither.position,
-            )
-            if options.sums_applied and options.dither.position == "pre":
-                expected = expected_sign(m, sigma)
-        if tensors.mean_squares:
-            tensors.mean_squares[i].copy_(buffers.mean_square(m))
-        if options.sums is not None:
-            _add_sums(options.sums, [expected], [grad])
-        target = param
-        if isinstance(options.decay, Tensor) or options.decay != 1:
-            # Of a copy: autograd holds the factor of an lr that it differentiates, and param is overwritten.
-            target = param.to(torch.promote_types(param.dtype, torch.float32), copy=True) * options.decay
-        if isinstance(options.rate, Tensor):
-            target = target + _wide(direction, param) * -options.rate.to(param.device)
-        else:
-            target = torch.add(target, _wide(direction, param), alpha=-options.rate)
-        param.copy_(target)
-
-
-def _multi_tensor_signsgd(tensors: Tensors, options: Options) -> None:
-    grouped = Optimizer._group_tensors_by_device_and_dtype([tensors.params, tensors.grads], with_indices=True)  # type: ignore[list-item]
-    for columns, indices in grouped.values():
-        ps, gs = ([x for x in column if x is not None] for column in columns)
-        if options.maximize:
-            gs = list(torch._foreach_neg(gs))
-        if options.coupled_weight_decay != 0:
-            wide = [_wide(p) for p in ps]
-            gs = list(torch._foreach_add([_wide(g) for g in gs], wide, alpha=options.coupled_weight_decay))
-        ms = gs
-        if tensors.exp_avgs and options.state_dtype is None and gs[0].dtype == ps[0].dtype:
-            ms = [tensors.exp_avgs[i] for i in indices]
-            torch._foreach_lerp_(ms, gs, 1 - options.momentum)
-        elif tensors.exp_avgs:
-            ms = [buffers.update_entry(tensors, i, g, options) for i, g in zip(indices, gs, strict=True)]
-        mean_squares = [tensors.mean_squares[i] for i in indices] if tensors.mean_squares else []
-        directions = _directions(tensors, options, indices, ms, gs, mean_squares)
-        for kept, m in zip(mean_squares, ms, strict=bool(mean_squares)):
-            kept.copy_(buffers.mean_square(m))
-        _apply_steps(ps, directions, options)
-
-
-def _directions(
-    tensors: Tensors,
-    options: Options,
-    indices: Sequence[int],
-    ms: list[Tensor],
-    gs: list[Tensor],
-    mean_squares: list[Tensor],
-) -> list[Tensor]:
-    """What the parameters move along, for tensors of one device and dtype; adds to the sums."""
-    if options.gradient_step:
-        return [m.to(torch.promote_types(m.dtype, torch.float32), copy=True) for m in ms]
-    if options.dither is None:
-        directions = list(torch._foreach_sign(ms))
-        if options.sums is not None:
-            _add_sums(options.sums, directions, gs)
-        # sign, with NaN where m is not finite: see reference.sign.
-        torch._foreach_add_(directions, ms, alpha=0)
-        return directions
-    stds = sigmas(options.dither, mean_squares, len(ms))
-    if options.sums is not None:
-        expected = options.sums_applied and options.dither.position == "pre"
-        signs = [expected_sign(m, s) if expected else torch.sign(m) for m, s in zip(ms, stds, strict=True)]
-        _add_sums(options.sums, signs, gs)
-    segments = [Segment(tensors.ordinals[i], tensors.offsets[i], m.numel()) for i, m in zip(indices, ms, strict=True)]
-    return reference.directions(
-        ms, stds, segments, seed=options.seed, step=options.step, position=options.dither.position
-    )
-
-
-def _fused_signsgd(tensors: Tensors, options: Options) -> None:
-    engines.step(tensors, options)

@@ -163,10 +163,10 @@ int main(int argc, char** argv) {
   const int dtypes = argc > 1 ? std::atoi(argv[1]) : SIGNSTEP_FLOAT16 + 1;
   for (int dtype = SIGNSTEP_FLOAT32; dtype < dtypes; ++dtype) {
     for (int state : {-1, dtype, int(SIGNSTEP_FLOAT32), int(SIGNSTEP_BFLOAT16_STOCHASTIC), int(SIGNSTEP_INT8)}) {
-      for (int position = SIGNSTEP_CLEAN; position <= SIGNSTEP_GRADIENT; ++position) {
+      for (int direction = SIGNSTEP_SIGN; direction <= SIGNSTEP_MOMENTUM; ++direction) {
         for (int variant = 0; variant < 8; ++variant) {
           const bool ballot = variant >= 4;
-          if (ballot && (position > SIGNSTEP_PRE || variant % 3 != 1)) continue;
+          if (ballot && (direction > SIGNSTEP_PRE || variant % 3 != 1)) continue;
           Case c{dtype, state, variant % 2 == 1, ballot, {}, {0, 1, 255, 257, 1031, 65536 + 257}};
           c.options.rate = 0.01;
           c.options.decay = variant % 4 == 2 ? 0.9 : 1;
@@ -175,14 +175,14 @@ int main(int argc, char** argv) {
           c.options.sigma = 0.3;
           c.options.seed = 0xFEDCBA9876543210u;
           c.options.maximize = variant % 4 == 1;
-          c.options.position = position;
+          c.options.direction = direction;
           c.options.sums = ballot ? int(SIGNSTEP_NO_SUMS) : variant % 3;
           const Bytes first = run(c, isas[0], 1);
           for (const int isa : isas) {
             for (const int threads : {1, 4}) {
               if (run(c, isa, threads) != first) {
-                std::printf("dtype %d, state %d, position %d, variant %d: instruction set %d with %d threads differs\n",
-                            dtype, state, position, variant, isa, threads);
+                std::printf("dtype %d, state %d, direction %d, variant %d: instruction set %d with %d threads differs\n",
+                            dtype, state, direction, variant, isa, threads);
                 return 1;
               }
             }
@@ -209,7 +209,7 @@ int main(int argc, char** argv) {
   c.options.rate = c.options.sigma = 0.1;
   c.options.decay = 1;
   c.options.gradient_weight = 0.1;
-  c.options.position = SIGNSTEP_PRE;
+  c.options.direction = SIGNSTEP_PRE;
   std::thread other([&] { run(c, SIGNSTEP_BEST, 3); });
   run(c, SIGNSTEP_BEST, 3);
   other.join();

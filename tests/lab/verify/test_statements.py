@@ -79,7 +79,7 @@ def _constant(module: Any, name: str, value: float) -> Patch:
 
 def _signed_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """The paper's rule without its absolute value."""
-    original = calibration.update
+    original = calibration.update_rate
 
     def update(rule: str, state: Any, sums: Any, **options: Any) -> None:
         original("ratio" if rule == "paper" else rule, state, sums, **options)

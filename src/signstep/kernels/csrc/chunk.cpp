@@ -388,7 +388,7 @@ INLINE const W* advance(const signstep_tensor& t, const Options& o, int64_t firs
   if (sums != nullptr) {
     // What is not full is in the tile.
     for (int i = n; i < TILE; ++i) tile.g[i] = tile.m[i] = 0;
-    if (o.sums == SIGNSTEP_SUMS_OF_EXPECTED_SIGN && o.position == SIGNSTEP_PRE) {
+    if (o.sums == SIGNSTEP_SUMS_OF_EXPECTED_SIGN && o.direction == SIGNSTEP_PRE) {
       sums->add_expected_calibration(m, g, sigma);
     } else if (o.sums != SIGNSTEP_NO_SUMS) {
       sums->add_calibration(m, g);
@@ -412,18 +412,18 @@ void step(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end
     T* param = ties.target.param = reinterpret_cast<T*>(t.param) + first;
     Ahead ahead[3] = {ahead_of(t.grad, first, sizeof(T)), ahead_of(t.param, first, sizeof(T)),
                       ahead_of(t.exp_avg, first, state_bytes)};
-    if (o.position != SIGNSTEP_PRE) {
+    if (o.direction != SIGNSTEP_PRE) {
       for (Ahead& stream : ahead) stream.fetch<TILE>();
     }
     const W* m = advance<T>(t, o, first, n, sigma, key, tile, sums == nullptr ? nullptr : &total);
-    if (o.position == SIGNSTEP_CLEAN) {
+    if (o.direction == SIGNSTEP_SIGN) {
       apply<T, W>(param, n, o, [m](int i) { return unit_step(bits_of(float(m[i])), m[i]); });
-    } else if (o.position == SIGNSTEP_GRADIENT) {
+    } else if (o.direction == SIGNSTEP_MOMENTUM) {
       apply<T, W>(param, n, o, [m](int i) { return m[i]; });
     } else if (sigma != sigma) {  // the rms of a tensor with elements that are not finite
       // From here on m is a float, also that of a double parameter, as in the reference.
       apply<T, W>(param, n, o, [m, sigma](int i) { return float(m[i]) == 0 ? W(0) : W(sigma); });
-    } else if (o.position == SIGNSTEP_POST) {
+    } else if (o.direction == SIGNSTEP_POST) {
       draw_noise(tile, n, element, key, sigma);
       apply<T, W>(param, n, o, [m, &tile](int i) { return W(post_direction(float(m[i]), float(tile.noise[i]))); });
     } else {
@@ -465,11 +465,11 @@ void cast(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end
     uint64_t* words = ties.target.words = reinterpret_cast<uint64_t*>(t.bits) + first / 64;
     Ahead ahead[3] = {ahead_of(t.grad, first, sizeof(T)), ahead_of(t.param, first, sizeof(T)),
                       ahead_of(t.exp_avg, first, state_bytes)};
-    if (o.position != SIGNSTEP_PRE) {
+    if (o.direction != SIGNSTEP_PRE) {
       for (Ahead& stream : ahead) stream.fetch<TILE>();
     }
     const W* m = advance<T>(t, o, first, n, sigma, key, tile, sums == nullptr ? nullptr : &total);
-    if (o.position == SIGNSTEP_CLEAN) {
+    if (o.direction == SIGNSTEP_SIGN) {
       pack(m, n, element, key, words, [m](int i) { return where<Is::POSITIVE>(m + i); });
       continue;
     }

@@ -21,8 +21,8 @@ enum {
   SIGNSTEP_INT8,                 // of a momentum buffer only: blocks of 256, one float32 scale each
 };
 
-// The direction: sign(m), that with noise before or after the sign, or m itself.
-enum { SIGNSTEP_CLEAN, SIGNSTEP_PRE, SIGNSTEP_POST, SIGNSTEP_GRADIENT };
+// What a parameter moves along: sign(m), sign(m + noise), sign(m) + noise, or m itself. engine.py has the same numbers.
+enum { SIGNSTEP_SIGN, SIGNSTEP_PRE, SIGNSTEP_POST, SIGNSTEP_MOMENTUM };
 enum { SIGNSTEP_NO_SUMS, SIGNSTEP_SUMS_OF_SIGN, SIGNSTEP_SUMS_OF_EXPECTED_SIGN };
 enum { SIGNSTEP_BEST, SIGNSTEP_PORTABLE, SIGNSTEP_AVX2, SIGNSTEP_AVX512 };
 
@@ -44,14 +44,14 @@ struct signstep_tensor {
 struct signstep_options {
   double rate;             // each coordinate moves by -rate * direction
   double decay;            // the parameter is multiplied by this first: 1 - lr * weight_decay, or 1
-  double coupled_decay;    // times the parameter is added to the gradient
+  double coupled_decay;    // the gradient becomes gradient + coupled_decay * parameter
   double gradient_weight;  // 1 - beta
   double sigma;            // of the dither, as float32; times the rms where mean_square is given
   uint64_t seed;
   uint64_t step;
   int32_t maximize;
-  int32_t position;  // SIGNSTEP_CLEAN, _PRE, _POST, _GRADIENT
-  int32_t sums;      // which direction enters <s, g>
+  int32_t direction;  // SIGNSTEP_SIGN, _PRE, _POST or _MOMENTUM
+  int32_t sums;       // which s enters <s, g>
   int32_t isa;       // SIGNSTEP_BEST, or one by name for tests
   int32_t threads;
   int32_t reserved;

@@ -16,7 +16,7 @@ from signstep.lab.verify.chains import descend
 from signstep.lab.verify.projection_rate import folded_averages
 from signstep.lab.verify.projection_switch import lognormal_averages
 from signstep.lab.verify.registry import CHECKS, FAILS, HOLDS, Outcome
-from signstep.optim import calibration, signsgd
+from signstep.optim import calibration, hybrid, signsgd
 from signstep.theory import bounds, noise, problems, stationarity, vote
 
 
@@ -84,7 +84,8 @@ def _signed_product(monkeypatch: pytest.MonkeyPatch) -> None:
     def update(rule: str, state: Any, sums: Any, **options: Any) -> None:
         original("ratio" if rule == "paper" else rule, state, sums, **options)
 
-    monkeypatch.setattr(calibration, "update", update)
+    monkeypatch.setattr(calibration, "update_rate", update)
+    monkeypatch.setattr(hybrid, "update_rate", update)
     folded_averages.cache_clear()
     lognormal_averages.cache_clear()
 

@@ -20,5 +20,5 @@ settings.load_profile("signstep")
 
 
 def pytest_collection_finish() -> None:
-    """Modules stay, so the garbage collector need not walk through them: every run of the lab collects once, in 0.3 s."""
+    """Modules stay: the garbage collector, which each run of the lab calls once, need not walk through them."""
     gc.freeze()

@@ -15,69 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from monitor_records import COMMAND, monitored, skewed
 
-from signstep import HybridSignSGD, Monitor, SignSGD
-from signstep.lab.output import figures
 from signstep.lab.studies import monitor_figures, monitor_numbers
-from signstep.lab.studies.monitor_figures import NothingToDraw
 from signstep.lab.studies.monitor_page import PAGE, write, write_runs
-from signstep.monitor.reliability import SNR_EDGES, reliability
-from signstep.monitor.sampling import Columns
-from signstep.theory.stationarity import snr_squared
 
-COMMAND = 'signstep inspect monitor.jsonl --out page # <&">'
 KINDS = ("noise", "snr", "seven", "dither", "calibration")
-
-
-class Kept:
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-
-    def write(self, record: Any) -> None:
-        self.records.append(json.loads(json.dumps(record, allow_nan=False)))
-
-    def close(self) -> None: ...
-
-
-def monitored(steps: int = 9, micro: int = 24, **options: Any) -> list[dict[str, Any]]:
-    """Records of a small real training, every second step."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3))
-    chosen = {"lr": 1e-2, "dither": 1e-4} | options
-    optimizer = HybridSignSGD(model.parameters(), **chosen) if "switch_step" in chosen else SignSGD(
-        model.parameters(), **chosen
-    )  # fmt: skip
-    sink = Kept()
-    teacher = torch.randn(12, 3)
-    with Monitor(model, optimizer, every=2, sinks=[sink]):
-        for _ in range(steps):
-            optimizer.zero_grad()
-            for _ in range(micro):
-                x = torch.randn(8, 12)
-                (nn.functional.cross_entropy(model(x), (x @ teacher).argmax(1)) / micro).backward()
-            optimizer.step()
-    return sink.records
-
-
-def skewed() -> list[dict[str, Any]]:
-    """Gradients Exp(1) - 1 + 0.2: the theorem's assumption does not hold."""
-    torch.manual_seed(0)
-    model = nn.Linear(2000, 1, bias=False)
-    monitor = Monitor(model, SignSGD(model.parameters(), lr=1e-3))
-    for _ in range(32):
-        (model.weight * (0.2 - torch.rand(1, 2000).log() - 1) / 32).sum().backward()
-    monitor.optimizer.step()
-    assert monitor.last is not None
-    return [monitor.last]
-
-
-@pytest.fixture(scope="module")
-def records() -> list[dict[str, Any]]:
-    return monitored()
 
 
 @pytest.fixture(scope="module")
@@ -166,39 +111,6 @@ def test_alarms_come_first_and_layers_are_marked(tmp_path: Path) -> None:
     assert "violated" in (tmp_path / "monitor.md").read_text(encoding="utf-8")
 
 
-def test_layers_are_violated_where_the_monitor_raises_its_alarm() -> None:
-    """The same rows, judged by the alarm and by the table: with noise of every kind they agree."""
-    generator = torch.Generator().manual_seed(0)
-    columns = [Columns(f"layer {i}", slice(50 * i, 50 * i + 50), 50, torch.arange(50)) for i in range(6)]
-    seen = set()
-    for trial in range(40):
-        rows = torch.randn(16, 300, generator=generator).double()
-        bad = trial % 4
-        rows[:, : 50 * bad] = 0.25 - (torch.rand(16, 50 * bad, generator=generator).double().log() + 1)
-        found = reliability(rows, columns, micro_batches=16)
-        alarm = next((a for a in found["alarms"] if "layers" in a), "in 0 of")
-        below, count = monitor_numbers.below_one({"reliability": found})
-        assert f"in {sum(below.values())} of" in alarm
-        assert count == 6
-        seen.add(sum(below.values()))
-    assert {0, 3} <= seen
-
-
-def test_of_a_step_that_was_measured_twice_the_last_record_counts(records: list[dict[str, Any]]) -> None:
-    again = [{**record, "lr": [7.0]} for record in records[2:4]]
-    ordered = monitor_numbers.by_step([*records[:4], *again, *records[4:], {"step": None}])
-    assert [record["step"] for record in ordered] == [0, 2, 4, 6, 8]
-    assert [record["lr"] == [7.0] for record in ordered] == [False, False, True, True, False]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(None, "—"), (0.0, "0"), (-0.5, "−0.5"), (1234567.0, "1.23e6"), (2.5e-12, "2.5e−12"), (99999.0, "100000")],
-)
-def test_number(value: float | None, text: str) -> None:
-    assert monitor_numbers.number(value) == text
-
-
 # ------------------------------------------------------------------------------------------------- missing numbers
 
 
@@ -244,7 +156,7 @@ def three() -> str:
 
 
 @given(data=st.data())
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_is_missing_the_page_is_written(tmp_path: Path, data: st.DataObject) -> None:
     kept = json.loads(three())[: data.draw(st.integers(1, 3))]
     for record in kept:
@@ -306,106 +218,6 @@ def test_a_failed_write_leaves_the_old_page(
 
 
 # --------------------------------------------------------------------------------------------------------- figures
-
-
-def test_figures_have_nothing_to_draw_of_nothing() -> None:
-    for draw in (monitor_figures.snr_distribution, monitor_figures.violations, monitor_figures.dither_meters):
-        with pytest.raises(NothingToDraw):
-            draw([("a", [{"step": 0}]), ("b", [])])
-    with pytest.raises(NothingToDraw):
-        monitor_figures.calibration_rules([{"step": 0}])
-    with pytest.raises(NothingToDraw):
-        monitor_figures.noise_histograms({"step": 0}, {"step": 9})
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ([0.0] * 24, "all are 0"),
-        ([2.0] * 24, "does not vary"),
-        ([0.0] * 6 + [1.0] * 12 + [-1.0] * 6, "25 % are 0"),
-        ([1.0, 2.0, 4.0] * 8, "no zeros"),
-        ([0.0] + [float(i) for i in range(1, 300)], "under 1 % are 0"),
-        ([1e-30, 2e-30, 4e-30] * 8, "no zeros"),
-    ],
-)
-def test_zeros_are_said_in_words(values: list[float], words: str) -> None:
-    record = {"step": 3, "samples": [{"name": "w", "index": 0, "values": values}]}
-    drawn = monitor_figures.noise_histograms(record)
-    assert f"step 3: {words}" in [text.get_text() for text in drawn.axes[0].texts]
-
-
-def test_histograms_are_standardised(records: list[dict[str, Any]]) -> None:
-    """A density: its integral is 1, its mean 0 and its variance 1 up to what bins of 1/2 add."""
-    drawn = monitor_figures.noise_histograms(records[0], records[-1])
-    assert len(drawn.axes) == 2 * len(records[0]["samples"])
-    for axes in drawn.axes:
-        for patch in axes.patches:
-            values, edges, _ = patch.get_data()
-            middle = (edges[1:] + edges[:-1]) / 2
-            assert values.sum() * 0.5 == pytest.approx(1)
-            assert (values * middle).sum() * 0.5 == pytest.approx(0, abs=0.26)
-            assert (values * middle**2).sum() * 0.5 == pytest.approx(1, abs=0.4)
-
-
-@pytest.mark.parametrize("count", [8, 32])
-def test_grey_of_the_snr_figure_is_what_no_signal_shows(count: int) -> None:
-    """Shares above each edge, of 200000 Gaussian coordinates without signal: within 5 standard errors of each."""
-    n = 200_000
-    rows = torch.randn(count, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    squared = snr_squared(rows)
-    for edge in SNR_EDGES:
-        chance = 1 - monitor_figures._silent(edge, count)
-        above = float((squared > edge * edge).double().mean())
-        assert abs(above - chance) <= 5 * math.sqrt(chance * (1 - chance) / n) + 1e-12
-
-
-def test_gaussian_band_is_what_gaussian_noise_gives() -> None:
-    s = torch.logspace(-4, 2, 10_000, dtype=torch.float64)
-    ratio = 3 * torch.erf(s / math.sqrt(2)) / s.clamp(max=1)
-    low, high = monitor_figures.GAUSSIAN
-    assert (float(ratio.min()), float(ratio.max())) == pytest.approx((low, high), abs=0.005)
-
-
-def test_snr_figure_draws_the_histogram(records: list[dict[str, Any]]) -> None:
-    drawn = monitor_figures.snr_distribution([("", records)])
-    solid = [line for line in drawn.axes[0].lines if line.get_linestyle() == "-"]
-    shares = records[-1]["reliability"]["snr_histogram"]
-    for edge, y in zip(*solid[0].get_data(), strict=True):
-        above = 100 * sum(shares[SNR_EDGES.index(edge) + 2 :])
-        assert y == pytest.approx(above) or (math.isnan(y) and above == 0)
-
-
-def test_ratio_is_told_only_where_phi_or_the_ratio_is_known() -> None:
-    part: dict[str, Any] = {"ratio": 2.4, "phi": [3.0, 1.0, 5.0], "margin": [1.4, -0.5, 3.3]}
-    assert monitor_numbers.ratio(part) == pytest.approx((2.4, 0.5, 4.3))
-    part["phi"][1] = -1.0
-    assert monitor_numbers.ratio(part) is None
-    part["margin"] = [-1.5, -2.5, -0.5]
-    assert monitor_numbers.ratio(part) == pytest.approx((2.4, -1.5, 0.5))
-    for key in ("ratio", "phi"):
-        assert monitor_numbers.ratio(part | {key: None}) is None
-
-
-def test_a_value_beyond_the_edge_is_a_triangle_on_it() -> None:
-    part = {"ratio": -5.0, "phi": [3.0, 2.0, 4.0], "margin": [-6.0, -7.0, -5.0]}
-    records = [{"step": 0, "reliability": part}, {"step": 9, "reliability": part | {"ratio": 2.0, "margin": [1, 0, 2]}}]
-    drawn = monitor_figures.violations([("", records)])
-    above = drawn.axes[0]
-    marks = [line for line in above.lines if line.get_marker() == "v"]
-    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in marks] == [(0, -2)]
-    assert above.get_ylim()[0] == -2
-
-
-def test_rules_end_where_sgd_begins() -> None:
-    records = monitored(steps=13, switch_step=7, calibration="ratio")
-    phases = {record["step"]: record["calibration"]["groups"][0]["phase"] for record in records}
-    assert phases == {0: "sign", 2: "sign", 4: "sign", 6: "sgd", 8: "sgd", 10: "sgd", 12: "sgd"}
-    axes = monitor_figures.calibration_rules(records).axes[0]
-    ends = {line.get_color(): max(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) > 2}
-    own = figures.shade(monitor_figures.RULE_COLOURS["calibrated_lr"])
-    assert ends.pop(own) == 12
-    assert set(ends.values()) == {4}
 
 
 def test_two_runs_of_different_lengths_and_colours(records: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -499,30 +311,33 @@ _LOOK = """() => {
 }"""
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("kind", ["run", "one record", "alarms", "several"])
-def test_the_page_in_a_browser(
-    browser: Any, records: list[dict[str, Any]], tmp_path: Path, width: int, scheme: str, kind: str
-) -> None:
+@pytest.fixture(scope="module")
+def shown(
+    request: pytest.FixtureRequest, records: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     runs = {
         "run": [("", records)],
         "one record": [("", records[:1])],
         "alarms": [("", skewed())],
         "several": [("a run with quite a long name indeed", records), ("b", records[:2]), ("c", skewed())],
-    }[kind]
-    page = write_runs(runs, tmp_path, title=kind, command=COMMAND)
+    }[request.param]
+    return write_runs(runs, tmp_path_factory.mktemp("page"), title=request.param, command=COMMAND)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+@pytest.mark.parametrize("shown", ["run", "one record", "alarms", "several"], indirect=True)
+def test_the_page_in_a_browser(browser: Any, shown: Path, width: int, scheme: str) -> None:
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     tab = context.new_page()
     problems, requests = [], []
     tab.on("console", lambda message: problems.append(message.text))
     tab.on("pageerror", lambda error: problems.append(str(error)))
     tab.on("request", lambda request: requests.append(request.url))
-    tab.goto(page.as_uri())
+    tab.goto(shown.as_uri())
     look = tab.evaluate(_LOOK)
     context.close()
     assert problems == []
-    assert [url for url in requests if url not in (page.as_uri(), "data:,")] == []
+    assert [url for url in requests if url not in (shown.as_uri(), "data:,")] == []
     assert look["overflow"] <= 0
     assert look["out"] == []
     assert look["crossed"] == []

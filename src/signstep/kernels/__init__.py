@@ -1,1 +1,4 @@
-"""How a step is computed: the counter-based noise and the reference that every faster engine must agree with."""
+"""How a step is computed: the reference that defines the result, and the engines that must agree with it.
+
+What a step means is in `signstep.optim`.
+"""

@@ -1,15 +1,17 @@
-"""One bit per coordinate: what a worker casts, how ballots are counted, and how the result becomes numbers again.
+"""One bit per coordinate: a worker casts its signs as bits, ballots are counted, and the result becomes numbers again.
 
-Element e of a slot (a parameter, or a run of its elements) is bit e % 64 of word e // 64 of its words, 1 for up; words
-are int64, and a slot begins at a word, so bits beyond its last element are never used. One bit has no third value:
+A slot holds the bits of a parameter, or of a run of its elements, in int64 words. Element e of the slot is bit e % 64
+of word e // 64; the bit is 1 for up. Each slot begins at a new word, and the bits after its last element are not used.
+A bit has no third value, so two cases are decided by a coin:
 
-- a momentum of exactly 0 casts a coin, stream `ZERO_COINS` of the worker's own seed;
-- a tie of an even number of voters is a coin, stream `TIE_COINS` of the seed that all workers share.
+- A momentum of exactly 0 casts a coin from stream `ZERO_COINS` of the worker's own seed.
+- A tie of an even number of voters is decided by a coin from stream `TIE_COINS` of the seed that all workers share.
 
 The coin of element e of parameter p at step k is bit e % 128 of the Philox block with counter (e // 128, k, p, stream).
 
-`cast`, `count` and `spread` are computed by the native library on CPUs, by Triton on GPUs, and wherever these cannot by
-plain torch, whose `reference_cast`, `reference_count` and `reference_spread` define all the bits.
+`cast`, `count` and `spread` use the native library on CPUs and Triton on GPUs. Where neither can be used, plain torch
+computes them: `reference_cast`, `reference_count` and `reference_spread`, which also define every bit. Nothing here
+sends anything: that is `signstep.distributed`.
 """
 
 from __future__ import annotations
@@ -30,18 +32,18 @@ WORD = 64
 
 
 def word_count(elements: int) -> int:
-    """Words that hold a bit for each element."""
+    """The number of words that hold one bit for each element."""
     return -(-elements // WORD)
 
 
 def pack(up: Tensor) -> Tensor:
-    """Bits as words: bool [n] to int64 [ceil(n / 64)], the last filled up with zeros."""
+    """Pack bool [n] into words, int64 [ceil(n / 64)]; the last word is filled up with zeros."""
     padded = torch.nn.functional.pad(up.reshape(-1), (0, -up.numel() % WORD)).view(-1, WORD)
     return (padded.to(torch.int64) << torch.arange(WORD, device=up.device)).sum(dim=1)
 
 
 def bits(words: Tensor, size: int) -> Tensor:
-    """The inverse of `pack`: int64 [ceil(size / 64)] to bool [size]."""
+    """Unpack words, int64 [ceil(size / 64)], into bool [size]: the inverse of `pack`."""
     return ((words[:, None] >> torch.arange(WORD, device=words.device)) & 1).flatten()[:size].bool()
 
 
@@ -53,10 +55,10 @@ def coins(segment: Segment, stream: int, *, seed: int, step: Tensor, device: tor
 
 
 def _triton(x: Tensor) -> Any:
-    """The module of kernels for a tensor's GPU, which has `pack`, `count` and `spread`; None if there is none."""
+    """The Triton module with `pack`, `count` and `spread` for a tensor on a GPU; None where it cannot be used."""
     if x.device.type != "cuda":
         return None
-    # Imported on use: Triton is not everywhere, and takes its time.
+    # Imported on use: Triton is not installed everywhere, and importing it is slow.
     from signstep.kernels import triton_bits
 
     return triton_bits if triton_bits.unavailable() is None else None
@@ -66,9 +68,9 @@ def cast(tensors: Tensors, options: Options, words: Tensor, slots: Sequence[Slot
     """The worker's side of Algorithm 1: momentum, dither and sign of each tensor, as bits instead of a step.
 
     Args:
-        tensors: gradients and momentum; params are read, and only where coupled weight decay wants them.
-        options: as of a step; rate and decay are not used, and sums must be None. `seed` is the worker's own.
-        words: int64 [W], in which the words of each slot are written.
+        tensors: gradients and momentum. Parameters are only read, and only for coupled weight decay.
+        options: the options of a step. `seed` is the worker's own; rate and decay are not used; sums must be None.
+        words: int64 [W]. The words of the slots are written.
         slots: for each tensor, where its bits go and which elements they are.
     """
     if native.cast(tensors, options, words, slots):
@@ -94,7 +96,7 @@ def reference_cast(tensors: Tensors, options: Options, words: Tensor, slots: Seq
 
 
 def _direction(tensors: Tensors, options: Options, i: int, segment: Segment) -> Tensor:
-    """What the bits of a tensor are the signs of, with the new gradient in its momentum."""
+    """Take a gradient into its momentum, and return the values whose signs are cast."""
     m, _ = enter_momentum(tensors, i, options)
     direction = m
     if options.direction is Direction.PRE:

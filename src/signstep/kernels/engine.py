@@ -17,7 +17,7 @@ from signstep.kernels.reference import Segment
 
 
 class Direction(IntEnum):
-    """What a parameter moves along, numbered as in csrc/signstep.h."""
+    """The direction in which a parameter moves; csrc/signstep.h has the same numbers."""
 
     SIGN = 0
     """sign(m)."""
@@ -30,12 +30,12 @@ class Direction(IntEnum):
 
 
 class Projected(IntEnum):
-    """Whose inner product with the gradient a step sums up, numbered as in csrc/signstep.h."""
+    """The s of <s, g>, which a step adds to its sums; csrc/signstep.h has the same numbers."""
 
     SIGN = 1
-    """That of sign(m)."""
+    """s = sign(m)."""
     EXPECTED_SIGN = 2
-    """That of the expected dithered sign."""
+    """s is the expected dithered sign."""
 
 
 class Tensors(NamedTuple):
@@ -58,7 +58,7 @@ class Tensors(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a step is asked for: param <- decay * param - rate * direction."""
+    """The options of one step, param <- decay * param - rate * direction."""
 
     step: Tensor
     """k, a 0-dim int64 tensor on the CPU or the parameters' device."""
@@ -77,11 +77,11 @@ class Options(NamedTuple):
     sums: Tensor | None = None
     """Shape (2,), to which [<s, g>, ||g||^2] is added; None: not wanted."""
     projected: Projected = Projected.SIGN
-    """Which s."""
+    """The s in these sums."""
 
 
 class Slot(NamedTuple):
-    """Where the bits of a run of elements are, one bit per element, see `signstep.kernels.bits`."""
+    """A run of elements, and the place of its bits among words, see `signstep.kernels.bits`."""
 
     first: int
     """The first word."""

@@ -1,6 +1,6 @@
-"""Which fused engine steps which tensors: the native library on CPUs, Triton on GPUs.
+"""The choice of a fused engine: the native library steps tensors on CPUs, Triton steps tensors on GPUs.
 
-Inside torch.compile it is an operator, `signstep::step`, which the compiler calls and does not look into.
+Inside torch.compile the step is one operator, `signstep::step`, which the compiler calls and does not trace.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @functools.cache
 def _engine(device_type: str) -> ModuleType | None:
-    """The module that steps tensors of this device, None if there is none."""
+    """The module that steps tensors on this type of device; None if there is none."""
     if device_type == "cpu":
         return native
     if device_type == "cuda":  # ROCm is cuda to torch
-        # Imported on use: Triton is not everywhere, and takes its time.
+        # Imported on use: Triton is not installed everywhere, and importing it is slow.
         from signstep.kernels import triton
 
         return triton
@@ -48,7 +48,7 @@ def _missing(kinds: frozenset[tuple[type, str, torch.dtype]], tracing: bool) -> 
         engine = _engine(device_type)
         if engine is None:
             return f"there are no fused kernels for {device_type} tensors"
-        # Not while tracing, which looks into the search for a library.
+        # Not while tracing: the compiler would trace the search for a library.
         if not tracing and (reason := engine.unavailable()) is not None:
             return str(reason)
     strange = next((d for _, _, d in kinds if d.is_floating_point and d not in _DTYPES), None)
@@ -90,7 +90,7 @@ def require(params: Sequence[Tensor]) -> None:
 def step(tensors: Tensors, options: Options) -> None:
     """One step of all tensors, in place, one call per device."""
     if torch.compiler.is_compiling():
-        # The engines read addresses, and there are none while a step is traced.
+        # The engines read addresses, which tensors do not have while a step is traced.
         _call_operator(tensors, options)
         return
     if any(p.is_complex() for p in tensors.params):
@@ -107,8 +107,8 @@ def step(tensors: Tensors, options: Options) -> None:
 
 # --- the operator ----------------------------------------------------------------------------------------------------
 
-# The type of each argument: the fields of Tensors and Options, in their order. What may be a float or a tensor is a
-# tensor here. The seed, a 64-bit number without sign, is passed as the signed number of the same bits.
+# The operator's arguments are the fields of Tensors and Options, in their order. A field that may be a float or a
+# tensor is passed as a tensor. The seed, an unsigned 64-bit number, is passed as the signed one with the same bits.
 _ARGUMENTS: dict[str, str] = {
     "params": "Tensor(a!)[]",
     "grads": "Tensor[]",

@@ -19,8 +19,9 @@ def order_is_free(options: Options) -> bool:
 
 @contextmanager
 def laid_out(tensors: Tensors, options: Options) -> Iterator[Tensors]:
-    """The tensors, checked, with copies in place of those that no engine can read; on leaving, the copies are written
-    back. What is given must be alive until the engine is done: a gradient may be a copy.
+    """Check the tensors, and give them with copies in place of those that no engine can read.
+
+    On leaving, the copies are written back. The caller must keep what it is given until the engine is done.
 
     Raises:
         RuntimeError: a gradient, a momentum or a mean square that does not fit its parameter, one sentence.
@@ -54,13 +55,13 @@ def laid_out(tensors: Tensors, options: Options) -> Iterator[Tensors]:
     yield tensors._replace(params=params, grads=grads, exp_avgs=exp_avgs)
     for original, copy in copies:
         original.copy_(copy)
-    # The engine wrote behind autograd's back, which must not take the old values for the present ones.
+    # Autograd has not seen that the engine wrote, and would use old values without a word.
     for column in (tensors.params, tensors.exp_avgs, tensors.scales, tensors.mean_squares):
         torch.autograd.graph.increment_version(column)
 
 
 def _share_dense_order(p: Tensor, g: Tensor, m: Tensor | None) -> bool:
-    """Whether the elements of all lie side by side, in the same order of the dimensions."""
+    """Whether the elements of each tensor lie side by side in memory, in the same order of dimensions for all."""
     if p.stride() != g.stride() or (m is not None and p.stride() != m.stride()):
         return False
     expected = 1
@@ -73,7 +74,7 @@ def _share_dense_order(p: Tensor, g: Tensor, m: Tensor | None) -> bool:
 
 
 def _contiguous(x: Tensor, copies: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """X in row-major order, by a copy that is written back if x is not so itself."""
+    """X itself if it is in row-major order, else a copy that is, which is to be written back."""
     if x.is_contiguous():
         return x
     copy = x.contiguous()

@@ -1,15 +1,15 @@
 """The momentum: how a gradient enters it, and how it is kept, to the nearest or in fewer bits by stochastic rounding.
 
-With ``state_dtype=None`` or float32 the buffer holds m to the nearest, and what it holds is what the sign is taken of.
-In bfloat16 (2 bytes) and int8 (1 byte, and a float32 scale per block of 256 consecutive elements) the sign is taken of
-m before it is rounded, and the rounding is up or down at random, so that E[kept] = m: rounding to the nearest would
-lose every change that is smaller than half a unit. The random number is a byte per element, r, from stream 2 of the
-noise.
+With ``state_dtype=None`` or float32 the buffer holds m rounded to the nearest, and the step takes the sign of that.
+With bfloat16 (2 bytes per element) or int8 (1 byte per element, and a float32 scale per block of 256 consecutive
+elements) the step takes the sign of m before rounding. The buffer then holds m rounded up or down at random, so that
+E[kept] = m: rounding to the nearest would lose every change smaller than half a unit. The random number of an element
+is a byte r from stream 2 of the noise.
 
 - bfloat16: the upper 16 bits of bits(m) + 256 r + 128.
-- int8: q = floor(m / scale + (r + 1/2) / 256), scale = max |m| / 127 over the block; m is q * scale.
+- int8: q = floor(m / scale + (r + 1/2) / 256) with scale = max |m| / 127 over the block; q * scale stands for m.
 
-A block in which a momentum is not finite becomes NaN.
+A block that holds a momentum which is not finite becomes NaN.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SMALLEST_SCALE = 2.0**-120
 
 
 def new_momentum(param: Tensor, state_dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Zero momentum by name in the optimizer's state: ``exp_avg`` and, in 8 bits, ``exp_avg_scale``."""
+    """Momentum of zeros, by its names in the optimizer's state: ``exp_avg`` and, in 8 bits, ``exp_avg_scale``."""
     if state_dtype is None:
         return {"exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format)}
     if state_dtype != torch.int8:
@@ -51,13 +51,13 @@ def read_momentum(exp_avg: Tensor, scale: Tensor | None = None) -> Tensor:
 
 
 def enter_momentum(tensors: Tensors, i: int, options: Options) -> tuple[Tensor, Tensor]:
-    r"""Let the gradient of tensor i of a step enter its momentum: with w the coupled weight decay,
+    r"""Take the gradient of tensor i of a step into its momentum. With w the coupled weight decay,
 
     .. math:: g \leftarrow \pm g + w x, \qquad m \leftarrow \beta m + (1 - \beta) g
 
     Returns:
-        The m that the sign is taken of, and the g that entered it. Without momentum m is g. m is the buffer itself,
-        or a float32 (or wider) tensor where the buffer is rounded stochastically.
+        m, whose sign the step takes, and the g that entered it. Without momentum m is g. m is the buffer itself, or a
+        float32 (or wider) tensor where the buffer is rounded at random.
     """
     grad = tensors.grads[i]
     if options.maximize:
@@ -83,12 +83,12 @@ def enter_momenta(tensors: Tensors, indices: Sequence[int], options: Options) ->
 
 
 def widened(x: Tensor, param: Tensor | None = None) -> Tensor:
-    """X in the dtype to compute in: at least float32, and the parameter's if that is wider."""
+    """Convert x to the dtype to compute in: float32, or the dtype of `param` (by default x's own) if that is wider."""
     return x.to(torch.promote_types((x if param is None else param).dtype, torch.float32))
 
 
 def _average(tensors: Tensors, i: int, grad: Tensor, options: Options) -> Tensor:
-    """Average a gradient into the buffer of tensor i, in place; returns the m that the sign is taken of."""
+    """Average a gradient into the buffer of tensor i, in place, and return m, whose sign the step takes."""
     if not tensors.exp_avgs:
         return grad
     exp_avg, scale = tensors.exp_avgs[i], tensors.scales[i] if tensors.scales else None

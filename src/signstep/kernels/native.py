@@ -1,7 +1,8 @@
-"""The native engine: the step of all tensors of a group in one pass over memory, in C++ (csrc/), for CPUs; and ballots.
+"""The native engine for CPUs: a library in C++ (csrc/) steps all tensors of a group in one pass over memory.
 
-The library knows nothing of torch: it gets addresses and sizes by ctypes, so one build serves every version. Its
-threads are those of torch's own OpenMP pool where torch has one, as many as torch.get_num_threads().
+The library also casts, counts and spreads ballots. It knows nothing of torch: it gets addresses and sizes by ctypes, so
+one build serves every version of torch. It uses torch's own OpenMP threads where torch has them, as many as
+torch.get_num_threads().
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class _Options(ctypes.Structure):
 
 
 def _candidates() -> list[Path]:
-    """Where the library may be: beside this file, or where an editable install keeps what it built."""
+    """Paths at which the library may be: beside this file, or where an editable install keeps what it built."""
     name = "libsignstep.dylib" if sys.platform == "darwin" else "libsignstep.so"
     return [Path(__file__).with_name(name), *(Path(p) / "signstep" / "kernels" / name for p in sys.path)]
 
@@ -164,12 +165,13 @@ def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: 
 
 # --- bits, see kernels/bits.py ---------------------------------------------------------------------------------------
 #
-# Each of these says that it has done nothing if a tensor is not as the library takes it to be: plain torch takes all,
-# or says what is wrong. One call may be of a hundred small tensors, so what is done per tensor is little.
+# A function below changes nothing, and returns False or None, if the library cannot read a tensor. Its caller then uses
+# plain torch, which takes every tensor or says what is wrong. A call may have a hundred small tensors, so the work per
+# tensor must be small.
 
 
 def _readable(x: Tensor, dtype: torch.dtype, size: int) -> bool:
-    """Whether memory at a tensor's address is that many numbers of a dtype."""
+    """Whether a tensor's address is that of `size` numbers of a dtype, side by side in memory."""
     return (
         x.dtype is dtype
         and x.numel() == size
@@ -181,7 +183,7 @@ def _readable(x: Tensor, dtype: torch.dtype, size: int) -> bool:
 
 
 def _inside(first: int, size: int, width: int) -> bool:
-    """Whether words of as many bits begin and end within so many words."""
+    """Whether `size` bits from word `first` on lie within `width` words."""
     return first >= 0 and 64 * (width - first) >= size
 
 
@@ -235,7 +237,7 @@ def cast(
         )
     request = _request(isa, own_threads, options)
     _run(library.signstep_step, table.buffer_info()[0], len(tensors.grads), request, None)
-    # The library wrote behind autograd's back.
+    # Autograd has not seen that the library wrote.
     torch.autograd.graph.increment_version([words, *momentum, *scales, *squares])
     return True
 

@@ -65,7 +65,7 @@ def multi_tensor_step(tensors: Tensors, options: Options) -> None:
 
 
 def _projects_expected_sign(options: Options) -> bool:
-    # After the sign the noise has no part in the expected step.
+    # Noise after the sign does not change the expected step.
     return options.projected is Projected.EXPECTED_SIGN and options.direction is Direction.PRE
 
 
@@ -77,7 +77,7 @@ def _directions(
     grads: list[Tensor],
     mean_squares: list[Tensor],
 ) -> list[Tensor]:
-    """What the parameters move along, for tensors of one device and dtype; adds to the sums."""
+    """The directions in which tensors of one device and dtype move; their inner products are added to the sums."""
     if options.direction is Direction.MOMENTUM:
         return [m.to(torch.promote_types(m.dtype, torch.float32), copy=True) for m in ms]
     if options.direction is Direction.SIGN:

@@ -107,7 +107,7 @@ def directions(
     step: Tensor,
     position: str,
 ) -> list[Tensor]:
-    """What replaces sign(m) under dither, for tensors on one device.
+    """The dithered directions that replace sign(m), for tensors on one device.
 
     "pre" is sign(m + xi) with xi ~ N(0, sigma^2), drawn as +1 exactly when U < floor(2^32 Phi(m / sigma)), which has
     the same law (Algorithm 1, line 7). "post" is sign(m) + xi (eq. 10) with xi = sigma Phi^-1((U + 1/2) / 2^32). Both

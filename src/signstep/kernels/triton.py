@@ -43,13 +43,13 @@ _REDUCE = 4096
 
 @jit()
 def _number(bits: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """A number of the host's: see `_bits`."""
+    """A number that the host passes as `_bits`."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True).to(DTYPE)
 
 
 @jit()
 def _number_or(bits: tl.tensor, at: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """A number of the host's, or what is at an address on the device."""
+    """A number that the host passes, or the one at an address on the device."""
     return _number(bits, DTYPE) if at is None else tl.load(at).to(DTYPE)
 
 
@@ -71,7 +71,7 @@ def _store(address: tl.tensor, value: tl.tensor, inside: tl.tensor, FULL: tl.con
 def _address(
     row: tl.tensor, column: tl.constexpr, first: tl.tensor, DTYPE: tl.constexpr, VECTORS: tl.constexpr
 ) -> tl.tensor:
-    """Where element `first` of one of the tensor's buffers is."""
+    """The address of element `first` of one of the tensor's buffers."""
     base = tl.load(row + column).to(tl.pointer_type(DTYPE))
     if VECTORS:
         base = tl.multiple_of(base, 16)
@@ -316,12 +316,12 @@ def _reduce_kernel(
 # --- the host's side -------------------------------------------------------------------------------------------------
 
 _COLUMNS = 9
-"""Of the table: the addresses of param, grad, exp_avg, scale and mean_square (0: there is none), the number of
+"""Columns of the table: the addresses of param, grad, exp_avg, scale and mean_square (0: there is none), the number of
 elements, the first one's index in the whole parameter, the ordinal, and the first of the programs that step it."""
 
 
 class _Kind(NamedTuple):
-    """What tensors of one launch have in common."""
+    """The properties that all tensors of one launch share."""
 
     dtype: torch.dtype
     vectors: bool
@@ -424,12 +424,12 @@ def _bits(x: float | Tensor) -> int:
 
 
 def _kept(state_dtype: torch.dtype | None) -> str:
-    """How the momentum is kept, as the kernel names it."""
+    """The kernel's name for the way in which the momentum is kept."""
     return str(state_dtype).removeprefix("torch.") if state_dtype in STOCHASTIC else "nearest"
 
 
 def _tables(rows: bytes, chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """On the device: the table, and for each program the table's row that it works on.
+    """The table on the device, and for each program the row of the table that it works on.
 
     Addresses seldom change from step to step. While a CUDA graph is captured the tables are made anew, by nodes of the
     graph itself, which may be replayed when a cache has long forgotten them.

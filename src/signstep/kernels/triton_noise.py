@@ -1,4 +1,4 @@
-"""What the Triton kernels share: whether there is a Triton, how numbers reach a kernel, and the noise.
+"""Shared parts of the Triton kernels: whether Triton is there, how numbers reach a kernel, and the noise.
 
 The noise is that of `signstep.kernels.reference`: the same Philox words, and Phi and its inverse by polynomials.
 """

@@ -1,4 +1,7 @@
-"""What a step means: SignSGD, its dither, and the calibrated switch to SGD."""
+"""What a step means: SignSGD, its dither, and the calibrated switch to SGD.
+
+How a step is computed is in `signstep.kernels`.
+"""
 
 from signstep.optim.backward import attach_to_backward
 from signstep.optim.hybrid import HybridSignSGD

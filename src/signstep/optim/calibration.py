@@ -3,13 +3,12 @@
 With g the gradient, s the sign step's direction and delta its learning rate, lambda ||g||^2 = delta <s, g> (eq. 11).
 Sums run over all parameters of a group. The rules, with E_eta the exponential moving average of decay eta:
 
-- "paper", eq. (12) and Algorithm 2 to the letter: lambda_bar = E_eta[delta |<s, g>| / (||g||^2 + eps)], started at 0, s
-  = sign(m).
-- "ratio": lambda_bar = delta max(0, E_eta<s, g> / (E_eta||g||^2 + eps)), both averages corrected for their start at 0.
-  The product keeps its sign until it is averaged, so noise cancels instead of adding up, and one small gradient cannot
-  blow the ratio up.
-- "applied": "ratio" with s the expected dithered step 2 Phi(m / sigma) - 1, which is what the optimizer applies on
-  average.
+- "paper" is eq. (12) and Algorithm 2 to the letter: lambda_bar = E_eta[delta |<s, g>| / (||g||^2 + eps)], started at
+  0, with s = sign(m).
+- "ratio" is lambda_bar = delta max(0, E_eta<s, g> / (E_eta||g||^2 + eps)), with both averages corrected for their start
+  at 0. The product is averaged with its sign, so noise cancels instead of adding up; and one small gradient cannot
+  make the ratio large.
+- "applied" is "ratio" with s = 2 Phi(m / sigma) - 1, the dithered step that the optimizer applies on average.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ EPS = 1e-8
 RULES = ("paper", "ratio", "applied")
 
 CALIBRATION_STATE = ("calibrated_lr", "lr_ratio", "inner_avg", "square_avg")
-"""What a rule keeps per param_group: 0-dim tensors, 0 before the first step."""
+"""Names of the 0-dim tensors that a rule keeps in each param_group; they are 0 before the first step."""
 
 
 def update_rate(

@@ -117,7 +117,7 @@ class HybridSignSGD(SignSGD):
 
     @property
     def voted_sums(self) -> Sequence[Tensor]:
-        """What the last vote measured, see `receive_voted_sums`; empty before the first vote."""
+        """The sums that the last vote measured, see `receive_voted_sums`; empty before the first vote."""
         return self._voted_sums
 
     def receive_voted_sums(self, sums: Sequence[Tensor]) -> None:
@@ -156,7 +156,7 @@ class HybridSignSGD(SignSGD):
         return ["exp_avg"] if group["sgd_momentum"] > 0 else []
 
     def new_sums(self, group: dict[str, Any]) -> Tensor | None:
-        """Where a sign step's [<s, g>, ||g||^2] is added up, or under a vote what the workers have added up."""
+        """Zeros to which a sign step adds [<s, g>, ||g||^2]; under a vote, the sums that the workers have measured."""
         if group["phase"] == "sgd":
             return None
         like = group["lr_ratio"]
@@ -166,7 +166,7 @@ class HybridSignSGD(SignSGD):
         return torch.zeros(2, dtype=like.dtype, device=like.device)
 
     def options(self, group: dict[str, Any], sums: Tensor | None) -> Options:
-        """What this group's next step asks of the engines, in either phase."""
+        """The engines' options for the next step of a group, in either phase."""
         if group["phase"] == "sign":
             projected = Projected.EXPECTED_SIGN if group["calibration"] == "applied" else Projected.SIGN
             return super().options(group, sums)._replace(projected=projected)

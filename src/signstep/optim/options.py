@@ -24,7 +24,7 @@ class Option(NamedTuple):
     holds: Callable[[Any], bool]
     """Whether a value of these types is allowed."""
     allowed: str
-    """What is allowed, in words, for the message."""
+    """The allowed values in words, for an error's message."""
     always: bool = False
     """Every state that was ever saved has the option. In a state that lacks one of the others it is the default."""
 
@@ -73,7 +73,7 @@ SIGNSGD_OPTIONS: Mapping[str, Option] = {
     "capturable": _flag(False),
     "differentiable": _flag(False),
 }
-"""Of `SignSGD`, and of every optimizer that extends it."""
+"""The options of `SignSGD`, and of every optimizer that extends it."""
 
 HYBRID_OPTIONS: Mapping[str, Option] = {
     "switch_step": Option(None, (Integral, type(None)), lambda x: x is None or x >= 1, "None or an integer >= 1"),
@@ -81,7 +81,7 @@ HYBRID_OPTIONS: Mapping[str, Option] = {
     "calibration": _choice(*RULES),
     "sgd_momentum": _number(0.0, 1),
 }
-"""Of `HybridSignSGD` alone."""
+"""The options that `HybridSignSGD` adds."""
 
 
 def check_options(options: Mapping[str, Option], values: Mapping[str, Any]) -> None:

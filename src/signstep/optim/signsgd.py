@@ -23,7 +23,7 @@ ENGINE_CHOICE = ("foreach", "fused", "differentiable")
 """The options of a param_group that choose between engines, see `signsgd`."""
 
 _OWN_DTYPE = ("exp_avg_scale", "mean_square")
-"""State that is float32 whatever the parameter is."""
+"""State that is float32 for parameters of every dtype."""
 
 _DIRECTIONS = {"pre": Direction.PRE, "post": Direction.POST}
 
@@ -41,9 +41,9 @@ class SignSGD(Optimizer):
         \xi_k \sim \mathcal N(0, \sigma_k^2 I), \quad \sigma_k^2 = \alpha (1 + k)^{-\gamma}
 
     A coordinate whose momentum is exactly 0 does not move. A momentum that is not finite makes its coordinate NaN, as a
-    non-finite gradient does in torch.optim.SGD; under relative dither, all that share its rms. The noise is a pure
-    function of (seed, step, parameter, element): a resumed run, every replica and every engine draw the same, and no
-    generator state is kept.
+    non-finite gradient does in torch.optim.SGD; under relative dither it makes its whole tensor NaN. The noise is a
+    pure function of (seed, step, parameter, element): a resumed run, every replica and every engine draw the same
+    noise, and no generator state is kept.
 
     Args:
         params: parameters, (name, parameter) pairs or param_groups; a group may override every option below.
@@ -77,12 +77,12 @@ class SignSGD(Optimizer):
     State:
         per parameter ``exp_avg`` if momentum > 0, with ``exp_avg_scale`` in 8 bits, and ``mean_square`` (0-dim float32)
         of the momentum if dither is relative; ``step`` per param_group, a 0-dim int64 tensor that counts its steps.
-        What has a dtype of its own keeps it when it is loaded.
+        State that has a dtype of its own keeps it when it is loaded.
 
     Raises:
         TypeError: an option of the wrong type or an unknown one.
         ValueError: an option out of range; the message names it, its value and the range.
-        RuntimeError: a sparse gradient, or ``fused=True`` where no kernel is to be had.
+        RuntimeError: a sparse gradient, or ``fused=True`` where there is no kernel.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -92,7 +92,7 @@ class SignSGD(Optimizer):
     """
 
     OPTIONS: ClassVar[Mapping[str, Option]] = SIGNSGD_OPTIONS
-    """What the constructor takes beside the parameters, and what a param_group may override."""
+    """The options that the constructor takes; a param_group may override each."""
 
     calibrates: ClassVar[bool] = False
     """The optimizer measures its steps against the gradient, so a vote must call `receive_voted_sums`."""
@@ -208,11 +208,11 @@ class SignSGD(Optimizer):
             self._place_group_state(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; what has a dtype of its own keeps it, see `torch.optim.Optimizer.load_state_dict`."""
+        """Load a state; some of its tensors keep a dtype of their own. See `torch.optim.Optimizer.load_state_dict`."""
         loaded: dict[str, Any] = {}
 
         def restore(_: Optimizer) -> None:
-            # torch has cast all state to the parameters' dtype.
+            # torch has converted all state to the parameters' dtype.
             for saved, group in zip(loaded["param_groups"], self.param_groups, strict=True):
                 for index, p in zip(saved["params"], group["params"], strict=True):
                     for name, value in loaded["state"].get(index, {}).items():
@@ -331,18 +331,18 @@ class SignSGD(Optimizer):
             return False
         return not any(_of_all_ranks(g.any()) for g in batch.grads)
 
-    # A step in parts, for `step` and for whom it is not one call: backward, and the ranks of a vote.
+    # The parts of a step, for callers that do not take it in one call: backward, and the ranks of a vote.
 
     def new_sums(self, group: dict[str, Any]) -> Tensor | None:
-        """Where a step's [<s, g>, ||g||^2] is added up; None where nobody wants to know."""
+        """Zeros to which a step adds [<s, g>, ||g||^2]; None for an optimizer that does not use them."""
         return None
 
     def finish_step(self, group: dict[str, Any], sums: Tensor | None) -> None:
-        """What comes once per step, after all of the group's parameters have moved."""
+        """Count the step, once all of the group's parameters have moved."""
         group["step"] += 1
 
     def options(self, group: dict[str, Any], sums: Tensor | None) -> Options:
-        """What this group's next step asks of the engines, see `signsgd`."""
+        """The engines' options for the next step of a group."""
         lr, decay, coupled_weight_decay = rate_and_decay(group)
         voted = self._driver == "vote"
         dithered = group["dither"] > 0 and not voted
@@ -425,7 +425,7 @@ def _of_all_ranks(x: Tensor) -> Tensor:
 
 
 def local_tensors(tensors: Tensors) -> Tensors:
-    """Of every tensor that is sharded along its first dimension, the shard of this rank; others as they are."""
+    """Replace tensors that are sharded along their first dimension by this rank's shards."""
 
     def local(x: Any) -> Any:
         return x.to_local() if hasattr(x, "to_local") else x

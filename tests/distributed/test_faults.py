@@ -15,16 +15,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import vote_job
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gang import Gang
+from gang import Gang, gang
 from signstep import SignSGD
 from signstep.distributed import MajorityVote
-
-KILLS = int(os.environ.get("SIGNSTEP_KILLS", "3"))
-"""Moments at which a rank is killed; more of them take longer."""
-JOB = Path(__file__).with_name("vote_job.py")
 
 
 def _train_until_killed(victim: int, delay: float) -> tuple[str, float]:
@@ -47,9 +44,11 @@ def _train_until_killed(victim: int, delay: float) -> tuple[str, float]:
         return str(error), time.monotonic() - killed
 
 
-def test_a_killed_rank_ends_the_others() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.long)])
+def test_a_killed_rank_ends_the_others(kills: int) -> None:
     moments = random.Random(0)
-    for _ in range(KILLS):
+    for _ in range(kills):
         victim, delay = moments.randrange(3), moments.uniform(0.0, 0.4)
         answers = Gang(3).run(_train_until_killed, victim, delay, timeout=60, victim=victim)
         for rank, answer in enumerate(answers):
@@ -65,9 +64,8 @@ def _torchrun(folder: Path, *options: str, restarts: int = 0) -> subprocess.Comp
     # Else the new ranks find the old ones' addresses in the agent's store (pytorch issue 135712).
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     folder.mkdir()
-    return subprocess.run(
-        [*command, str(JOB), str(folder), *options], env=environment, capture_output=True, text=True, timeout=120
-    )
+    command += [vote_job.__file__, str(folder), *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def _flats(folder: Path) -> list[Any]:
@@ -75,12 +73,12 @@ def _flats(folder: Path) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_to_the_same_trajectory(tmp_path: Path) -> None:
-    ran = _torchrun(tmp_path / "whole")
-    assert ran.returncode == 0, ran.stderr
-    whole = _flats(tmp_path / "whole")
+@pytest.mark.parametrize("kills", [1, pytest.param(9, marks=pytest.mark.long)])
+def test_torchrun_restarts_to_the_same_trajectory(kills: int, tmp_path: Path) -> None:
+    gang(3).run(vote_job.train, tmp_path)  # undisturbed
+    whole = _flats(tmp_path)
     moments = random.Random(1)
-    for i in range(max(1, KILLS - 3)):
+    for i in range(kills):
         folder = tmp_path / f"killed-{i}"
         rank, after = moments.randrange(3), moments.uniform(0.2, 0.6)
         ran = _torchrun(folder, "--kill-rank", str(rank), "--kill-after", f"{after:.3f}", restarts=1)

@@ -22,23 +22,15 @@ from signstep.distributed import MajorityVote
 STEPS = 40
 
 
-def main() -> None:
-    """Train STEPS steps; with --kill-rank, that rank dies by SIGKILL after --kill-after seconds of training, once."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--kill-rank", type=int, default=-1)
-    parser.add_argument("--kill-after", type=float, default=0.0)
-    parser.add_argument("--timeout", type=float, default=20.0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=arguments.timeout))
+def train(folder: Path, kill_rank: int = -1, kill_after: float = 0.0) -> None:
+    """Train STEPS steps in a process group; a rank can die by SIGKILL after so many seconds of training, once."""
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(50, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 10))
     model = DistributedDataParallel(net, bucket_cap_mb=0.1)
     optimizer = SignSGD(model.parameters(), lr=1e-3, dither=1e-6)
     vote = MajorityVote(model, optimizer)
-    saved = arguments.folder / "checkpoint.pt"
+    saved = folder / "checkpoint.pt"
     first = 0
     if saved.exists():
         state = torch.load(saved, weights_only=True)
@@ -46,10 +38,10 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         vote.load_state_dict(state["votes"][rank])
         first = state["step"]
-    died = arguments.folder / "died"
-    if rank == arguments.kill_rank and not died.exists():
+    died = folder / "died"
+    if rank == kill_rank and not died.exists():
         died.touch()
-        threading.Timer(arguments.kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
     try:
         for step in range(first, STEPS):
             generator = torch.Generator().manual_seed(step * size + rank)
@@ -67,11 +59,23 @@ def main() -> None:
                     os.replace(saved.with_suffix(".tmp"), saved)
             time.sleep(0.01)
     except RuntimeError as error:
-        (arguments.folder / f"error-{rank}-{first}").write_text(str(error))
+        (folder / f"error-{rank}-{first}").write_text(str(error))
         raise
     result = {"first": first, "flat": torch.cat([p.detach().flatten() for p in net.parameters()])}
-    torch.save(result, arguments.folder / f"done-{rank}.pt")
+    torch.save(result, folder / f"done-{rank}.pt")
     dist.barrier()
+
+
+def main() -> None:
+    """`train` as a process of torchrun."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kill-rank", type=int, default=-1)
+    parser.add_argument("--kill-after", type=float, default=0.0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    train(arguments.folder, arguments.kill_rank, arguments.kill_after)
     dist.destroy_process_group()
 
 

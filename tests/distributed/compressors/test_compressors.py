@@ -1,0 +1,153 @@
+"""One worker's side of each compressor, against a slow reference that reads like its paper."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compressor_cases import CPU, blockwise, decoded, ef_sign, few, one_bit_sgd, qsgd
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from signstep.distributed.compressors import (
+    QSGD,
+    EFSign,
+    OneBitSGD,
+    TernGrad,
+    TopK,
+)
+from signstep.distributed.compressors.blocks import BLOCK, Blocks
+from signstep.distributed.compressors.noise import SERVER, WORKER, random_integers, round_stochastically
+from signstep.distributed.compressors.top_k import largest
+
+magnitudes = st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e6, 1e30])
+
+
+@few
+@given(size=st.integers(1, 2500), scale=magnitudes, seed=st.integers(0, 99), zeros=st.booleans())
+def test_deterministic_compressors_agree_with_their_papers(size: int, scale: float, seed: int, zeros: bool) -> None:
+    x = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * scale
+    if zeros:
+        x[::3] = 0
+    for compressor, reference in ((EFSign(), ef_sign), (OneBitSGD(), one_bit_sgd)):
+        expected = blockwise(x.double().numpy(), reference)
+        np.testing.assert_allclose(decoded(compressor, x.clone()).numpy(), expected, rtol=1e-5, atol=1e-37)
+
+
+@few
+@given(size=st.integers(1, 2500), scale=magnitudes, seed=st.integers(0, 99), levels=st.sampled_from([1, 2, 7, 8, 127]))
+def test_stochastic_compressors_agree_with_their_papers(size: int, scale: float, seed: int, levels: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, generator=generator) * scale
+    x[::3] = 0
+    noise = torch.randint(-(2**15), 2**15, (-(-size // BLOCK), BLOCK), generator=generator, dtype=torch.int16)
+    u = (noise.view(-1)[:size].double().numpy() + 2**15 + 0.5) / 2**16
+    pieces = range(0, size, BLOCK)
+    exact = x.double().numpy()
+    for compressor, s in ((QSGD(levels), levels), (TernGrad(clip=None), 1)):
+        expected = np.concatenate([qsgd(exact[i : i + BLOCK], u[i : i + BLOCK], s) for i in pieces])
+        got = decoded(compressor, x.clone(), noise).double().numpy()
+        unit = np.concatenate(
+            [np.full(len(exact[i : i + BLOCK]), np.abs(exact[i : i + BLOCK]).max() / s) for i in pieces]
+        )
+        steps = np.abs(got - expected) / np.maximum(unit, 1e-40)
+        # A fraction within float32 rounding of u goes the other way.
+        assert steps.max() < 1.001
+        assert (steps > 1e-4).sum() <= 2
+        assert (got[::3] == 0).all()
+
+
+@pytest.mark.parametrize("compressor", [QSGD(1), QSGD(7), QSGD(127), TernGrad(clip=None)], ids=repr)
+def test_rounding_is_unbiased(compressor: Any) -> None:
+    """4000 draws of 200 elements: no mean is off by 5 of its standard errors, 1 chance in 10000 of a false alarm."""
+    draws = 4000
+    x = torch.randn(200, generator=torch.Generator().manual_seed(1))
+    rows = torch.zeros(draws, BLOCK)
+    rows[:, :200] = x
+    noise = random_integers([draws], [0], WORKER, seed=3, rank=0, step=0, device=CPU)
+    got = compressor._decode(compressor._encode(rows, Blocks(torch.full((draws,), 200), CPU), noise))[:, :200].double()
+    unit = float(x.abs().max()) / getattr(compressor, "levels", 1)
+    q = (x.double() / unit) % 1  # the chance to be rounded up
+    error = unit * (q * (1 - q) / draws).sqrt()
+    assert ((got.mean(dim=0) - x).abs() <= 5 * error + unit * 2**-16 + 1e-6).all()
+    np.testing.assert_allclose(got.var(dim=0), unit**2 * q * (1 - q), atol=0.05 * unit**2)
+
+
+def test_terngrad_limits_what_workers_send_and_not_what_owners_do() -> None:
+    x = torch.randn(2, BLOCK)
+    x[1, 100:] = 0
+    sizes = torch.tensor([[float(BLOCK)], [100.0]])
+    expected = x.clone()
+    for row, size in ((0, BLOCK), (1, 100)):
+        limit = 2.5 * x[row, :size].double().std(correction=0)
+        expected[row] = x[row].clamp(-limit, limit)
+    TernGrad().limit(x, sizes)
+    torch.testing.assert_close(x, expected)
+    assert not torch.equal(TernGrad().encode(x * 9, sizes, torch.zeros(2, BLOCK, dtype=torch.int16))[0], x * 0)
+
+
+@few
+@given(size=st.integers(1, 2000), seed=st.integers(0, 99), power=st.integers(0, 4))
+def test_what_is_lost_is_bounded(size: int, seed: int, power: int) -> None:
+    """||C(x) - x||^2 <= (1 - 1 / d) ||x||^2 on each block, what error feedback needs; sparse x is the worst case."""
+    x = torch.randn(size, generator=torch.Generator().manual_seed(seed)) ** (2 * power + 1)
+    for compressor in (EFSign(), OneBitSGD()):
+        lost = (decoded(compressor, x.clone()) - x).double().square().sum()
+        assert lost <= (1 - 1 / BLOCK) * x.double().square().sum() * (1 + 1e-5)
+
+
+@few
+@given(
+    size=st.integers(1, 5000),
+    share=st.floats(0.0001, 1),
+    seed=st.integers(0, 99),
+    kind=st.sampled_from(["normal", "ties", "zero", "ramp", "periodic"]),
+)
+def test_largest_are_the_largest(size: int, share: float, seed: int, kind: str) -> None:
+    x = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    if kind == "ties":
+        x = x.round()
+    elif kind == "zero":
+        x.zero_()
+    elif kind == "ramp":
+        x = torch.arange(size) - size / 3
+    elif kind == "periodic":  # with the period of the sample
+        x = torch.where(torch.arange(size) % 64 == 0, 100 + x, x)
+    k = math.ceil(share * size)
+    found = largest(x, k)
+    assert len(set(found.tolist())) == k
+    assert torch.equal(x[found].abs().sort().values, x.abs().sort().values[-k:])
+
+
+def test_options_out_of_range_are_refused() -> None:
+    for make in (lambda: QSGD(0), lambda: QSGD(128), lambda: TopK(0.0), lambda: TopK(1.5), lambda: TernGrad(0.0)):
+        with pytest.raises(ValueError, match=r"^Invalid \w+: .*, expected "):
+            make()
+
+
+def test_noise_is_of_seed_rank_step_parameter_and_side() -> None:
+    def draw(**changed: Any) -> Tensor:
+        key: dict[str, Any] = {
+            "parameters": [4, 5],
+            "stream": WORKER,
+            "seed": 2**40 + 1,
+            "rank": 1,
+            "step": 3,
+            **changed,
+        }
+        return random_integers([3, 2], key.pop("parameters"), key.pop("stream"), **key, device=CPU)
+
+    assert torch.equal(draw(), draw())
+    # A parameter's noise does not depend on what else is in the bucket.
+    assert torch.equal(draw(parameters=[5, 4])[:2], draw()[3:])
+    changes = [{"stream": SERVER}, {"seed": 2**40}, {"seed": 1}, {"rank": 0}, {"step": 4}, {"parameters": [5, 6]}]
+    for other in changes:
+        assert (draw(**other) == draw()).float().mean() < 0.01
+    x = draw(**{"parameters": [0, 1]}).double().flatten()
+    # Uniform on 2^16 integers: mean -1/2, standard deviation 2^16 / sqrt(12); within 5 standard errors.
+    assert abs(x.mean() + 0.5) < 5 * 2**16 / math.sqrt(12 * len(x))
+    assert round_stochastically(torch.zeros(1, 8), torch.zeros(1, 1), 7, draw()[:1, :8]).eq(7).all()

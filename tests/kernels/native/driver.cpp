@@ -155,18 +155,21 @@ Bytes count_and_spread(int64_t rows, int isa, int threads) {
 
 }  // namespace
 
-// The first of the dtypes only, if a number of them is given: threads do not care for dtypes.
+// Arguments: how many of the dtypes, because threads do not depend on them; and n for every n-th case of a step, for a short
+// run, where a prime n meets every dtype, state, direction and variant.
 int main(int argc, char** argv) {
   std::vector<int> isas = {SIGNSTEP_PORTABLE};
   for (int isa = SIGNSTEP_AVX2; isa <= signstep_best_isa(); ++isa) isas.push_back(isa);
-  int cases = 0;
+  int cases = 0, seen = 0;
   const int dtypes = argc > 1 ? std::atoi(argv[1]) : SIGNSTEP_FLOAT16 + 1;
+  const int stride = argc > 2 ? std::atoi(argv[2]) : 1;
   for (int dtype = SIGNSTEP_FLOAT32; dtype < dtypes; ++dtype) {
     for (int state : {-1, dtype, int(SIGNSTEP_FLOAT32), int(SIGNSTEP_BFLOAT16_STOCHASTIC), int(SIGNSTEP_INT8)}) {
       for (int direction = SIGNSTEP_SIGN; direction <= SIGNSTEP_MOMENTUM; ++direction) {
         for (int variant = 0; variant < 8; ++variant) {
           const bool ballot = variant >= 4;
           if (ballot && (direction > SIGNSTEP_PRE || variant % 3 != 1)) continue;
+          if (seen++ % stride != 0) continue;
           Case c{dtype, state, variant % 2 == 1, ballot, {}, {0, 1, 255, 257, 1031, 65536 + 257}};
           c.options.rate = 0.01;
           c.options.decay = variant % 4 == 2 ? 0.9 : 1;

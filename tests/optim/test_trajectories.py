@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from references import HybridSignSGDReference, SignSGDReference
 from signstep import HybridSignSGD, SignSGD
 
 SHAPES = [(3, 5), (17,), (), (2, 3, 4)]
-STEPS = 200
+lengths = pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.long)])
 
 
 def _gradients(step: int, x: list[np.ndarray]) -> list[np.ndarray]:
@@ -22,26 +23,35 @@ def _gradients(step: int, x: list[np.ndarray]) -> list[np.ndarray]:
     return [np.asarray(np.linspace(0.1, 3, p.size).reshape(p.shape) * (p - 0.3) + rng.normal(size=p.shape)) for p in x]
 
 
-def _cosine(step: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * step / (STEPS + 50)))
+Schedule = Callable[[float], float]
 
 
-def _milestone(step: int) -> float:
-    return 0.2 if step >= 90 else 1.0
+def _cosine(done: float) -> float:
+    return 0.5 * (1 + math.cos(0.8 * math.pi * done))
 
 
-def _run(fast_class: type, slow_class: type, schedule: Any, foreach: bool, options: dict[str, Any]) -> None:
+def _milestone(done: float) -> float:
+    return 0.2 if done >= SWITCH else 1.0
+
+
+SWITCH = 0.45
+"""The share of the steps after which a hybrid switches."""
+
+
+def _run(
+    fast_class: type, slow_class: type, schedule: Schedule, foreach: bool, options: dict[str, Any], steps: int
+) -> None:
     rng = np.random.default_rng(7)
     start = [rng.normal(size=shape) for shape in SHAPES]
     params = [torch.nn.Parameter(torch.tensor(p, dtype=torch.float64)) for p in start]
     fast = fast_class(params, lr=3e-3, foreach=foreach, **options)
     slow = slow_class([np.asarray(p) for p in start], 3e-3, **options)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(fast, schedule)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(fast, lambda step: schedule(step / steps))
     # Decisions must agree exactly; post-sign noise is itself a float32 number.
     tolerance = 1e-6 if options.get("dither_position") == "post" else 1e-9
     switched = False
-    for step in range(STEPS):
-        slow.lr = 3e-3 * schedule(step)
+    for step in range(steps):
+        slow.lr = 3e-3 * schedule(step / steps)
         gradients = _gradients(step, slow.x)
         for p, g in zip(params, gradients, strict=True):
             p.grad = torch.tensor(g, dtype=torch.float64)
@@ -71,34 +81,34 @@ DECAYS = {
 }
 
 
+@lengths
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("dither", DITHERS)
-def test_signsgd_follows_algorithm_1(dither: str, decay: str, foreach: bool) -> None:
-    _run(SignSGD, SignSGDReference, _cosine, foreach, DITHERS[dither] | DECAYS[decay])
+def test_signsgd_follows_algorithm_1(dither: str, decay: str, foreach: bool, steps: int) -> None:
+    _run(SignSGD, SignSGDReference, _cosine, foreach, DITHERS[dither] | DECAYS[decay], steps)
 
 
+@lengths
 @pytest.mark.parametrize("options", [{"momentum": 0.0}, {"maximize": True, "weight_decay": 0.1}])
-def test_signsgd_options(options: dict[str, Any]) -> None:
-    _run(SignSGD, SignSGDReference, _cosine, True, options)
+def test_signsgd_options(options: dict[str, Any], steps: int) -> None:
+    _run(SignSGD, SignSGDReference, _cosine, True, options, steps)
 
 
+@lengths
 @pytest.mark.parametrize("schedule", [_cosine, _milestone])
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("dither", ["clean", "pre", "relative"])
 @pytest.mark.parametrize("calibration", ["paper", "ratio", "applied"])
-def test_hybrid_follows_algorithm_2(calibration: str, dither: str, decay: str, schedule: Any) -> None:
-    # 90 is the milestone: the schedule's drop must come through at the switch, and nothing else.
-    options = {"calibration": calibration, "switch_step": 90, "ema_decay": 0.9} | DITHERS[dither] | DECAYS[decay]
-    _run(HybridSignSGD, HybridSignSGDReference, schedule, calibration != "paper", options)
+def test_hybrid_follows_algorithm_2(calibration: str, dither: str, decay: str, schedule: Schedule, steps: int) -> None:
+    # The milestone is at the switch: the schedule's drop must come through, and nothing else.
+    options = {"calibration": calibration, "switch_step": int(SWITCH * steps), "ema_decay": 0.9}
+    options |= DITHERS[dither] | DECAYS[decay]
+    _run(HybridSignSGD, HybridSignSGDReference, schedule, calibration != "paper", options, steps)
 
 
+@lengths
 @pytest.mark.parametrize("foreach", [False, True])
-def test_hybrid_with_momentum_after_the_switch(foreach: bool) -> None:
-    _run(
-        HybridSignSGD,
-        HybridSignSGDReference,
-        _cosine,
-        foreach,
-        {"switch_step": 60, "sgd_momentum": 0.8, "maximize": True, "weight_decay": 0.05},
-    )
+def test_hybrid_with_momentum_after_the_switch(foreach: bool, steps: int) -> None:
+    options = {"switch_step": int(0.3 * steps), "sgd_momentum": 0.8, "maximize": True, "weight_decay": 0.05}
+    _run(HybridSignSGD, HybridSignSGDReference, _cosine, foreach, options, steps)

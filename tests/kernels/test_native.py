@@ -461,22 +461,27 @@ def test_a_missing_library_is_said_and_done_without(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8])
 def test_stochastic_rounding_is_unbiased_and_within_one_unit(state_dtype: torch.dtype) -> None:
-    """Mean of 4,096 roundings of one m: within 5 standard errors and the 2^-9 units that a byte cannot resolve."""
+    """Mean of 4,096 roundings of one m: within 5 standard errors and the 2^-9 units that a byte cannot resolve.
+
+    256 of them are beside each other in each of 16 steps.
+    """
     m = torch.randn(512, generator=torch.Generator().manual_seed(5))
     total = torch.zeros(512, dtype=torch.float64)
-    rounds = 4096
+    copies, steps = 256, 16
     unit = (m.abs().view(2, 256).amax(dim=1) / 127).repeat_interleave(256)
     if state_dtype == torch.bfloat16:
         unit = torch.exp2(m.abs().log2().floor() - 7)
-    for step in range(rounds):
-        state = momentum.new_momentum(m, state_dtype)
+    tiled = m.repeat(copies)
+    for step in range(steps):
+        state = momentum.new_momentum(tiled, state_dtype)
         exp_avg, scale = state["exp_avg"], state.get("exp_avg_scale")
-        tensors = Tensors([m], [m], [exp_avg], [] if scale is None else [scale], [], [0], [0])
+        tensors = Tensors([tiled], [tiled], [exp_avg], [] if scale is None else [scale], [], [0], [0])
         options = request(dither=None, state_dtype=state_dtype, seed=1, step=torch.tensor(step))
         momentum.enter_momentum(tensors, 0, options)
-        kept = momentum.read_momentum(exp_avg, scale).float()
+        kept = momentum.read_momentum(exp_avg, scale).float().view(copies, 512)
         assert ((kept - m).abs() <= unit * 1.001).all()
-        total += kept.double()
+        total += kept.double().sum(0)
+    rounds = copies * steps
     error = (total / rounds - m.double()).abs()
     assert (error <= unit.double() * (5 * 0.5 / math.sqrt(rounds) + 2**-9)).all()
 
@@ -581,14 +586,33 @@ def test_relative_dither_that_comes_late_starts_from_the_momentum_that_is_there(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def run_driver(build: Path, *arguments: str, **settings: str) -> None:
+    """Build the library and tests/kernels/native/driver.cpp with CMake's settings, and run the driver."""
+    definitions = [f"-D{name}={value}" for name, value in settings.items()]
+    subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *definitions], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(build), "--parallel", "2"], check=True, capture_output=True)
+    ran = subprocess.run([str(build / "driver"), *arguments], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-5000:]
+    assert "equal" in ran.stdout
+
+
+needs_cmake = pytest.mark.skipif(
+    shutil.which("cmake") is None or shutil.which("c++") is None, reason="needs CMake and a compiler"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("c++") is None, reason="needs CMake and a compiler")
+@needs_cmake
+def test_sanitizers_find_nothing_in_the_best_instruction_set(tmp_path: Path) -> None:
+    """Every seventh case, without optimization, which takes the compiler longer than the cases take."""
+    isa = native.best_isa()
+    settings = {"SIGNSTEP_SANITIZE": "address,undefined", "SIGNSTEP_ONLY": isa, "CMAKE_CXX_FLAGS_RELEASE": "-O1"}
+    run_driver(tmp_path, "4", "7", **settings)
+
+
+@pytest.mark.long
+@needs_cmake
 @pytest.mark.parametrize(("sanitizer", "dtypes"), [("address", "4"), ("thread", "1"), ("undefined", "4")])
 def test_sanitizers_find_nothing(sanitizer: str, dtypes: str, tmp_path: Path) -> None:
     """The driver also compares instruction sets and numbers of threads, byte by byte."""
-    build = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-DSIGNSTEP_SANITIZE={sanitizer}"]
-    subprocess.run(build, check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", str(tmp_path), "--parallel", "2"], check=True, capture_output=True)
-    ran = subprocess.run([str(tmp_path / "driver"), dtypes], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr[-5000:]
-    assert "equal" in ran.stdout
+    run_driver(tmp_path, dtypes, SIGNSTEP_SANITIZE=sanitizer)

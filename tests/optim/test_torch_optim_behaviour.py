@@ -148,7 +148,7 @@ bad_options = pytest.mark.parametrize(
 
 def check_message(caught: pytest.ExceptionInfo[Exception], name: str, value: Any, allowed: str) -> None:
     message = str(caught.value)
-    for part in (name, repr(value), allowed):
+    for part in (f"Invalid {name}: {value!r}", allowed):
         assert part in message
 
 
@@ -992,7 +992,7 @@ def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("cls", "options"),
     [
-        (SignSGD, {"momentum": 0, "dither": 0.3, "dither_position": "post"}),
+        pytest.param(SignSGD, {"momentum": 0, "dither": 0.3, "dither_position": "post"}, marks=pytest.mark.long),
         (HybridSignSGD, {"dither": 0.3, "calibration": "applied", "switch_step": SWITCH, "weight_decay": 0.125}),
     ],
     ids=["signsgd", "hybrid"],

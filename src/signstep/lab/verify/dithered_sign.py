@@ -12,6 +12,7 @@ from signstep import SignSGD
 from signstep.lab.verify.measures import (
     LINEAR_GAIN,
     sign_score,
+    step_on,
 )
 from signstep.lab.verify.registry import FAILS, LIMIT, Finding, check, when
 from signstep.optim.dither import dither_std, expected_sign
@@ -26,9 +27,7 @@ def directions(m: Tensor, *, step: int = 0, seed: int = 0, **options: Any) -> Te
     x = nn.Parameter(torch.zeros_like(m))
     optimizer = SignSGD([x], lr=1.0, momentum=0.0, seed=seed, **options)
     optimizer.param_groups[0]["step"].fill_(step)
-    x.grad = m
-    optimizer.step()
-    return -x.detach()
+    return step_on(optimizer, x, m)
 
 
 def sigma(step: int, alpha: float = ALPHA) -> float:
@@ -81,12 +80,10 @@ def momentum(rng: Generator) -> Finding:
     optimizer = SignSGD([x], lr=1.0, momentum=beta, dither=1.0, dither_decay=DECAY, seed=3)
     m, residuals, scores = 0.0, [], []
     for k in range(steps):
-        x.grad = torch.full((n,), 1.0 + 0.1 * k)
-        before = x.detach().clone()
-        optimizer.step()
+        moved = step_on(optimizer, x, torch.full((n,), 1.0 + 0.1 * k))
         m = beta * m + (1 - beta) * (1.0 + 0.1 * k)
         expected = law(m / sigma(k, 1.0))
-        residual = ((before - x.detach()).double() - expected) / math.sqrt(1 - expected**2)
+        residual = (moved.double() - expected) / math.sqrt(1 - expected**2)
         scores.append(float(residual.mean()) * math.sqrt(n))
         residuals.append(residual)
     stacked = torch.stack(residuals)
@@ -242,10 +239,7 @@ def relative(rng: Generator) -> Finding:
         options = {"dither": 4.0, "dither_decay": 0.0, "dither_scale": "relative"}
         optimizer = SignSGD([x], lr=1.0, momentum=0.0, seed=5, **options)  # type: ignore[arg-type]
         for _ in range(2):
-            x.grad = torch.full((n,), scale)
-            before = x.detach().clone()
-            optimizer.step()
-            moved = before - x.detach()
+            moved = step_on(optimizer, x, torch.full((n,), scale))
             first.append(bool((moved == 1).all()))
         scores.append(sign_score(moved, law(0.5))[1])
     worst = max(map(abs, scores))

@@ -37,6 +37,14 @@ def sign_score(signs: Tensor, expected: float) -> tuple[float, float]:
     return mean, (mean - expected) / math.sqrt((1 - expected**2) / signs.numel())
 
 
+def step_on(optimizer: torch.optim.Optimizer, x: nn.Parameter, gradient: Tensor) -> Tensor:
+    """What a step on this gradient takes off x: x_k - x_(k+1)."""
+    before = x.detach().clone()
+    x.grad = gradient
+    optimizer.step()
+    return before - x.detach()
+
+
 def symmetric_unimodal() -> list[noise.Law]:
     """The symmetric unimodal laws of `signstep.theory.noise`."""
     return [law for law in noise.LAWS.values() if law.symmetric and law.unimodal]

@@ -15,6 +15,7 @@ from signstep.lab.verify.measures import (
     LINEAR_GAIN,
     mean_error,
     scalar_mean_error,
+    step_on,
     train_resnet8,
 )
 from signstep.lab.verify.registry import FAILS, LIMIT, Finding, check, when
@@ -63,10 +64,7 @@ def identity(rng: Generator) -> Finding:
     x = nn.Parameter(torch.zeros(n))
     optimizer = hybrid(x, lr=delta, calibration="ratio")
     for each in g:
-        before = x.detach().clone()
-        x.grad = each
-        optimizer.step()
-        step = (x.detach() - before).double()
+        step = -step_on(optimizer, x, each).double()
         projection = (step * each).sum() / each.double().square().sum() * each
         worst = max(worst, float((projection + optimizer.calibrated_lr * each).norm() / projection.norm()))
     return Finding(

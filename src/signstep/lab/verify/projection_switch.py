@@ -12,6 +12,7 @@ from torch import Generator, nn
 from signstep.lab.verify.measures import (
     mean_error,
     scalar_mean_error,
+    step_on,
 )
 from signstep.lab.verify.projection_rate import BETA, agreement, averaged, hybrid, rates
 from signstep.lab.verify.registry import FAILS, LIMIT, Finding, check, when
@@ -212,9 +213,7 @@ def _dithered() -> dict[float, tuple[float, float]]:
         for seed in range(40):
             x = nn.Parameter(torch.zeros(d))
             optimizer = hybrid(x, seed=seed, **dither)
-            x.grad = g[0]
-            optimizer.step()
-            drawn.append(float(-(x.detach() * g[0]).double().sum() / g[0].double().square().sum()))
+            drawn.append(float((step_on(optimizer, x, g[0]) * g[0]).double().sum() / g[0].double().square().sum()))
         mean, error = scalar_mean_error(torch.tensor(drawn, dtype=torch.float64))
         found[share] = (paper / expected, (mean - expected) / error)
     return found
@@ -267,10 +266,7 @@ def switch(rng: Generator) -> Finding:
     optimizer = hybrid(x, lr=delta, ema_decay=eta, switch_step=steps)
     m, average, worst = torch.zeros(n), 0.0, 0.0
     for k, each in enumerate(g):
-        before = x.detach().clone()
-        x.grad = each
-        optimizer.step()
-        moved = before - x.detach()
+        moved = step_on(optimizer, x, each)
         if k < steps:
             m = 0.9 * m + 0.1 * each
             average = eta * average + (1 - eta) * delta * abs(float((m.sign() * each).sum())) / float(

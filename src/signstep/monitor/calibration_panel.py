@@ -1,7 +1,7 @@
-r"""What learning rate SGD would go on with, by every rule, and how far each can be believed.
+r"""The learning rate that SGD would go on with, by every rule, and how far each can be trusted.
 
-With g the gradient that entered the momentum, s = sign(m) after the step, delta the learning rate, and E the moving
-average over the own steps, of decay 0.9 and corrected for its start:
+Let g be the gradient that entered the momentum, s = sign(m) after the step, delta the learning rate, and E the moving
+average over the own steps, with decay 0.9 and corrected for its start:
 
 .. math::
     \text{paper, eq. (12):}\ & \mathrm E\Big[\delta \frac{|\langle s, g\rangle|}{\|g\|^2 + \epsilon}\Big] &
@@ -10,11 +10,11 @@ average over the own steps, of decay 0.9 and corrected for its start:
     \text{lagged:}\ & \text{ratio, with the sign of m before the step} \\
     \text{swats:}\ & \delta \frac{\mathrm E \|s\|^2}{\mathrm E \langle s, g\rangle}
 
-The first three are those of `signstep.optim.calibration`. "lagged" leaves out what g itself adds to m: under Gaussian
-noise without any signal "ratio" is still :math:`\delta \sqrt{2/\pi} \sqrt{1 - \beta^2} / \mathrm{rms}(g)`, and "lagged"
-is 0. "swats" projects the other way, the gradient on the step (Keskar and Socher 2017), and is ratio / cos^2: None
-where <s, g> is not above 0. For an optimizer other than signstep's, s is the sign of its momentum: what a sign step in
-its place would be worth.
+The first three are those of `signstep.optim.calibration`. "lagged" leaves out what g itself adds to m. Under Gaussian
+noise without any signal, "ratio" is still :math:`\delta \sqrt{2/\pi} \sqrt{1 - \beta^2} / \mathrm{rms}(g)`, and
+"lagged" is 0. "swats" projects the other way, the gradient on the step (Keskar and Socher 2017). It is ratio / cos^2,
+and None where <s, g> is not above 0. For an optimizer that is not signstep's, s is the sign of its momentum: the rates
+say what a sign step would be worth in the place of its own.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ RATE_RULES = ("paper", "ratio", "applied", "lagged", "swats")
 _COMPARED_FROM = 5
 """Own steps before the averages are compared in words."""
 _RISEN = 0.9
-"""Of its value, below which an average that starts at 0 is called low."""
+"""The share of its value below which an average that starts at 0 is called low."""
 
 
 def wilson(count: int, of: int) -> tuple[float, float] | None:
-    """Wilson's 95 % interval of a share, of `count` among `of`; None of 0.
+    """Wilson's 95 % interval of the share `count` / `of`; None if `of` is 0.
 
     >>> [round(x, 3) for x in wilson(0, 10)]
     [0.0, 0.278]
@@ -72,11 +72,11 @@ class CalibrationPanel:
     """Every rule's learning rate for SGD, at this step and on average over the steps that are measured.
 
     Call `before_step` right before ``optimizer.step()`` and `after_step` right after it, with the gradients still
-    there. Sums run over all parameters of a param_group, as in `HybridSignSGD`. Both may wait for the device; beside
-    the step, a byte per parameter is kept for the sign of the momentum, and a copy of what coupled weight decay adds.
+    there. Sums run over all parameters of a param_group, as in `HybridSignSGD`. Both may wait for the device. Between
+    them, a byte per coordinate is kept for the sign of the momentum, and a copy of what coupled weight decay adds.
 
     Args:
-        names: of the parameters that are to be shown as layers.
+        names: the names of those parameters that are shown as layers.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -117,16 +117,16 @@ class CalibrationPanel:
             Numbers, None where there is none:
 
             - now, average: the learning rate by each of "paper", "ratio", "applied", "lagged" and "swats"; with several
-              param_groups, the one for all, by the projection of the whole step.
-            - cosine: of the sign step and the gradient; lagged_cosine.
+              param_groups it is one for all, by the projection of the whole step.
+            - cosine, lagged_cosine: of the gradient and the sign step, or the sign of the momentum before the step.
             - negative, lagged_negative: [share, low, high] of own steps with <s, g> < 0, Wilson's 95 % interval.
-            - own_steps: how many have been measured.
+            - own_steps: how many steps have been measured.
             - groups: for each param_group lr, the averages, and of `HybridSignSGD` its phase and calibrated_lr.
             - layers: cosine, lagged_cosine, and "ratio" of this step, which may be negative.
             - advice: what a switch would do now, in words.
 
         Raises:
-            RuntimeError: there was no `before_step`.
+            RuntimeError: `before_step` was not called.
         """
         before, self._before = self._before, None
         if before is None:
@@ -171,7 +171,7 @@ class CalibrationPanel:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Go on from what `state_dict` returned."""
         self._averages = [_Averages.load(saved) for saved in state["averages"]]
         self._paper = _Average(*state["paper"])
         self._negative, self._lagged_negative = _Share(*state["negative"]), _Share(*state["lagged_negative"])
@@ -179,7 +179,7 @@ class CalibrationPanel:
     def _summed(
         self, optimizer: Optimizer, before: BeforeStep, lrs: list[float]
     ) -> tuple[dict[int, _Sums], dict[str, Any]]:
-        """Of each param_group, and the layers of the record."""
+        """The sums of each param_group, and the layers of the record."""
         moved, values = [], []
         for one in moved_params(optimizer, before):
             terms = self._terms(optimizer, one, before) if before.phases[one.group_index] != "sgd" else None
@@ -203,7 +203,7 @@ class CalibrationPanel:
         return found, layers
 
     def _terms(self, optimizer: Optimizer, moved: MovedParam, before: BeforeStep) -> list[Tensor] | None:
-        """The numbers of `_Sums` for one parameter; None where its momentum is not there any more, or no average."""
+        """The numbers of `_Sums` for one parameter; None where its momentum is gone, or is not an average."""
         p, _, group = moved
         g = entered_gradient(optimizer, moved, before)
         ours = isinstance(optimizer, SignSGD)
@@ -263,7 +263,7 @@ def _advice(optimizer: Optimizer, record: Mapping[str, Any], average: _Sums | No
 
 
 def _voted(optimizer: Optimizer, before: BeforeStep) -> dict[int, _Sums]:
-    """Under a vote `HybridSignSGD` has the sums of the workers' own gradients against the votes."""
+    """The sums under a vote, where `HybridSignSGD` has those of the votes and the workers' own gradients."""
     if not isinstance(optimizer, HybridSignSGD) or not optimizer.voted_sums:
         return {}
     found = {}
@@ -276,7 +276,7 @@ def _voted(optimizer: Optimizer, before: BeforeStep) -> dict[int, _Sums]:
 
 
 def _cautions(record: Mapping[str, Any], rule: str) -> str:
-    """Why the rate may not be what it seems."""
+    """Reasons why the rate may not be what it seems."""
     ratio, paper, applied, lagged = (record["average"][name] for name in ("ratio", "paper", "applied", "lagged"))
     low = record["negative"][1]
     if not ratio or low > 0.25:
@@ -296,7 +296,7 @@ def _cautions(record: Mapping[str, Any], rule: str) -> str:
 
 
 class _Sums(NamedTuple):
-    """Of a step s of unit size, or after `scaled` of its real size."""
+    """Sums over coordinates, for a step s of unit size, or of its real size after `scaled`."""
 
     inner: float
     """<s, g>."""
@@ -366,7 +366,7 @@ class _Average:
 
 
 class _Averages:
-    """Those of one param_group: of `_Sums`, and of the paper's rate."""
+    """The moving averages of one param_group: of `_Sums`, and of the paper's rate."""
 
     def __init__(self) -> None:
         self.paper = _Average()

@@ -1,4 +1,4 @@
-r"""Is the dither of a size with the momentum? What Sec. IV promises, measured after a step.
+r"""Whether the dither is as large as the momentum, which Sec. IV needs, measured after a step.
 
 The dithered sign of a coordinate is right with probability :math:`\Phi(|m| / \sigma_k)`, and the step it takes on
 average is
@@ -7,14 +7,14 @@ average is
     \delta\,(2\Phi(m / \sigma_k) - 1) \approx \delta \sqrt{2 / \pi}\; m / \sigma_k
     \qquad (|m| < \sigma_k / 2:\ \text{4.2 % too large at most})
 
-so where the approximation holds the step is, on average, that of SGD with momentum (as an average of gradients) and
-learning rate :math:`\delta \sqrt{2/\pi} / \sigma_k`; where :math:`\sigma_k \gg |m|`, each step is a coin's beside that,
-and k of them are a random walk of :math:`\delta \sqrt k` per weight. Under a `MajorityVote` of M workers
+Where the approximation holds, the mean step is that of SGD with momentum (as an average of gradients) and learning rate
+:math:`\delta \sqrt{2/\pi} / \sigma_k`. Where :math:`\sigma_k \gg |m|`, each step is nearly a fair coin's, and k steps
+are a random walk of :math:`\delta \sqrt k` per weight. Under a `MajorityVote` of M workers
 :math:`\sqrt{2/\pi}` becomes the slope of the expected vote, and the linear range shrinks as the slope grows.
 
 :math:`\sigma_k` is that of the step just taken: :math:`\sqrt{\alpha (1+k)^{-\gamma}}`, times the rms of the momentum
-before the step if it is relative. The momentum is the one after: what the sign was taken of (kept in 8 or 16 bits, that
-plus a rounding error of mean 0).
+before the step if dither is relative. The momentum is the one after the step, whose sign was taken. If it is kept in 8
+or 16 bits, it has a rounding error of mean 0.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ from signstep.theory.vote import accuracy, linear_slope
 __all__ = ["DitherMeter"]
 
 RANDOM = 10.0
-"""sigma / rms(m) from which a step is called random: a sign at rms(m) is right with probability 0.54."""
+"""From this sigma / rms(m) on, a step is called random: the sign at rms(m) is right with probability 0.54."""
 RELATIVE = "set dither_scale='relative', dither=1.0, dither_decay=0.0"
 
 
 class DitherMeter:
-    """Compares dither with momentum, layer by layer; for any optimizer, what dither would match.
+    """Compares dither with momentum, layer by layer, and says what dither would match, for any optimizer.
 
     Call `before_step` right before ``optimizer.step()`` and `after_step` right after it, with the gradients still
     there, on the steps that are to be measured. Both may wait for the device; no state of the training changes.
 
     Args:
-        names: of the parameters; one that has none is called by its number in the optimizer.
-        worker: of a vote (`MajorityVote.worker`), which has the momentum when the optimizer takes votes. Relative
-            dither is then compared by the rms of this step's momentum, as the vote has replaced that of the last.
+        names: the parameters' names; a parameter without one is called by its number in the optimizer.
+        worker: `MajorityVote.worker`, which has the momentum when the optimizer takes votes. Relative dither is then
+            compared by the rms of this step's momentum, because the vote has replaced that of the last step.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)

@@ -15,12 +15,12 @@ _TrainerCallback: Any = base_class("TrainerCallback", "transformers")
 class MonitorCallback(MonitorHolder, _TrainerCallback):  # type: ignore[misc]
     """Monitors a Trainer's training: `Trainer(..., callbacks=[MonitorCallback(every=50, sinks=[...])])`.
 
-    Each backward pass is a micro-batch, so ``gradient_accumulation_steps`` of 4 or more is all that it needs: intervals
-    are close to 95 % from 16 on. With several ranks, those of rank 0 are compared, and rank 0 writes. The step count
-    and the averages are saved in the checkpoints' trainer_state.json, and go on with ``resume_from_checkpoint``.
+    Each backward pass is a micro-batch, so it needs ``gradient_accumulation_steps`` of 4 or more; intervals are close
+    to 95 % from 16 on. With several ranks, rank 0 compares its own micro-batches and writes. The step count and the
+    averages are saved in the checkpoints' trainer_state.json, and go on with ``resume_from_checkpoint``.
 
     Args:
-        **options: `every`, `sinks` and other keywords of `signstep.monitor.Monitor`, but for scaler.
+        **options: `every`, `sinks` and other keywords of `signstep.monitor.Monitor`, except scaler.
 
     Attributes:
         monitor: while it trains, on rank 0, the `Monitor`; else None.
@@ -41,7 +41,7 @@ class MonitorCallback(MonitorHolder, _TrainerCallback):  # type: ignore[misc]
         self.options = options
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin: the optimizer is built, wrapped and restored now."""
+        """Make the monitor: the optimizer is built, wrapped and restored by now."""
         self.end()
         if state.is_world_process_zero:
             optimizer = kwargs["optimizer"]
@@ -49,13 +49,13 @@ class MonitorCallback(MonitorHolder, _TrainerCallback):  # type: ignore[misc]
             self.monitor = begin(kwargs["model"], optimizer, optimizer, saved, self.options)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put what a checkpoint of this step must hold where the Trainer saves it from.
+        """Put the monitor's state where the Trainer saves it from.
 
-        Not as an ExportableState, which the Trainer would make anew from its arguments, without its sinks.
+        The callback is no ExportableState, because the Trainer would make it anew from its arguments, without sinks.
         """
         if self.monitor is not None:
             state.stateful_callbacks[_SAVED] = self.monitor.state_dict()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End: hooks off, sinks closed."""
+        """Take the hooks off and close the sinks."""
         self.end()

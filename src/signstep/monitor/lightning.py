@@ -23,11 +23,11 @@ class MonitorCallback(MonitorHolder, _LightningCallback):  # type: ignore[misc]
     model once more, in `parts`. The step count and the averages are saved with every checkpoint, and go on with it.
 
     Args:
-        loss: of (the LightningModule, a part of the batch), a mean and without side effects such as self.log; None:
-            micro-batches come from accumulation and ranks alone.
-        parts: of a batch, at least 4. (default: 8)
-        optimizer: which of `configure_optimizers`'s it is. (default: 0)
-        **options: `every`, `sinks` and other keywords of `signstep.monitor.Monitor`, but for scaler.
+        loss: takes the LightningModule and a part of the batch to its mean loss, without side effects such as self.log.
+            None: micro-batches come from accumulation and ranks alone.
+        parts: number of parts of a batch, at least 4. (default: 8)
+        optimizer: index in what `configure_optimizers` returns. (default: 0)
+        **options: `every`, `sinks` and other keywords of `signstep.monitor.Monitor`, except scaler.
 
     Attributes:
         monitor: while it trains, the `Monitor`; else None.
@@ -60,11 +60,11 @@ class MonitorCallback(MonitorHolder, _LightningCallback):  # type: ignore[misc]
 
     @property
     def state_key(self) -> str:
-        """By which a checkpoint knows the callback, so that each optimizer may have one."""
+        """The key of the callback in a checkpoint, so that each optimizer may have a callback."""
         return f"{type(self).__qualname__}{{'optimizer': {self.optimizer}}}"
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin: optimizers are built, wrapped and restored now."""
+        """Make the monitor: optimizers are built, wrapped and restored by now."""
         self.end()
         # A Trainer without steps is a new one, whatever an earlier one has left here.
         state = (self.last_state if trainer.global_step > 0 else None) or {"step": trainer.global_step}
@@ -84,17 +84,17 @@ class MonitorCallback(MonitorHolder, _LightningCallback):  # type: ignore[misc]
         self.monitor.measure(part, *leaves, parts=self.parts)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """End: hooks off, sinks closed."""
+        """Take the hooks off and close the sinks."""
         self.end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """End."""
+        """Take the hooks off and close the sinks."""
         self.end()
 
     def state_dict(self) -> dict[str, Any]:
-        """The monitor's, for Lightning's checkpoint."""
+        """The state of the monitor, for Lightning's checkpoint."""
         return self.monitor.state_dict() if self.monitor is not None else dict(self.last_state or {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of a checkpoint, from which the next training goes on."""
+        """Take the state of a checkpoint, from which the next training goes on."""
         self.last_state = dict(state_dict) or None

@@ -1,4 +1,8 @@
-"""`Monitor`: what a live training run says of the assumptions behind sign steps."""
+"""`Monitor`: it measures a live run at its own steps, and writes what it finds as a record.
+
+Each part of a record has a file of its own, see `signstep.monitor`. This one decides when to measure, collects the
+micro-batches of all ranks, and puts the parts together.
+"""
 
 from __future__ import annotations
 
@@ -35,47 +39,49 @@ _SHOWN_FROM = 20
 
 
 class Monitor:
-    r"""Measures, every so many steps, whether the signs of the gradients can be trusted, and says so.
+    r"""Measures, every so many steps, whether the signs of the gradients can be trusted.
 
     At its own steps (0, `every`, 2 `every`, ...) it writes a record to each sink: the reliability of signs with
-    intervals and eq. (7) (`signstep.theory.stationarity`), the symmetry of the noise, how dither compares with the
-    momentum, and the learning rate that each rule of calibration gives. Other steps cost two empty calls.
+    intervals and eq. (7) (`signstep.theory.stationarity`), the symmetry of the noise, the size of the dither beside the
+    momentum, and the learning rate that each rule of calibration gives. At all other steps it does nothing.
 
-    Signs can be compared between micro-batches only. Where gradients are accumulated or there are several ranks, each
-    backward pass of each rank is one and the loop stays as it is:
+    Only the signs of different micro-batches can be compared. Each backward pass of each rank is a micro-batch. A loop
+    that accumulates gradients or runs on several ranks stays as it is:
 
         monitor = Monitor(model, optimizer, sinks=[JSONLines("monitor.jsonl")])
 
-    In a loop with one backward pass per step, add one line before it; at the monitor's own steps the batch goes
-    through the model once more, in `parts`:
+    A loop with one backward pass per step needs one more line before it. At the monitor's own steps that line takes the
+    batch through the model once more, in `parts`:
 
         monitor.measure(lambda x, y: loss_fn(model(x), y), x, y)
 
-    The optimizer may be any of torch.optim's kind; what concerns dither and calibration is that of its momentum.
-    It looks at those of the model's parameters that the optimizer has when it is made. Gradients, batch norm's
-    statistics and the generators of random numbers stay as they were. Rows whose gradients are not finite are left out,
-    and a step that a GradScaler skips is measured again.
+    The optimizer may be any `torch.optim.Optimizer`; dither and calibration are then those that would suit its
+    momentum. The monitor looks at the parameters that model and optimizer have in common when it is made. Gradients,
+    batch norm's statistics and the random number generators stay as they were. A micro-batch whose gradient is not
+    finite is left out, and a step that a GradScaler skips is measured again.
 
     Args:
         model: the module that is trained, bare or in DistributedDataParallel. Under DDP the ranks' micro-batches are
-            gathered (an all_gather of the rows, and one of their numbers), and rank 0 writes; within `join()` it
-            compares those of rank 0 alone.
-        optimizer: whose `step` counts.
-        every: steps between own steps, at least 1. (default: 50)
-        sinks: what has `write(record)` and `close()`, see `signstep.monitor.sinks`. (default: none)
-        coordinates: how many coordinates of the gradient are looked at, spread evenly over the parameters: memory is 4
-            bytes for each and micro-batch. (default: 65536)
+            gathered (one all_gather of how many there are, and one of the gradients), and rank 0 writes. Within
+            `join()`, rank 0 compares its own alone.
+        optimizer: the optimizer whose steps are counted and measured.
+        every: number of steps from one own step to the next, at least 1. (default: 50)
+        sinks: objects with `write(record)` and `close()`, see `signstep.monitor.sinks`. (default: none)
+        coordinates: how many coordinates of the gradient are looked at, spread evenly over the parameters. Each takes 4
+            bytes per micro-batch. (default: 65536)
         scaler: the GradScaler of the loop, if it has one: gradients are divided by its scale.
-        vote: of the workers, which then have the momentum; the dither meter and calibration read that of rank 0.
-        dip: test the noise for one mode as well, with the package diptest, if it is installed. (default: False)
-        seed: of the choice of coordinates. (default: 0)
+        vote: the vote that the gradients come from, if there is one. Its workers have the momentum, and the dither
+            meter reads that of rank 0.
+        dip: also test whether the noise has one mode, with the package diptest if it is installed. (default: False)
+        seed: seed of the random choice of coordinates. (default: 0)
 
     Attributes:
         step: optimizer steps so far.
         last: the last record, or None.
 
     Raises:
-        ValueError: an option out of range, a model without parameters to train, or one sharded by FSDP.
+        ValueError: an option is out of range, the model has no parameter to train or is sharded by FSDP, or the
+            optimizer steps inside backward.
 
     Example:
         >>> model = torch.nn.Linear(8, 1)
@@ -141,14 +147,14 @@ class Monitor:
 
     @property
     def due(self) -> bool:
-        """The coming step is one of the monitor's own."""
+        """Whether the next step is one of the monitor's own."""
         return self.step % self.every == 0 and bool(self._hooks)
 
     @contextmanager
     def microbatch(self) -> Iterator[None]:
-        """Everything that backward passes add to the gradients inside is one micro-batch.
+        """All backward passes inside are one micro-batch.
 
-        Needed only where a micro-batch takes several backward passes: several losses, reentrant checkpointing.
+        Needed only where a micro-batch takes several of them: for several losses, or under reentrant checkpointing.
         """
         with self._sampler.one_row() if self.due else nullcontext():
             yield
@@ -156,17 +162,19 @@ class Monitor:
     def measure(self, loss: Callable[..., Tensor], *batch: Any, parts: int = 8) -> None:
         """At an own step, take a batch through the model in equal parts, each a micro-batch; at others do nothing.
 
-        Call it before the step's own forward pass. Nothing of the model, the optimizer or the generators changes. A
-        batch that is smaller than an earlier one, or than `parts`, is not measured, and the record says so.
+        Call it before the step's own forward pass. Model, optimizer and random number generators are left as they were.
+        A batch that is smaller than an earlier one, or than `parts`, is not measured, and the record says so.
 
         Args:
-            loss: of the model's output, a mean over its arguments; under the autocast of the loop, not scaled.
-            batch: its arguments; tensors, also in dicts, lists and tuples, are split along their first dimension, whose
-                remainder is left out; others are handed on. Batch norm over single numbers needs two of them per part.
-            parts: micro-batches, at least 4; intervals are close to 95 % from 16 on.
+            loss: takes a part of the batch to its mean loss, under the autocast of the loop, not scaled.
+            batch: the arguments of `loss`. Tensors, also inside dicts, lists and tuples, are split along their first
+                dimension, and a remainder is left out; anything else is handed on whole. Batch norm over single numbers
+                needs two of them per part.
+            parts: number of micro-batches, at least 4; intervals are close to 95 % from 16 on.
 
         Raises:
-            ValueError: fewer than 4 parts, no tensor to split, or a model under DDP's static_graph.
+            ValueError: there are fewer than 4 parts, there is no tensor to split, or the model is in DDP with
+                static_graph=True.
         """
         if not self.due:
             return
@@ -203,11 +211,11 @@ class Monitor:
             sampler.rows = ours
 
     def state_dict(self) -> dict[str, Any]:
-        """The step count and the running averages: plain values, for a checkpoint."""
+        """The step count and the running averages, as plain values for a checkpoint."""
         return {"step": self.step, "calibration": self._calibration.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave, or from {"step": steps taken} alone."""
+        """Go on from what `state_dict` returned, or from {"step": steps taken} alone."""
         self.step = int(state["step"])
         if "calibration" in state:
             self._calibration.load_state_dict(state["calibration"])
@@ -261,7 +269,7 @@ class Monitor:
             self._arm()
 
     def _record(self) -> dict[str, Any] | None:
-        """What this own step shows; None on ranks that do not write."""
+        """The record of this own step; None on ranks that do not write."""
         rows, used = self._rows()
         if not self._first:
             return None
@@ -295,16 +303,16 @@ class Monitor:
         return record
 
     def _rows(self) -> tuple[Tensor, int]:
-        """Rows of all ranks with the units of the step's gradient, and how many micro-batches that is the mean of."""
+        """The rows of all ranks in the units of the step's gradient, and how many micro-batches are in it."""
         own = self._sampler.rows if self._measured is None else self._measured
         device = next(p.device for group in self.optimizer.param_groups for p in group["params"])
         rows = torch.stack(own).to(device) if own else torch.zeros(0, self._sampler.width, device=device)
         counts = [len(own)]
-        own.clear()  # what they take is as much again
-        # Ranks that have joined, without data of their own, do not come here.
+        own.clear()  # the stacked copy takes as much memory again
+        # A rank that has joined, as it has no more data, does not come here.
         if self._wrapped is not None and not self._wrapped._join_config.enable:
             rows, counts = self._gathered(rows)
-        # A rank's gradient is the sum of its micro-batches' and the step's the mean over ranks.
+        # A rank's gradient is the sum over its micro-batches, and the gradient of the step is the mean over ranks.
         return rows.mul_(sum(counts) / len(counts) if self._measured is None else 1.0), sum(counts)
 
     def _gathered(self, rows: Tensor) -> tuple[Tensor, list[int]]:
@@ -324,7 +332,7 @@ class Monitor:
         return torch.cat([g[:count] for g, count in zip(gathered, counts, strict=True)]), list(counts)
 
     def _samples(self, rows: Tensor) -> list[dict[str, Any]]:
-        """Gradients of a few coordinates, each of the middle of an evenly chosen parameter."""
+        """The gradients of a few coordinates, each from the middle of its parameter; parameters are evenly chosen."""
         columns = [c for c in self._sampler.columns if c.sampled]
         picked = columns[:: max(1, -(-len(columns) // _SHOWN))]
         shown = []
@@ -341,7 +349,7 @@ def _without_compile(model: nn.Module) -> nn.Module:
 
 
 def _rounded(x: Any) -> Any:
-    """The same with numbers of six digits: records are kept by the thousand."""
+    """The same record with six digits per number, as records are kept by the thousand."""
     if isinstance(x, dict):
         return {name: _rounded(value) for name, value in x.items()}
     if isinstance(x, list | tuple):

@@ -1,7 +1,8 @@
-"""What an own step's rows say of the sign: `signstep.theory.stationarity`, per layer and over all coordinates.
+"""How far signs can be trusted, per layer and over all coordinates: the part "reliability" of a record.
 
-Rows are micro-batches scaled to the gradient of the step, so that all sums have the units of the gradient that the
-optimizer sees. S of the whole step's gradient, the mean of N micro-batches, is larger by sqrt(N).
+The estimators are those of `signstep.theory.stationarity`. A row is the gradient of a micro-batch, scaled so that all
+sums have the units of the gradient that the optimizer sees. That gradient is a mean of N micro-batches, and its S is
+larger than theirs by sqrt(N).
 """
 
 from __future__ import annotations
@@ -29,17 +30,22 @@ def reliability(rows: Tensor, columns: Sequence[Columns], *, micro_batches: int)
     """The part "reliability" of a record, without and with "layers".
 
     Args:
-        rows: [N, q], finite, with the units of the step's gradient.
-        columns: what they are of.
-        micro_batches: those in a step's gradient, all ranks together.
+        rows: [N, q], finite, in the units of the step's gradient.
+        columns: which coordinates the columns of `rows` are.
+        micro_batches: how many there are in a step's gradient, on all ranks together.
 
     Returns:
-        Of all coordinates and, under "layers", of each parameter, [value, low, high] of `alignment` (sum |g| (1 - 2p)),
-        `phi`, `margin` (alignment - phi / 3), `reliability` (rms 1 - 2p) and `snr`, for one micro-batch; `ratio`, the
-        alignment over phi / 3; the shares of coordinates with S below 2 / sqrt 3 in a micro-batch (`below_critical`)
-        and in a step (`below_critical_step`), by their estimated S; the share of entries that are exactly 0 (`zeros`).
-        Of all coordinates, `snr_histogram`: their shares by estimated S over `SNR_EDGES`, first that of S^2 <= 0, last
-        that beyond the last edge. `alarms` are sentences.
+        For all coordinates and, under "layers", for each parameter:
+
+        - [value, low, high] of `alignment` (sum |g| (1 - 2p)), `phi`, `margin` (alignment - phi / 3), `reliability`
+          (rms 1 - 2p) and `snr`, of one micro-batch
+        - `ratio`: the alignment over phi / 3
+        - `below_critical`, `below_critical_step`: the share of coordinates whose estimated S is below 2 / sqrt 3, in a
+          micro-batch and in a step
+        - `zeros`: the share of entries that are exactly 0
+
+        For all coordinates only, `snr_histogram`: their shares by estimated S over `SNR_EDGES`; the first is that of
+        S^2 <= 0, the last that beyond the last edge. `alarms` are sentences.
     """
     if len(rows) < stationarity.MIN_ROWS:
         return {
@@ -50,7 +56,7 @@ def reliability(rows: Tensor, columns: Sequence[Columns], *, micro_batches: int)
     shares = torch.zeros(len(edges) + 1, dtype=torch.float64, device=rows.device)
     layers = {}
     whole: _Block | None = None
-    # One parameter after the other: in float64 the rows would take twice their memory, several times.
+    # One parameter after the other, because float64 copies of all rows would take several times their memory.
     for c in columns:
         if c.sampled == 0:
             continue
@@ -72,14 +78,15 @@ class _Block:
 
     pairs: Pairs
     counts: Tensor
-    """Of coordinates with S below the critical one in a micro-batch, and in a step; and of zeros, as a mean of rows."""
+    """How many coordinates have S below the critical one in a micro-batch, how many in a step, and how many entries of
+    a row are 0 on average."""
 
     def plus(self, other: _Block) -> _Block:
         return _Block(self.pairs + other.pairs, self.counts + other.counts)
 
 
 def _block(rows: Tensor, weight: float, micro_batches: int) -> tuple[_Block, Tensor]:
-    """A parameter's, each of whose columns stands for `weight` coordinates, and S^2 of the columns."""
+    """The sums of a parameter, each of whose columns stands for `weight` coordinates, and S^2 of its columns."""
     known = _known(rows, stationarity.snr_squared(rows))
     critical = CRITICAL_SNR**2
     counts = [(known < critical).sum(), (known * micro_batches < critical).sum(), (rows == 0).double().mean(0).sum()]
@@ -104,7 +111,7 @@ def _numbers(block: _Block) -> dict[str, Any]:
 
 
 def _known(rows: Tensor, squared: Tensor) -> Tensor:
-    """S^2 where rows that all agree, which have no noise, have infinity, or 0 where they are all 0."""
+    """S^2 without NaN: where all rows agree there is no noise, so it is infinite, or 0 if they are all 0."""
     return torch.where(squared.isfinite(), squared, torch.where((rows == 0).all(0), 0.0, math.inf))
 
 
@@ -123,7 +130,7 @@ def _alarms(found: dict[str, Any], rows: int) -> list[str]:
             f"learning rate, less than Phi/3 = {bound / PAPER_CONSTANT:.3g}: the noise is not symmetric and unimodal"
         )
     layers = found["layers"] if rows >= _LAYERS else {}
-    # Half-widths are those of one interval; of this many, none should be below 0 by chance.
+    # Each half-width is that of a single interval; it is widened so that no layer falls below 0 by chance.
     normal = torch.special.ndtri(torch.tensor([1 - _ALARM / max(1, len(layers)), 1 - _ALARM], dtype=torch.float64))
     wider = float(normal[0] / normal[1])
     below = [

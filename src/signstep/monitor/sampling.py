@@ -1,9 +1,9 @@
-"""Gradients of micro-batches at sampled coordinates, taken by hooks where a backward pass adds to p.grad.
+"""The gradients of micro-batches at sampled coordinates, taken by hooks where a backward pass adds to p.grad.
 
 A hook on a parameter's AccumulateGrad node is called once per backward pass with the gradient that the pass adds to
-p.grad: of a tied parameter the sum over its uses, under DDP that of this rank alone, before anything is reduced;
-`torch.autograd.grad` does not come by. So a loop that accumulates gradients needs no change: each of its backward
-passes is a micro-batch.
+p.grad. For a tied parameter that is the sum over its uses; under DDP it is the gradient of this rank, before anything
+is reduced. `torch.autograd.grad` does not call the hook. So a loop that accumulates gradients needs no change: each of
+its backward passes is a micro-batch.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch.autograd import Variable
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of one parameter in the matrix of rows."""
+    """Which columns of the matrix of rows belong to a parameter."""
 
     name: str
     where: slice
     numel: int
     """Coordinates of the parameter; a complex one has two for each element."""
     indices: Tensor
-    """Which of them the columns are, int64 on the CPU, rising."""
+    """The coordinates that the columns are, int64 on the CPU, rising."""
 
     @property
     def sampled(self) -> int:
@@ -39,12 +39,13 @@ class Sampler:
     """Collects rows, one per micro-batch, while it is open.
 
     Args:
-        named: parameters by name; the entries of one that does not require a gradient, now or later, are 0.
-        coordinates: columns in all, at most. Every parameter has the same number, or all its coordinates if they are
-            fewer; they are drawn once, so that rows of different steps can be compared.
-        seed: of that draw.
-        scale: what the gradients have been multiplied by, asked once per row; None: nothing. Steps may then be
-            skipped, which leaves their rows here: they are dropped when a pass finds all gradients 0 or None again.
+        named: parameters by name. Entries of a parameter that does not require a gradient, now or later, are 0.
+        coordinates: the most columns there may be. Every parameter has the same number of them, or all its coordinates
+            if they are fewer. They are drawn once, so that rows of different steps can be compared.
+        seed: seed of that draw.
+        scale: returns the factor by which a GradScaler has multiplied the gradients; it is called once per row. None:
+            there is no GradScaler. With one, a step may be skipped, and its rows stay here; they are dropped when a
+            pass finds all gradients 0 or None again.
     """
 
     def __init__(
@@ -68,10 +69,10 @@ class Sampler:
             begin += count
         self.width = begin
         self.rows: list[Tensor] = []
-        """Of this step so far; float32 on the device of the first parameter."""
+        """The rows of this step so far, float32 on the device of the first parameter."""
         self._on_device: list[Tensor | None] = [None] * len(self._params)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._nodes: list[Any] = []  # held, as a parameter does not hold its own
+        self._nodes: list[Any] = []  # kept, because a parameter does not keep its own
         self._row: Tensor | None = None
         self._pass = -1
         self._inside = False

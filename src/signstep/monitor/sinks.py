@@ -1,7 +1,7 @@
 """Where a monitor's records go: a file of lines, TensorBoard, the terminal, Weights & Biases.
 
 A sink is anything with `write(record)` and `close()`. A record is a dict of numbers, None, strings, and lists and dicts
-of them; here a number that is not finite becomes None.
+of them. A sink writes None for a number that is not finite.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class JSONLines:
     the file; the half of a line that a killed process has left is cut off.
 
     Args:
-        path: of the file; its folder is made.
-        before: of a run that goes on from a checkpoint, the step it goes on with, see `cut`. None: all stays.
+        path: path of the file; its folder is made.
+        before: the step with which a run goes on from a checkpoint, see `cut`. None: every record stays.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file exists and does not hold records.
 
     Example:
         >>> path = Path(__import__("tempfile").mkdtemp()) / "monitor.jsonl"
@@ -159,8 +159,7 @@ def plain(value: Any) -> Any:
 def flatten(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a record by path: "dither/ratio", "dither.layers/fc.weight/ratio".
 
-    [value, low, high] becomes "x", "x/low" and "x/high"; what has a None has no entry, and neither have histograms,
-    samples and the step.
+    [value, low, high] becomes "x", "x/low" and "x/high". Histograms, samples, the step and None are left out.
 
     Example:
         >>> flatten({"step": 3, "lr": [0.1], "phi": {"margin": [1.0, None, 2.0], "layers": {"w": {"snr": 0.5}}}})
@@ -195,7 +194,7 @@ def flatten(record: Mapping[str, Any]) -> dict[str, float]:
 class TensorBoard:
     """Scalars for TensorBoard, and alarms and advice as text when they change.
 
-    A run that goes on from an earlier checkpoint hides what it repeats.
+    A run that goes on from an earlier checkpoint hides the records that it writes again.
 
     Args:
         folder: of the event files; TensorBoard is given this or one above.
@@ -210,7 +209,7 @@ class TensorBoard:
         except ImportError as error:
             raise ImportError("TensorBoard: tensorboard is not installed: pip install tensorboard") from error
         self.folder = Path(folder)
-        # Made with the first record, whose step says what an earlier run has written too much.
+        # Made with the first record: its step says from where on the records of an earlier run are hidden.
         self._make: Callable[[int], Any] = lambda step: SummaryWriter(str(self.folder), purge_step=step)
         self._writer: Any = None
         self._said: dict[str, Any] = {}
@@ -284,7 +283,7 @@ _COLUMNS: Sequence[tuple[str, str, str, str]] = (
     ("weights", "dither", "weight_rms", "{:.2g}"),
     ("cos", "calibration", "cosine", "{:.2f}"),
 )
-"""Heading, instrument, key and format."""
+"""Heading, part of the record, key in it, and format."""
 
 
 class LivePanel:

@@ -1,4 +1,4 @@
-r"""Is the noise of the gradient symmetric, as Theorem 1 assumes? A test per coordinate over micro-batches.
+r"""Whether the noise of the gradient is symmetric, as Theorem 1 assumes: a test per coordinate over micro-batches.
 
 With :math:`\bar x` the mean, M the median and :math:`J = \sqrt{\pi/2}\,\frac1N \sum_j |x_j - M|` over the N
 micro-batches of a coordinate, the statistic of Miao, Gel and Gastwirth (2006) is
@@ -6,18 +6,18 @@ micro-batches of a coordinate, the statistic of Miao, Gel and Gastwirth (2006) i
 .. math::
     T = \sqrt{\frac{N}{\pi/2 - 1}}\; \frac{\bar x - M}{J}
 
-which is standard normal if the noise is Gaussian and N large. Two laws are asked, and the larger p-value counts:
+which is standard normal if the noise is Gaussian and N large. T is compared with two laws; the larger p-value counts:
 
-- the normal law. Alone it is no test: at 5 % it rejects 8 to 10 % of t3 noise, and 35 % of Gaussian noise with 60 %
-  zeros.
+- the normal law. Alone it would not do: at a level of 5 % it rejects 8 to 10 % of t3 noise, and 35 % of Gaussian noise
+  with 60 % zeros.
 - the law of T on reflected samples :math:`M \pm (x_j - M)` with random signs, which have the heavy tails and the zeros
-  of the coordinate and are symmetric. Each coordinate is reflected four times; the spread of T is pooled over the
-  coordinates with the most similar :math:`\mathrm{rms}(x - M) / J`, its law over all. Alone it rejects 9 % of Gaussian
-  noise, as a sample median is nearer to its sample than the true one.
+  of the coordinate and are symmetric. Each coordinate is reflected four times. The spread of T is pooled over the
+  coordinates with the most similar :math:`\mathrm{rms}(x - M) / J`, and the shape of its law over all. Alone it rejects
+  9 % of Gaussian noise, because a sample median is nearer to its sample than the true one.
 
-Together they reject 3 to 5 % at 5 % of Gaussian, Laplace, t3 and sparse Gaussian noise, and up to 10 % of uniform
-noise. The procedure of Benjamini and Hochberg (1995) then bounds the share of false rejections over coordinates that
-are independent or positively dependent; after it, 57 % of exponential noise is found at N = 32 and 93 % at N = 64.
+Together, at a level of 5 %, they reject 3 to 5 % of Gaussian, Laplace, t3 and sparse Gaussian noise, and up to 10 % of
+uniform noise. The procedure of Benjamini and Hochberg (1995) then bounds the share of false rejections over coordinates
+that are independent or positively dependent; after it, 57 % of exponential noise is found at N = 32 and 93 % at N = 64.
 
 Skewed noise does harm where the signal is small: the mean of n draws of skewness gamma has its median at
 :math:`-\gamma s / (6 \sqrt n)` from its mean (s: standard deviation of the mean), so its sign is wrong more often than
@@ -55,9 +55,9 @@ def symmetry(rows: Tensor, *, alpha: float = 0.05, dip: bool = False) -> dict[st
     Args:
         rows: float, [N, q]: N micro-batch gradients of equal size on q sampled coordinates. A micro-batch that is not
             finite is left out. At most `TESTED` coordinates, evenly spaced, enter.
-        alpha: share of false rejections that is accepted, in (0, 1).
+        alpha: the share of false rejections to accept, in (0, 1).
         dip: also Hartigan's dip test of unimodality, on at most 1024 coordinates. It needs the package diptest (GPL),
-            which is nobody's dependency here; without it the advice says so.
+            which signstep does not depend on; without it the advice says so.
 
     Returns:
         Numbers, None where there is none:

@@ -1,4 +1,4 @@
-"""A block of forward and backward passes that leaves a model, its optimizer and the generators as they were."""
+"""Forward and backward passes that leave a model, its gradients and the random number generators as they were."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 @contextmanager
 def untouched(model: nn.Module, params: Iterable[Tensor], wrapped: DistributedDataParallel | None) -> Iterator[None]:
-    """Inside, gradients may be overwritten; afterwards nothing has happened.
+    """Inside, gradients may be overwritten; afterwards everything is as it was.
 
-    Put back are the gradients of `params`, the model's buffers (those that a forward pass has replaced too), the random
-    numbers of torch, Python and NumPy, and what DDP remembers of its last pass. Nothing is reduced over ranks.
+    It restores the gradients of `params`, the model's buffers (also those that a forward pass has replaced), the random
+    number generators of torch, Python and NumPy, and what DDP remembers of its last pass. Ranks exchange nothing.
 
     Args:
-        model: whose buffers are kept, with one copy of each.
-        params: that may get gradients.
-        wrapped: the model's DistributedDataParallel, if it is in one.
+        model: its buffers are copied.
+        params: the parameters that may get gradients.
+        wrapped: the DistributedDataParallel that the model is in, if it is.
     """
     grads = [(p, p.grad) for p in params]
     buffers = [

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 CRITICAL_SNR = 2 / math.sqrt(3)
-"""Where the two branches of Gauss's inequality meet, with the same slope."""
+"""The S where the two branches of Gauss's inequality meet, with the same slope."""
 PAPER_SPLIT = math.sqrt(2 / 3)
 """The split point of the paper's eq. (6)."""
 PAPER_CONSTANT = 3.0
@@ -60,9 +60,9 @@ def sign_failure_bound(snr: Tensor, *, split: float = CRITICAL_SNR) -> Tensor:
 
     Args:
         snr: S = :math:`|g| / s` >= 0, any shape, a float dtype; infinity where there is no noise.
-        split: above it the bound is :math:`2 / (9 S^2)`, up to it :math:`1/2 - S / (2 \sqrt 3)`. At most the default,
-            which gives the sharp bound: beyond it the second branch is false. `PAPER_SPLIT` gives the paper's bound,
-            true too, with a jump up from 0.264 to 0.333.
+        split: above it the bound is :math:`2 / (9 S^2)`, up to it :math:`1/2 - S / (2 \sqrt 3)`. The default gives the
+            sharp bound and is the largest split allowed: beyond it the second branch is false. `PAPER_SPLIT` gives the
+            paper's bound, which is true too, and jumps up from 0.264 to 0.333.
 
     Returns:
         A tensor of snr's shape and dtype.
@@ -86,8 +86,8 @@ def phi(gradient: Tensor, noise_std: Tensor) -> Tensor:
 
     Args:
         gradient: g, shape [..., d].
-        noise_std: s >= 0, of the mini-batch's mean, in the units of g; broadcasts against it. Where it is 0 the
-            coordinate counts as :math:`|g_i|`.
+        noise_std: s >= 0, the standard deviation of the mini-batch's mean, in the units of g; broadcasts against it.
+            Where it is 0 the coordinate counts as :math:`|g_i|`.
 
     Returns:
         A tensor of shape [...], in the units of g.
@@ -108,7 +108,7 @@ def phi(gradient: Tensor, noise_std: Tensor) -> Tensor:
 def stationarity_bound(
     gap: float, smoothness: float, steps: int, *, lr: float | None = None, constant: float = SHARP_CONSTANT
 ) -> float:
-    r"""Theorem 1, eq. (2): the most that :math:`E\,\frac 1 K \sum_k \Phi_k` can be after K steps of size lr.
+    r"""Theorem 1, eq. (2): an upper bound on :math:`E\,\frac 1 K \sum_k \Phi_k` after K steps of size lr.
 
     .. math::
         \frac 1 c \left( \frac{f_0 - f^\star}{\delta K} + \frac{\delta \tilde L_1}{2} \right)
@@ -118,8 +118,8 @@ def stationarity_bound(
         smoothness: :math:`\tilde L_1 = \sum_i L_i` > 0 of Bernstein et al.'s Assumption 2,
             :math:`f(y) \le f(x) + \langle g, y - x \rangle + \frac 1 2 \sum_i L_i (y_i - x_i)^2`.
         steps: K >= 1.
-        lr: :math:`\delta` > 0. None is the paper's :math:`1 / \sqrt{\tilde L_1 K}`, which takes the 1/2 of eq. (2) to
-            be in the units of f; `optimal_lr` needs no units.
+        lr: :math:`\delta` > 0. None is the paper's :math:`1 / \sqrt{\tilde L_1 K}`, for which the 1/2 of eq. (2) must
+            have the units of f; `optimal_lr` does not depend on units.
         constant: 1 / c; `PAPER_CONSTANT` for the paper's bound.
 
     Raises:
@@ -142,7 +142,7 @@ def stationarity_bound(
 
 
 def optimal_lr(gap: float, smoothness: float, steps: int) -> float:
-    r"""The step that makes `stationarity_bound` smallest: :math:`\sqrt{2 (f_0 - f^\star) / (\tilde L_1 K)}`.
+    r"""The learning rate that makes `stationarity_bound` smallest: :math:`\sqrt{2 (f_0 - f^\star) / (\tilde L_1 K)}`.
 
     The bound is then :math:`\frac 1 c \sqrt{2 \tilde L_1 (f_0 - f^\star) / K}`.
 
@@ -181,7 +181,7 @@ def l1_bound_with_floor(phi_bound: float, noise: float, *, floor: float = 1.0) -
     Args:
         phi_bound: B >= 0.
         noise: :math:`\tilde\sigma_1 / \sqrt n` >= 0.
-        floor: the factor of the noise. 1 is the paper's, 1/4 the smallest for which :math:`|a| \le \min(|a|, a^2 / s)
+        floor: the factor of the noise. The paper has 1; 1/4 is the smallest for which :math:`|a| \le \min(|a|, a^2 / s)
             + \mathrm{floor}\, s` holds for every a.
 
     Raises:
@@ -199,11 +199,11 @@ def l1_bound_with_floor(phi_bound: float, noise: float, *, floor: float = 1.0) -
 def dithered_std(noise_std: Tensor, sigma: Tensor | float) -> Tensor:
     r"""Standard deviation of the gradient's noise and Gaussian dither together: :math:`\sqrt{s^2 + \sigma^2}`.
 
-    The sum is symmetric and unimodal if the noise is, so every bound holds with it in the place of s.
+    The sum is symmetric and unimodal if the noise is, so every bound holds with this value for s.
 
     Args:
         noise_std: s, any shape.
-        sigma: of the dither, in the units of s; broadcasts against it.
+        sigma: standard deviation of the dither, in the units of s; broadcasts against it.
 
     >>> dithered_std(torch.tensor([0.0, 3.0]), 4.0)
     tensor([4., 5.])

@@ -1,7 +1,7 @@
-r"""Laws of noise with mean 0 and variance 1, and how often each turns a sign: exactly, by its distribution function.
+r"""Laws of noise with mean 0 and variance 1, and the exact probability that each turns a sign.
 
 Theorem 1 holds for symmetric unimodal noise. `LAWS` has eight such laws and two that break an assumption each;
-`gauss_extremal` attains Gauss's inequality, `skewed` is the mean of n draws of an exponential law.
+`gauss_extremal` attains Gauss's inequality; `skewed` is the mean of n draws of an exponential law.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Law:
 
     Args:
         name: as in `LAWS`.
-        symmetric: about 0.
-        unimodal: with mode 0. False where it is not known.
+        symmetric: whether it is symmetric about 0.
+        unimodal: whether its only mode is 0; False where that is not known.
         skewness: E X^3; 0 for a symmetric law, also where the third moment does not exist.
-        sample: (shape, generator) to independent float64 draws, on the device of the generator.
-        cdf: P(X <= x) for each x of a float64 tensor; continuous but for an atom at 0.
+        sample: takes (shape, generator) to independent float64 draws, on the device of the generator.
+        cdf: P(X <= x) for each x of a float64 tensor; continuous except for an atom at 0.
 
     Example:
         >>> LAWS["uniform"].failure(torch.tensor([0.5, 3.0])).round(decimals=4)
@@ -48,8 +48,8 @@ class Law:
         r"""P(sign(g + s X) is not sign g); a zero counts as a failure.
 
         Args:
-            snr: g / s, any shape and float dtype. Its sign is that of g, and matters for a skewed law only; 0 is taken
-                as the limit from above, P(X <= 0).
+            snr: g / s, any shape and float dtype. Its sign is that of g, which matters for a skewed law only. At 0 the
+                result is the limit from above, P(X <= 0).
 
         Returns:
             A float64 tensor of that shape.
@@ -62,7 +62,7 @@ class Law:
     def dithered(self, ratio: float) -> Law:
         r"""The law of :math:`(X + r Z) / \sqrt{1 + r^2}` with Z a standard Gaussian and r = sigma / s.
 
-        Its cdf is an integral, found to 1e-5 for ratios up to 20, or to 0.001 times the weight of an atom at 0.
+        Its cdf is an integral, computed to 1e-5 for ratios up to 20, or to 0.001 times the weight of an atom at 0.
 
         Args:
             ratio: r > 0.

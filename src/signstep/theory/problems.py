@@ -1,4 +1,4 @@
-r"""Problems whose gradient, noise, smoothness and minimum are known, and SignSGD on them as Theorem 1 has it."""
+r"""Problems whose gradient, noise, smoothness and minimum are known, and the SignSGD of Theorem 1 on them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _NEWTON_TOLERANCE = 1e-12
 
 @dataclass(frozen=True)
 class Problem:
-    r"""A function with a stochastic gradient. All tensors are float64; x may be a batch of points, shape [..., d].
+    r"""A function with a stochastic gradient. All tensors are float64, and x may be a batch of points, shape [..., d].
 
     Args:
-        name: for tables.
+        name: what tables call it.
         dim: d.
         smoothness: :math:`L_i`, shape [d], such that for all x and y (Bernstein et al. 2018, Assumption 2)
             :math:`f(y) \le f(x) + \langle g, y - x \rangle + \frac 1 2 \sum_i L_i (y_i - x_i)^2`.
@@ -32,8 +32,8 @@ class Problem:
         start: :math:`x_0`, shape [d].
         value: f, from [..., d] to [...].
         gradient: its gradient, from [..., d] to the same shape.
-        sample_gradient: (x, n, generator) to the mean of n independent stochastic gradients, of the shape of x.
-        noise_std: :math:`\sigma_i` of a single stochastic gradient at x, of the shape of x.
+        sample_gradient: takes (x, n, generator) to the mean of n independent stochastic gradients, in the shape of x.
+        noise_std: takes x to :math:`\sigma_i` of a single stochastic gradient, in the shape of x.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a run passed: at the points x_0, ..., x_(K-1), shape [K, ...] with the batch of the start."""
+    """The points x_0, ..., x_(K-1) of a run, as numbers of shape [K, ...], where ... is the batch of the start."""
 
     values: Tensor
     """f."""
     phi: Tensor
-    """Phi of eq. (1), with the dither in s if there is any."""
+    """Phi of eq. (1), where s includes the dither."""
     l1: Tensor
     """Sum of absolute values of the gradient."""
 
@@ -102,8 +102,8 @@ def separable_quadratic(
     Args:
         dim: d >= 1.
         condition: :math:`L_i` are spaced evenly in their logarithm from 1 / condition to 1; at least 1.
-        noise_std: of a single stochastic gradient, the same for all coordinates, >= 0.
-        law: of the noise.
+        noise_std: standard deviation of a single stochastic gradient, the same for all coordinates, >= 0.
+        law: law of the noise.
 
     Raises:
         ValueError: a number out of its range.
@@ -130,8 +130,8 @@ def coupled_quadratic(
     Args:
         dim: d >= 1.
         coupling: c in [0, 1]; at 1 H is all ones.
-        noise_std: of a single stochastic gradient, the same for all coordinates, >= 0.
-        law: of the noise.
+        noise_std: standard deviation of a single stochastic gradient, the same for all coordinates, >= 0.
+        law: law of the noise.
 
     Raises:
         ValueError: a number out of its range.
@@ -148,15 +148,15 @@ def coupled_quadratic(
 
 
 def logistic_regression(*, l2: float = 1e-2) -> Problem:
-    r"""Odd against even digits by logistic regression on scikit-learn's 1,797 images of 8 x 8 pixels: real noise.
+    r"""Logistic regression of odd against even digits on scikit-learn's 1,797 images of 8 x 8 pixels: real noise.
 
     .. math::
         f(x) = \frac 1 N \sum_j \log(1 + e^{-y_j \langle a_j, x \rangle}) + \frac{\mu}{2} \|x\|^2, \qquad
         L_i = \frac{1}{4 N} \sum_l |A^\top A|_{il} + \mu
 
-    A stochastic gradient is that of one image, drawn with replacement. Pixels (of 64, and a constant 65th coordinate)
-    are scaled to [0, 1]; a few are always 0, so that their noise is exactly 0. The noise is neither symmetric nor
-    unimodal. The minimum is found by Newton's method, to a gradient of norm 1e-12.
+    A stochastic gradient is that of one image, drawn with replacement. There are 64 pixels, scaled to [0, 1], and a
+    constant 65th coordinate. A few pixels are always 0, so that their noise is exactly 0. The noise is neither symmetric
+    nor unimodal. The minimum is found by Newton's method, to a gradient of norm 1e-12.
 
     Args:
         l2: mu > 0.
@@ -218,15 +218,15 @@ def logistic_regression(*, l2: float = 1e-2) -> Problem:
 def run(
     problem: Problem, *, steps: int, batch_size: int, lr: float, dither_std: float = 0.0, generator: Generator
 ) -> Trajectory:
-    r"""SignSGD as Theorem 1 has it: :math:`x_{k+1} = x_k - \delta\, \mathrm{sign}(\tilde g_k + \xi_k)`, no momentum.
+    r"""The SignSGD of Theorem 1: :math:`x_{k+1} = x_k - \delta\, \mathrm{sign}(\tilde g_k + \xi_k)`, no momentum.
 
     Args:
-        problem: its start may be a batch, [..., d]: independent runs at once.
+        problem: its start may be a batch, [..., d], for independent runs at once.
         steps: K >= 1.
-        batch_size: n >= 1 stochastic gradients to a step.
+        batch_size: n >= 1 stochastic gradients per step.
         lr: delta > 0.
-        dither_std: of the Gaussian :math:`\xi_k`, the same at all steps, >= 0.
-        generator: of the noise.
+        dither_std: standard deviation of the Gaussian :math:`\xi_k`, the same at all steps, >= 0.
+        generator: what the noise is drawn from.
 
     Raises:
         ValueError: a number out of its range.

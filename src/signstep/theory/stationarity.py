@@ -3,31 +3,32 @@ r"""How far the sign of a stochastic gradient can be trusted, estimated from mic
 Rows h_1 ... h_N are gradients of N independent micro-batches: g is their expectation, s_i the standard deviation of
 coordinate i in one of them, S_i = |g_i| / s_i, and p_i the chance that sign(h_i) is not sign(g_i).
 
-An entry that is exactly 0 has sign 0, neither right nor wrong: 1 - 2p stands for E sign(h_i) sign(g_i) here, which is
-larger by the chance of a 0 than with a p that counts zeros as wrong, as the theorem's does.
+An entry that is exactly 0 has sign 0, neither right nor wrong. So 1 - 2p stands for E sign(h_i) sign(g_i) here. The
+theorem's p counts zeros as wrong, and with it 1 - 2p would be smaller by the chance of a 0.
 
-What can be estimated without knowing g is what two different micro-batches say of each other. With a symmetric kernel
-k(h_j, h_l), the mean over all pairs j != l is a U-statistic, unbiased whatever the law of the rows is and however the
-coordinates depend on each other, also where g = 0:
+g is unknown, so two different micro-batches are compared with each other. The mean of a symmetric kernel k(h_j, h_l)
+over all pairs j != l is a U-statistic. It is unbiased whatever the law of the rows and however the coordinates depend
+on each other, also where g = 0:
 
 .. math::
     \sum_i |g_i| (1 - 2 p_i) &= \mathbb E\, \langle \mathrm{sign}\, h_j, h_l \rangle \\
     \frac1d \sum_i (1 - 2 p_i)^2 &= \mathbb E\, \langle \mathrm{sign}\, h_j, \mathrm{sign}\, h_l \rangle / d \\
     \sum_i g_i^2 &= \mathbb E\, \langle h_j, h_l \rangle
 
-Comparing each micro-batch with a mean that it is part of instead, as is often done, reports 0.33 for 1 - 2p at g = 0
-and N = 4. The variance of a U-statistic is Hoeffding's (1948), with zeta_1 = Cov(k_12, k_13) and zeta_2 = Var k_12,
+To compare each micro-batch with a mean that contains it, as is often done, would report 0.33 for 1 - 2p at g = 0 and
+N = 4. The variance of a U-statistic is Hoeffding's (1948), with zeta_1 = Cov(k_12, k_13) and zeta_2 = Var k_12,
 
 .. math::
     \mathrm{Var}\, U = \frac{4 (N - 2)}{N (N - 1)} \zeta_1 + \frac{2}{N (N - 1)} \zeta_2
 
-both estimated without bias from the N x N matrix of k. Rows are the only randomness that intervals know: a sum over
-coordinates that all move together has as wide an interval as it deserves. They are those of Student's t, with N - 1
-degrees of freedom where zeta_1 rules and one per pair where zeta_2 does, as at g = 0.
+both estimated without bias from the N x N matrix of k. The rows are the only source of randomness, so the interval of a
+sum over coordinates that all move together is as wide as it must be. Intervals are those of Student's t, with N - 1
+degrees of freedom where zeta_1 dominates, and one per pair where zeta_2 does, as at g = 0.
 
 All functions take rows of shape [..., N, d], any float dtype, N >= 4, compute in float64 on the rows' device and return
-an `Estimate` of tensors of shape [...]. The units are those of the gradient. Where columns are a sample, `weights` of
-shape [d] say how many coordinates each stands for: sums and means are then over all of them.
+an `Estimate` of tensors of shape [...]. The units are those of the gradient. Where the columns are a
+sample of the coordinates, `weights` of shape [d] say how many coordinates each stands for; sums and means are then over
+all of them.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What each two rows say of each other, summed over coordinates; the sums of disjoint blocks of coordinates add up.
+    """Sums over coordinates for each two rows; those of disjoint blocks of coordinates add up.
 
-    `of` computes them from rows; [..., N, N] each, but for Phi's value and the number of coordinates.
+    `of` computes them from rows. Each is [..., N, N], except Phi's value and the number of coordinates.
 
     Example:
         >>> rows = torch.arange(24.0).reshape(6, 4)
@@ -78,10 +79,10 @@ class Pairs:
 
     @classmethod
     def of(cls, rows: Tensor, weights: Tensor | None = None) -> Pairs:
-        """Of rows of shape [..., N, d], N at least 4.
+        """The sums for rows of shape [..., N, d], N at least 4.
 
         Raises:
-            ValueError: fewer rows, or no coordinates.
+            ValueError: there are fewer rows, or no coordinates.
         """
         rows = _checked(rows)
         ones = weights is None
@@ -124,7 +125,7 @@ class Pairs:
     def snr(self) -> Estimate:
         """See the function `snr`."""
         squares = torch.diagonal(self.products, dim1=-2, dim2=-1)
-        # Of two rows: half their squared distance.
+        # For two rows, half their squared distance estimates the variance.
         noise = (squares[..., :, None] + squares[..., None, :]) / 2 - self.products
         total = _mean_of_pairs(noise)
         ratio = _mean_of_pairs(self.products) / total
@@ -152,9 +153,9 @@ def phi(rows: Tensor, *, weights: Tensor | None = None) -> Estimate:
 
     With the coordinate's mean m and variance v over the rows, the estimate is :math:`a m^2/\sqrt v - b \sqrt v / N`
     where the estimated S is below 1, with the a and b that make it unbiased for :math:`g^2/s` under normal noise, and
-    :math:`|m|` elsewhere. The choice between the two makes it too small where S is near 1: at S = 1 by 0.20 s for N =
-    8, 0.13 s for N = 16 and 0.06 s for N = 64; and v is too small, so that it is too large, under heavy tails
-    (Student's t with 3 degrees of freedom: at S = 0.6 by 0.04 s for N = 8 to 64).
+    :math:`|m|` elsewhere. The choice between the two makes the estimate too small where S is near 1: at S = 1 by 0.20 s
+    for N = 8, 0.13 s for N = 16 and 0.06 s for N = 64. Under heavy tails v is mostly too small and the estimate too
+    large (Student's t with 3 degrees of freedom: at S = 0.6 by 0.04 s for N = 8 to 64).
     """
     return Pairs.of(rows, weights).phi()
 
@@ -162,8 +163,8 @@ def phi(rows: Tensor, *, weights: Tensor | None = None) -> Estimate:
 def margin(rows: Tensor, *, constant: float = PAPER_CONSTANT, weights: Tensor | None = None) -> Estimate:
     r"""Eq. (7)'s left side less its right side, :math:`\sum_i |g_i| (1 - 2 p_i) - \Phi / c`.
 
-    With the paper's c = 3 or the sharp :math:`\sqrt 3`, it is >= 0 under unimodal symmetric noise: an interval below 0
-    refutes the theorem's assumption for these rows.
+    With the paper's c = 3 or the sharp :math:`\sqrt 3`, it is >= 0 under unimodal symmetric noise. An interval below 0
+    refutes that assumption of the theorem for these rows.
     """
     return Pairs.of(rows, weights).margin(constant)
 
@@ -171,8 +172,8 @@ def margin(rows: Tensor, *, constant: float = PAPER_CONSTANT, weights: Tensor | 
 def reliability(rows: Tensor, *, weights: Tensor | None = None) -> Estimate:
     r"""Root mean square of 1 - 2p, :math:`\sqrt{\frac1d \sum_i (1 - 2 p_i)^2}`, in [-1, 1].
 
-    0 is a coin, 1 a sign that is always right, or always wrong: under skewed noise signs agree with each other and not
-    with the gradient, see `alignment`. The root keeps the sign of the estimated mean square, which is as often
+    0 is a coin, and 1 a sign that is always right, or always wrong: under skewed noise signs agree with each other and
+    not with the gradient, see `alignment`. The root keeps the sign of the estimated mean square, which is as often
     negative as positive where the signs are coins. An entry that is exactly 0 has sign 0.
     """
     return Pairs.of(rows, weights).reliability()
@@ -217,7 +218,7 @@ def _phi_parts(rows: Tensor) -> tuple[Tensor, Tensor]:
     sign = torch.where(weak, 0.0, torch.sign(mean))
     value = (square + sign * mean).sum(-1)
     scaled = rows * weight.sqrt()[..., None, :]
-    # Of each row: what it adds through |m|, and through the v that g^2 is divided by.
+    # The influence of each row through |m|, and through the v by which g^2 is divided.
     spread = (rows - mean[..., None, :]).square() / torch.where(weak, var, 1.0)[..., None, :]
     linear = (sign[..., None, :] * rows - torch.where(weak, square, 0.0)[..., None, :] * (spread - 1) / 2).sum(-1)
     linear = linear - linear.mean(-1, keepdim=True)
@@ -245,7 +246,7 @@ def _estimate(value: Tensor, kernel: Tensor) -> Estimate:
     pairs = kernel - torch.diag_embed(torch.diagonal(kernel, dim1=-2, dim2=-1))
     total, by_row = pairs.sum((-2, -1)), pairs.sum(-1)
     rows, squares = by_row.square().sum(-1), pairs.square().sum((-2, -1))
-    # Mean products of two pairs that are the same, share one row, share none: zeta_2, zeta_1 and 0, plus E[k]^2.
+    # Mean products of two pairs that are the same, share one row, or share none: zeta_2, zeta_1 and 0, plus E[k]^2.
     same = squares / (n * (n - 1))
     one = (rows - squares) / (n * (n - 1) * (n - 2))
     none = (total.square() - 4 * rows + 2 * squares) / (n * (n - 1) * (n - 2) * (n - 3))
@@ -253,7 +254,7 @@ def _estimate(value: Tensor, kernel: Tensor) -> Estimate:
     zeta_2 = torch.maximum(zeta_2, 2 * zeta_1)
     linear, paired = 4 * (n - 2) / (n * (n - 1)) * zeta_1, 2 / (n * (n - 1)) * zeta_2
     var = linear + paired
-    # The pairs' own part, without what the rows' parts put into it.
+    # The share of the variance that comes from the rows: zeta_2 contains 2 zeta_1.
     share = torch.where(var > 0, (linear + 4 / (n * (n - 1)) * zeta_1) / var, 1.0)
     freedom = 1 / (share / (n - 1) + (1 - share) / (n * (n - 1) / 2 - 1))
     half = _student(freedom) * var.sqrt()

@@ -1,7 +1,7 @@
 r"""What a vote is worth: the expected vote of M workers, its slope at 0, and the attackers that it survives.
 
-With :math:`q = \Phi(m / \sigma)` the chance that one worker's dithered sign is right, and a tie decided by a coin, the
-vote of M workers has the expectation
+Let :math:`q = \Phi(m / \sigma)` be the chance that one worker's dithered sign is right, and let a coin decide ties.
+Then the vote of M workers has the expectation
 
 .. math::
     \mathbb E v = P(B > M / 2) - P(B < M / 2), \qquad B \sim \mathrm{Binomial}(M, q)
@@ -37,13 +37,13 @@ def _binomial(count: int, chance: float) -> list[float]:
 
 
 def expected_vote(snr: float, workers: int, *, flipping: int = 0, colluding: int = 0) -> float:
-    """E v in units of the right sign, in [-1, 1]: ties are a fair coin.
+    """E v, counted as positive in the direction of the right sign, in [-1, 1]; a fair coin decides ties.
 
     Args:
         snr: m / sigma of each worker, at least 0; infinity is no noise at all.
         workers: M, attackers included.
-        flipping: of them, those that cast the opposite of their own sign.
-        colluding: of them, those that all cast the wrong sign.
+        flipping: how many of them cast the opposite of their own sign.
+        colluding: how many of them all cast the wrong sign.
 
     Raises:
         ValueError: fewer than one worker, or more attackers than workers.
@@ -82,9 +82,9 @@ def linear_slope(workers: int) -> float:
 
 
 def colluders_survived(snr: float, workers: int) -> tuple[float, int]:
-    """How many workers that all cast the wrong sign a coordinate survives: a share, and a number of these workers.
+    """How many workers may all cast the wrong sign before a coordinate is turned: a share, and a number of workers.
 
-    The share is the limit of many workers, below which (1 - a) q > 1/2: a < 1 - 1 / (2 q). The number is the largest
+    The share is the limit for many workers, below which (1 - a) q > 1/2: a < 1 - 1 / (2 q). The number is the largest
     that leaves `expected_vote` above 0, or 0. Workers that flip their own signs must be half of all at any snr above 0,
     since (1 - a) q + a (1 - q) > 1/2 is a < 1/2.
 

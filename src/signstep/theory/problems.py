@@ -155,8 +155,8 @@ def logistic_regression(*, l2: float = 1e-2) -> Problem:
         L_i = \frac{1}{4 N} \sum_l |A^\top A|_{il} + \mu
 
     A stochastic gradient is that of one image, drawn with replacement. There are 64 pixels, scaled to [0, 1], and a
-    constant 65th coordinate. A few pixels are always 0, so that their noise is exactly 0. The noise is neither symmetric
-    nor unimodal. The minimum is found by Newton's method, to a gradient of norm 1e-12.
+    constant 65th coordinate. A few pixels are always 0, so that their noise is exactly 0. The noise is neither
+    symmetric nor unimodal. The minimum is found by Newton's method, to a gradient of norm 1e-12.
 
     Args:
         l2: mu > 0.

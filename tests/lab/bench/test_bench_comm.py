@@ -155,7 +155,7 @@ def test_two_networks_live_side_by_side_and_leave_nothing() -> None:
             ]
             assert len({each.stdout for each in spaces}) == network.ranks
             assert before[0] not in {each.stdout.strip() for each in spaces}
-        holders = [*one._holders, *other._holders]
+        holders = [*one.holders, *other.holders]
         assert len(holders) == 7
     assert are_gone(holders)
     assert (os.readlink("/proc/self/ns/net"), sorted(os.listdir("/sys/class/net"))) == before
@@ -197,7 +197,7 @@ def test_without_root_or_tools_a_rate_is_refused(
     if sys.platform.startswith("linux"):
         assert error == "signstep: network namespaces need root; --rates loopback measures without them"
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(netns, "_PATH", "/nowhere")
+    monkeypatch.setattr(netns, "SEARCH_PATH", "/nowhere")
     if sys.platform.startswith("linux"):
         assert netns.missing() == "there is no unshare and no nsenter and no ip and no tc here: " + (
             "install iproute2 and util-linux"
@@ -229,7 +229,7 @@ def test_a_rank_that_fails_is_named() -> None:
     with Ranks(2, None) as ranks:
         with pytest.raises(BenchError, match=r"rank [01] of 2 has ended: KeyError: 'nonsense'"):
             ranks.set_up(CommWorkload.of("1000"), ["nonsense"], time.monotonic() + 60)
-        ids = [each.pid for each in ranks._processes]
+        ids = [each.pid for each in ranks.processes]
     assert are_gone(ids)
 
 
@@ -239,7 +239,7 @@ def test_a_rank_that_is_killed_ends_the_benchmark_and_time_runs_out() -> None:
         endless = {"rate": None, "rounds": 10**9, "seconds": 1e9}
         with pytest.raises(BenchError, match="time is over: give it more with --max-minutes"):
             ranks.ask([endless] * 2, time.monotonic() + 0.2)
-        ranks._processes[1].kill()
+        ranks.processes[1].kill()
         with pytest.raises(BenchError, match=r"rank [01] of 2 has ended"):
             ranks.ask([endless] * 2, time.monotonic() + 60)
 
@@ -313,7 +313,7 @@ def test_cells_that_would_take_minutes_or_all_memory_are_left_out(monkeypatch: p
     result = measure_cells(plan, minutes=1, done=lambda _: None)
     assert result.cells == []
     assert result.left_out == ["ResNet-18, 4 ranks, 10mbit: a step of DDP, fp32 would take 56 s"]
-    monkeypatch.setattr(comm_cells, "_free_memory", lambda: 2**30)
+    monkeypatch.setattr(comm_cells, "free_memory", lambda: 2**30)
     plan = CommPlan(("100mbit",), (4,), (PEER, "vote"), (workload,), rounds=3, seconds=1.0)
     (line,) = measure_cells(plan, minutes=1, done=lambda _: None).left_out
     assert line.startswith("ResNet-18, 4 ranks, 100mbit: 2 methods take about 2.7 GiB and 1.0 are free: name fewer")

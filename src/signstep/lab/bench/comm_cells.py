@@ -184,7 +184,7 @@ class Ranks:
     def __init__(self, count: int, network: netns.Network | None) -> None:
         self._count, self._network = count, network
         self._stack = ExitStack()
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Ranks:
         with self._stack:
@@ -201,7 +201,7 @@ class Ranks:
                         start_new_session=True,
                     )
                 self._stack.callback(_end, process)
-                self._processes.append(process)
+                self.processes.append(process)
             self._stack = self._stack.pop_all()
         return self
 
@@ -241,7 +241,7 @@ class Ranks:
             commands: one per rank.
             deadline: of time.monotonic().
         """
-        for rank, (process, command) in enumerate(zip(self._processes, commands, strict=True)):
+        for rank, (process, command) in enumerate(zip(self.processes, commands, strict=True)):
             assert process.stdin is not None
             try:
                 process.stdin.write(json.dumps(command).encode() + b"\n")
@@ -250,7 +250,7 @@ class Ranks:
                 raise self._ended(rank) from None
         answers = [b""] * self._count
         with selectors.DefaultSelector() as selector:
-            for rank, process in enumerate(self._processes):
+            for rank, process in enumerate(self.processes):
                 assert process.stdout is not None
                 selector.register(process.stdout, selectors.EVENT_READ, rank)
             while selector.get_map():
@@ -321,7 +321,7 @@ def _reason_against(plan: CommPlan, workload: CommWorkload, ranks: int, rate: st
     """Why a cell cannot be measured here; None where it can."""
     count = workload.gradients.parameters
     needed = ranks * (_PROCESS_BYTES + 4 * count * (_SHARED_NUMBERS + _METHOD_NUMBERS * len(plan.methods)))
-    free = _free_memory()
+    free = free_memory()
     if free is not None and needed > free:
         return (
             f"{len(plan.methods)} methods take about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free: name "
@@ -335,7 +335,7 @@ def _reason_against(plan: CommPlan, workload: CommWorkload, ranks: int, rate: st
     return None
 
 
-def _free_memory() -> int | None:
+def free_memory() -> int | None:
     """Bytes that processes can still have; None where the system does not say."""
     path = Path("/proc/meminfo")
     if not path.exists():

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator
 from rich.console import Console
 
 from signstep.distributed.reductions import REDUCTIONS
 from signstep.lab.bench import netns
+from signstep.lab.bench.bars import draw_bars, draw_legend, name_bars
 from signstep.lab.bench.comm_cells import LOOPBACK, UNSHAPED, CommCell, CommPlan, CommResult, CommWorkload
 from signstep.lab.bench.comm_methods import PEER
 from signstep.lab.bench.report import now, print_table
@@ -156,68 +156,34 @@ def markdown(result: CommResult, record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def bars(result: CommResult, workload: CommWorkload, heading: tuple[str, str]) -> Figure:
+def draw(result: CommResult, workload: CommWorkload, heading: tuple[str, str]) -> Figure:
     """Milliseconds per step on a logarithmic axis: a column per rate, a block per number of ranks, a bar per method."""
     cells = {(cell.ranks, cell.rate): cell for cell in result.cells if cell.workload == workload.key}
     counts, rates = sorted({ranks for ranks, _ in cells}), list(dict.fromkeys(rate for _, rate in cells))
-    step, top, bottom, left, right, gap, panel, head = 15.0, 70.0, 34.0, 150.0, 14.0, 50.0, 130.0, 36.0
+    step, top, bottom, left, right, gap, panel, head = 15.0, 78.0, 34.0, 150.0, 44.0, 50.0, 130.0, 36.0
     block = step * len(result.methods)
-    width = left + len(rates) * panel + (len(rates) - 1) * gap + right + 30
-    height = top + bottom + len(counts) * block + (len(counts) - 1) * head
+    width = left + len(rates) * panel + (len(rates) - 1) * gap + right
+    figure = figures.blank(width, top + bottom + len(counts) * block + (len(counts) - 1) * head)
     times = [1e3 * cell.seconds(key).median for cell in cells.values() for key in result.methods]
     span = min(times) / 1.5, max(times) * 1.2
-    below = height - top - block
-    figure, first = figures.single_plot(width, height, left, width - left - panel, top, below)
     for i, count in enumerate(counts):
         for j, rate in enumerate(rates):
-            if (i, j) == (0, 0):
-                axes = first
-            else:
-                y = bottom + (len(counts) - 1 - i) * (block + head)
-                x = left + j * (panel + gap)
-                axes = figure.add_axes((x / width, y / height, panel / width, block / height))
+            below = bottom + (len(counts) - 1 - i) * (block + head)
+            axes = figures.add_plot(figure, left + j * (panel + gap), below, panel, block)
+            cell = cells.get((count, rate))
+            spreads = [None if cell is None else cell.seconds(key).scaled(1e3) for key in result.methods]
+            shades = [_KINDS[REDUCTIONS[key].origin][1] for key in result.methods]
             title = f"{count} ranks, {'not shaped' if rate == UNSHAPED else rate}"
-            _panel(axes, result.methods, cells.get((count, rate)), span, title)
+            ticks = LogLocator(subs=(1, 3) if span[1] < 30 * span[0] else (1,))
+            draw_bars(axes, title, list(zip(shades, spreads, strict=True)), start=span[0], span=span, ticks=ticks)
+            if cell is None:
+                figures.annotate(axes, "not measured", (0.5, 0.5), "axes fraction", ha="center", va="center")
             if j == 0:
-                for y, key in enumerate(result.methods):
-                    figures.annotate(axes, REDUCTIONS[key].label, (0, y), ("axes fraction", "data"), (-6, 0),
-                                 color=figures.INK, fontsize=9, va="center", ha="right")  # fmt: skip
-    x = 12.0
-    for kind, (name, shade) in _KINDS.items():
-        if any(REDUCTIONS[key].origin == kind for key in result.methods):
-            figure.text(x / width, 1 - 46 / height, f"■ {name}", color=figures.shade(shade), fontsize=9,
-                        va="center")  # fmt: skip
-            x += 24 + 5.2 * len(name)
+                name_bars(axes, [REDUCTIONS[key].label for key in result.methods])
+    origins = {REDUCTIONS[key].origin for key in result.methods}
+    draw_legend(figure, [named for origin, named in _KINDS.items() if origin in origins])
     figures.add_heading(figure, heading, 12)
     return figure
-
-
-def _panel(axes: Any, methods: Sequence[str], cell: CommCell | None, span: tuple[float, float], title: str) -> None:
-    axes.patch.set_alpha(0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(figures.MUTED)
-    axes.tick_params(colors=figures.MUTED, labelsize=8, length=3, width=0.8)
-    axes.set_xscale("log")
-    axes.set_xlim(*span)
-    axes.set_ylim(len(methods) - 0.5, -0.5)
-    axes.yaxis.set_visible(False)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if span[1] < 30 * span[0] else (1,)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.grid(axis="x", color=figures.GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    figures.annotate(axes, title, (0, 1), "axes fraction", (0, 5), color=figures.INK, fontsize=9.5)
-    if cell is None:
-        figures.annotate(axes, "not measured", (0.5, 0.5), "axes fraction", fontsize=9, ha="center", va="center")
-        return
-    for y, key in enumerate(methods):
-        spread = cell.seconds(key)
-        shade = figures.shade(_KINDS[REDUCTIONS[key].origin][1])
-        axes.barh(y, 1e3 * spread.median - span[0], 0.62, left=span[0], color=shade, zorder=3)
-        axes.plot([1e3 * spread.low, 1e3 * spread.high], [y, y], color=figures.MUTED, linewidth=1, zorder=4)
-        figures.annotate(axes, number(1e3 * spread.median), (1, y), ("axes fraction", "data"), (34, 0),
-                     color=figures.INK, fontsize=8.5, va="center", ha="right")  # fmt: skip
 
 
 def write(result: CommResult, out: Path, command: str) -> list[Path]:
@@ -233,7 +199,7 @@ def write(result: CommResult, out: Path, command: str) -> list[Path]:
         if any(cell.workload == workload.key for cell in result.cells):
             title = f"A step over the network: {workload.title}, milliseconds"
             subtitle = f"{made['cpu']}, {made['cores']} cores; median, 10 to 90 %; gloo, links without added latency"
-            drawn = bars(result, workload, (title, subtitle))
+            drawn = draw(result, workload, (title, subtitle))
             name = f"{NAME}-{workload.key}"
             contents[f"{name}.png"] = figures.png(drawn)
             contents[f"{name}.svg"] = figures.svg(drawn, name=NAME, description=f"{title}; {subtitle}", alone=True)

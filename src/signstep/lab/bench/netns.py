@@ -23,7 +23,8 @@ DEVICE = "wire"
 """A rank's interface, in its namespace."""
 _COUNTERS = "/proc/self/net/dev"
 _TOOLS = ("unshare", "nsenter", "ip", "tc")
-_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+"""Where the tools are looked for."""
 # Packets of up to 64 KiB pass whole, as they do on an unshaped link; else tbf cuts them up, and the interface counts
 # each of the parts' headers.
 _LEAST_BURST = 72_000
@@ -41,7 +42,7 @@ def missing() -> str | None:
         return "network namespaces are Linux's"
     if os.geteuid() != 0:
         return "network namespaces need root"
-    absent = [tool for tool in _TOOLS if shutil.which(tool, path=_PATH) is None]
+    absent = [tool for tool in _TOOLS if shutil.which(tool, path=SEARCH_PATH) is None]
     if absent:
         return f"there is no {' and no '.join(absent)} here: install iproute2 and util-linux"
     return None
@@ -57,7 +58,7 @@ def burst(rate: float) -> int:
 
 
 def _tool(name: str) -> str:
-    found = shutil.which(name, path=_PATH)
+    found = shutil.which(name, path=SEARCH_PATH)
     assert found is not None  # `missing` has looked
     return found
 
@@ -75,7 +76,8 @@ class Network:
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
         self._stack = ExitStack()
-        self._holders: list[int] = []
+        self.holders: list[int] = []
+        """Ids of the processes that hold the namespaces: the bridge's, then one for each rank."""
         self._shaped = False
 
     def __enter__(self) -> Network:
@@ -99,7 +101,7 @@ class Network:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        self._holders = []
+        self.holders = []
 
     def address(self, rank: int) -> str:
         """A rank's IPv4 address."""
@@ -107,7 +109,7 @@ class Network:
 
     def command(self, rank: int, words: Sequence[str]) -> list[str]:
         """A command that runs `words` in the namespace of a rank."""
-        return [*self._inside(self._holders[rank + 1]), *words]
+        return [*self._inside(self.holders[rank + 1]), *words]
 
     def bytes_sent(self, rank: int) -> int:
         """What a rank's interface has sent."""
@@ -117,9 +119,9 @@ class Network:
 
     def shape(self, rate: float | None) -> None:
         """Limit both directions of every link to `rate` bits per second; None lifts the limit."""
-        hub = self._holders[0]
+        hub = self.holders[0]
         ends = [(hub, f"port{rank}") for rank in range(self.ranks)]
-        ends += [(own, DEVICE) for own in self._holders[1:]]
+        ends += [(own, DEVICE) for own in self.holders[1:]]
         for holder, device in ends:
             words = ["qdisc", "replace", "dev", device, "root"]
             if rate is not None:
@@ -147,7 +149,7 @@ class Network:
         if holder.stdout.readline() != b"\n":
             said = holder.stderr.read().decode(errors="replace").strip()
             raise NetworkError(f"no network namespace to be had ({said}); --rates loopback measures without them")
-        self._holders.append(holder.pid)
+        self.holders.append(holder.pid)
         return holder.pid
 
     def _ip(self, holder: int, *lines: str) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator
 from rich.console import Console
 
+from signstep.lab.bench.bars import draw_bars, draw_legend, name_bars
 from signstep.lab.bench.report import machine, now, print_table
-from signstep.lab.bench.spread import Spread, number
 from signstep.lab.bench.step_contestants import COPY
 from signstep.lab.bench.step_targets import step_targets
 from signstep.lab.bench.step_timing import StepEntry, StepResult
@@ -35,11 +35,16 @@ NOTES = (
     "state: bytes per parameter, counted in the optimizer's state",
 )
 _PACKAGES = ("pytorch-optimizer", "lion-pytorch", "heavyball", "triton")
-_COLOURS = {"limit": "green", "signstep": "blue", "torch": "black", "plain": "orange", "package": "pink"}
 # By how far apart the axis's ends may be.
 _TICKS = {8.0: (0.25, 0.5, 1, 2, 4), 80.0: (0.1, 0.3, 1, 3, 10, 30), float("inf"): (0.01, 0.1, 1, 10, 100, 1000)}
-_KINDS = {"signstep": "signstep", "torch": "torch.optim", "package": "other packages", "plain": "plain torch",
-          "limit": "copy"}  # fmt: skip
+# Name in the legend, and colour.
+_KINDS = {
+    "signstep": ("signstep", "blue"),
+    "torch": ("torch.optim", "black"),
+    "package": ("other packages", "pink"),
+    "plain": ("plain torch", "orange"),
+    "limit": ("copy", "green"),
+}
 
 
 def row(result: StepResult, key: str) -> tuple[str, ...]:
@@ -132,67 +137,28 @@ def markdown(results: Sequence[StepResult], record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def bars(results: Sequence[StepResult], heading: tuple[str, str]) -> Figure:
+def draw(results: Sequence[StepResult], heading: tuple[str, str]) -> Figure:
     """Time over SGD's on a logarithmic axis: a panel per workload, a bar per contestant from 1 to its ratio."""
     entries = {key: entry for result in results for key, entry in result.entries.items() if entry.missing is None}
     step, top, bottom, left, right, gap, panel = 17.0, 88.0, 40.0, 225.0, 48.0, 52.0, 140.0
     width = left + right + len(results) * panel + (len(results) - 1) * gap
-    height = top + bottom + step * len(entries)
-    figure, first = figures.single_plot(width, height, left, width - left - panel, top, bottom)
+    height = step * len(entries)
     ratios = [[result.ratio(key, result.peer) for key in entries] for result in results]
     everything = [spread.median for column in ratios for spread in column if spread is not None]
     span = min(*everything, 1.0) / 1.2, max(*everything, 1.0) * 1.2
+    ticks = FixedLocator(next(ticks for factor, ticks in _TICKS.items() if span[1] / span[0] < factor))
+    figure = figures.blank(width, top + height + bottom)
     for i, (result, column) in enumerate(zip(results, ratios, strict=True)):
-        place = ((left + i * (panel + gap)) / width, bottom / height, panel / width, 1 - (top + bottom) / height)
-        axes = first if i == 0 else figure.add_axes(place)
-        _panel(axes, result.title, list(zip(entries.values(), column, strict=True)), span)
-    for y, entry in enumerate(entries.values()):
-        figures.annotate(first, entry.label, (0, y), ("axes fraction", "data"), (-6, 0), color=figures.INK, fontsize=9,
-                     va="center", ha="right")  # fmt: skip
-    x = 12.0
-    for kind in (kind for kind in _KINDS if any(entry.kind == kind for entry in entries.values())):
-        shade = figures.shade(_COLOURS[kind])
-        figure.text(x / width, 1 - 52 / height, f"■ {_KINDS[kind]}", color=shade, fontsize=9, va="center")
-        x += 20 + 5.2 * len(_KINDS[kind])
+        axes = figures.add_plot(figure, left + i * (panel + gap), bottom, panel, height)
+        bars = [(_KINDS[entry.kind][1], spread) for entry, spread in zip(entries.values(), column, strict=True)]
+        draw_bars(axes, result.title, bars, start=1, span=span, ticks=ticks)
+        axes.axvline(1, color=figures.MUTED, linewidth=1, zorder=2)
+        axes.set_xlabel("time over SGD", color=figures.MUTED, fontsize=9, loc="right", labelpad=2)
+        if i == 0:
+            name_bars(axes, [entry.label for entry in entries.values()])
+    draw_legend(figure, [named for kind, named in _KINDS.items() if any(e.kind == kind for e in entries.values())])
     figures.add_heading(figure, heading, 12)
     return figure
-
-
-def _panel(axes: Any, title: str, lines: Sequence[tuple[StepEntry, Spread | None]], span: tuple[float, float]) -> None:
-    axes.patch.set_alpha(0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(figures.MUTED)
-    axes.tick_params(colors=figures.MUTED, labelsize=9, length=3, width=0.8)
-    axes.set_xscale("log")
-    axes.set_xlim(*span)
-    axes.set_ylim(len(lines) - 0.5, -0.5)
-    axes.yaxis.set_visible(False)
-    ladder = next(ticks for factor, ticks in _TICKS.items() if span[1] / span[0] < factor)
-    axes.xaxis.set_major_locator(FixedLocator(ladder))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.grid(axis="x", color=figures.GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.axvline(1, color=figures.MUTED, linewidth=1, zorder=2)
-    for y, (entry, spread) in enumerate(lines):
-        if spread is not None:
-            shade = figures.shade(_COLOURS[entry.kind])
-            axes.barh(y, spread.median - 1, 0.62, left=1, color=shade, zorder=3)
-            axes.plot([spread.low, spread.high], [y, y], color=figures.MUTED, linewidth=1, zorder=4)
-            figures.annotate(
-                axes,
-                number(spread.median),
-                (1, y),
-                ("axes fraction", "data"),
-                (34, 0),
-                color=figures.INK,
-                fontsize=8.5,
-                va="center",
-                ha="right",
-            )
-    figures.annotate(axes, title, (0, 1), "axes fraction", (0, 6), color=figures.INK, fontsize=9.5)
-    axes.set_xlabel("time over SGD", color=figures.MUTED, fontsize=9, loc="right", labelpad=2)
 
 
 def write(results: Sequence[StepResult], out: Path, *, dtype: str, device: torch.device, command: str) -> list[Path]:
@@ -205,7 +171,7 @@ def write(results: Sequence[StepResult], out: Path, *, dtype: str, device: torch
     made = record["machine"]
     title = f"Time of a step over {results[0].entries[results[0].peer].label}"
     subtitle = f"{dtype}, {made['cpu'] if device.type == 'cpu' else made['device']}; median, 10 to 90 %"
-    drawn = bars(results, (title, subtitle))
+    drawn = draw(results, (title, subtitle))
     drawing = figures.svg(drawn, name=NAME, description=f"{title}; {subtitle}", alone=True)
     contents = {
         f"{NAME}.json": record,

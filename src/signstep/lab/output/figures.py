@@ -27,6 +27,7 @@ __all__ = [
     "add_heading",
     "add_plot",
     "annotate",
+    "blank",
     "method_id",
     "palette_css",
     "png",
@@ -82,12 +83,18 @@ def palette_css(selector: str) -> str:
     return f"{selector}{{{light}}}@media (prefers-color-scheme:dark){{@media not print{{{selector}{{{dark}}}}}}}"
 
 
+def blank(width: float, height: float) -> Figure:
+    """A figure of `width` x `height` points without a plot."""
+    figure = Figure(figsize=(width / 72, height / 72))
+    figure.patch.set_alpha(0)
+    return figure
+
+
 def single_plot(
     width: float, height: float, left: float, right: float, top: float, bottom: float
 ) -> tuple[Figure, Axes]:
     """A figure of `width` x `height` points with one plot inside these margins."""
-    figure = Figure(figsize=(width / 72, height / 72))
-    figure.patch.set_alpha(0)
+    figure = blank(width, height)
     return figure, add_plot(figure, left, bottom, width - left - right, height - top - bottom)
 
 

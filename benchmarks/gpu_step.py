@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import os
 import platform
 import random
@@ -44,7 +43,10 @@ from signstep.kernels.engine import Direction, Options, Projected, Tensors  # no
 from signstep.kernels.plain import multi_tensor_step  # noqa: E402
 from signstep.lab.bench import step_timing as bench  # noqa: E402
 from signstep.lab.bench.step_contestants import COPY, groups, peer_for  # noqa: E402
+from signstep.lab.bench.targets import TARGETS_HEAD, Target  # noqa: E402
 from signstep.lab.bench.workloads import gpt2_shapes  # noqa: E402
+from signstep.lab.output.files import write_all  # noqa: E402
+from signstep.lab.output.tables import markdown_table  # noqa: E402
 
 STEPS = 3
 DTYPES = {x: getattr(torch, x) for x in ("float32", "bfloat16", "float16", "float64")}
@@ -271,22 +273,12 @@ def bandwidth(result: bench.StepResult) -> float:
     return result.entries[COPY].bytes_per_parameter * result.parameters / result.median(COPY)
 
 
-def verdicts(result: bench.StepResult) -> Iterator[dict[str, Any]]:
+def targets(result: bench.StepResult) -> Iterator[Target]:
     """What is wanted of a step, beside what was measured."""
     for key, label in OURS.items():
-        for text, spread, limit, least in (
-            (f"{label}, share of the copy's bytes per second", result.share(key), SHARE, True),
-            (f"{label}, time over torch AdamW(fused)", result.ratio(key, "adamw-fused"), OVER_ADAMW, False),
-        ):
-            met = spread is not None and (spread.median >= limit if least else spread.median <= limit)
-            word = "not measured" if spread is None else "met" if met else "not met"
-            yield {
-                "target": text,
-                "limit": limit,
-                "at_least": least,
-                "measured": spread and asdict(spread),
-                "verdict": word,
-            }
+        yield Target(f"{label}, share of the copy's bytes per second", SHARE, True, result.share(key))
+        ratio = result.ratio(key, "adamw-fused")
+        yield Target(f"{label}, time over torch AdamW(fused)", OVER_ADAMW, False, ratio)
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -319,7 +311,7 @@ def timing_record(result: bench.StepResult, dtype: str) -> dict[str, Any]:
         "parameters": result.parameters,
         "copy_bytes_per_second": bandwidth(result),
         "contestants": contestants,
-        "targets": list(verdicts(result)),
+        "targets": [target.to_dict() for target in targets(result)],
         "rounds": [asdict(r) for r in result.rounds],
     }
 
@@ -347,18 +339,14 @@ def markdown(record: dict[str, Any]) -> str:
                 row[1:3] = f"{entry['median_seconds'] * 1e3:.4f}", f"{entry['bytes_per_parameter']:g}"
                 row[3] = f"{entry['share_of_copy']['median']:.2f}"
             rows.append(row)
-        lines += _table(["optimizer", "ms", "bytes", "share of the copy"], rows)
+        lines += markdown_table(["optimizer", "ms", "bytes", "share of the copy"], rows)
         rows = []
         for target in timing["targets"]:
             value = "" if target["measured"] is None else f"{target['measured']['median']:.2f}"
             limit = f"{'≥' if target['at_least'] else '≤'} {target['limit']}"
             rows.append([target["target"], limit, value, target["verdict"]])
-        lines += ["", *_table(["target", "limit", "measured", "verdict"], rows)]
+        lines += ["", *markdown_table(TARGETS_HEAD, rows)]
     return "\n".join(lines) + "\n"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
 
 
 def sanitize() -> int:
@@ -439,9 +427,7 @@ def main() -> int:
     if arguments.interpret:
         folder = Path(tempfile.mkdtemp())
     folder = arguments.out or folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "step.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    (folder / "step.md").write_text(markdown(record))
+    write_all(folder, {"step.json": record, "step.md": markdown(record)})
     say(f"written: {folder}/step.json, step.md")
     return failed
 

@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import filelock
 import pytest
 import torch
 
+from signstep.lab.output.files import replacing
 from signstep.lab.training import checkpoint
 from signstep.lab.training import records as runs
 from signstep.lab.training.checkpoint import CheckpointError, RunBusy
@@ -38,7 +40,6 @@ TINY: dict[str, Any] = {
 }
 # What leaves the most behind: momentum, dither, both phases, a running calibration.
 HYBRID: dict[str, Any] = {"optimizer": "hybrid", "lr": 2e-3, "switch": 0.6, "dither": 0.1, "sgd_momentum": 0.5}
-KILLS = 12
 
 
 def tiny(**changes: Any) -> RunConfig:
@@ -52,10 +53,14 @@ def run_alone(config: RunConfig, out: Path, **options: Any) -> None:
 
 
 def start(config: RunConfig, out: Path, **options: Any) -> ForkServerProcess:
+    return start_process(run_alone, config, out, device="cpu", **options)
+
+
+def start_process(body: Callable[..., None], *arguments: Any, **options: Any) -> ForkServerProcess:
     context = multiprocessing.get_context("forkserver")
     # Imported once, not in each child.
     context.set_forkserver_preload(["signstep.lab.training.loop", "sklearn.datasets", "torch._dynamo"])
-    process = context.Process(target=run_alone, args=(config, out), kwargs={"device": "cpu", **options})
+    process = context.Process(target=body, args=arguments, kwargs=options)
     process.start()
     return process
 
@@ -97,10 +102,17 @@ def one_thread() -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [HYBRID, {"momentum": 0.9, "weight_decay": 1e-3}], ids=["hybrid", "sgd"])
-def test_killed_at_random_moments(changes: dict[str, Any], tmp_path: Path) -> None:
-    """SIGKILL, twelve times: in a step, an evaluation, a checkpoint or before the first one."""
-    config = tiny(subset=480, epochs=8, **changes)  # 120 steps, each with its checkpoint
+@pytest.mark.parametrize(
+    ("changes", "kills"),
+    [
+        pytest.param(HYBRID, 3, id="hybrid"),
+        pytest.param(HYBRID, 12, id="hybrid-long", marks=pytest.mark.long),
+        pytest.param({"momentum": 0.9, "weight_decay": 1e-3}, 12, id="sgd-long", marks=pytest.mark.long),
+    ],
+)
+def test_killed_at_random_moments(changes: dict[str, Any], kills: int, tmp_path: Path) -> None:
+    """SIGKILL, several times: in a step, an evaluation, a checkpoint or before the first one."""
+    config = tiny(subset=480, epochs=8 if kills > 3 else 3, **changes)  # 15 steps an epoch, each with its checkpoint
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     process = start(config, whole, checkpoint_minutes=0)
     began = wait_for_checkpoint(config, whole, process)
@@ -109,11 +121,11 @@ def test_killed_at_random_moments(changes: dict[str, Any], tmp_path: Path) -> No
     assert process.exitcode == 0
 
     moments = random.Random(20260101)
-    for kill in range(KILLS):
+    for kill in range(kills):
         process = start(config, broken, checkpoint_minutes=0)
         if kill % 4:
             wait_for_checkpoint(config, broken, process)
-        time.sleep(moments.uniform(0, lasted / (2 * KILLS)))
+        time.sleep(moments.uniform(0, lasted / (2 * kills)))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "the run was over before it could be killed often enough"
@@ -286,12 +298,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     checkpoint.save(path, {"config": {}, "step": 1})
 
-    def fail(file: Any) -> None:
-        file.write(b"half")
-        raise OSError("disk full")
+    def half() -> None:
+        with replacing(path) as file:
+            file.write(b"half")
+            raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomically(path, fail)
+        half()
     assert checkpoint.load(path, {}) == {"config": {}, "step": 1}
 
 
@@ -319,62 +332,66 @@ def test_a_killed_process_gives_its_run_free(tmp_path: Path) -> None:
     assert train(config, tmp_path, max_minutes=0, progress=False) == "stopped"
 
 
-# Workers under torchrun
+# Workers
 
 
-def torchrun(config: RunConfig, out: Path, *options: str) -> subprocess.Popen[str]:
-    arguments = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in config.to_dict().items()
-        if not isinstance(value, bool) and value != RunConfig().to_dict()[name]
-    ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "signstep"]
-    command += ["train", *arguments, "--no-flip", f"--out={out}", "--device=cpu", *options]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def one_worker(rank: int, port: int, config: RunConfig, out: Path, said: Path, **options: Any) -> None:
+    """The body of a worker's process, with the environment that torchrun gives it."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test"} | {name: str(value) for name, value in place.items()}
+    with said.open("a") as file:
+        os.dup2(file.fileno(), 2)
+        torch.set_num_threads(1)
+        train(config, out, device="cpu", **options)
+
+
+def two_workers(config: RunConfig, out: Path, said: Path, **options: Any) -> list[ForkServerProcess]:
+    """Two processes that train one run; what they print to stderr goes to a file."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start_process(one_worker, rank, port, config, out, said, **options) for rank in range(2)]
+
+
+def codes(workers: list[ForkServerProcess]) -> list[int | None]:
+    for each in workers:
+        each.join()
+    return [each.exitcode for each in workers]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reduce", [{}, {"reduce": "vote", "workers": 2}], ids=["mean", "vote"])
 def test_two_workers(reduce: dict[str, Any], tmp_path: Path) -> None:
-    config = tiny(subset=480, epochs=4, **HYBRID, **reduce)
-    whole = torchrun(config, tmp_path / "whole")
-    _, said = whole.communicate()
-    assert whole.returncode == 0, said
+    config, said = tiny(subset=480, epochs=4, **HYBRID, **reduce), tmp_path / "said"
+    assert codes(two_workers(config, tmp_path / "whole", said)) == [0, 0], said.read_text()
     run = runs.read_run(tmp_path / "whole" / f"{config.hash}.jsonl")
     assert run.config == config
     assert run.start["environment"]["world_size"] == 2
     assert [e["step"] for e in run.epochs] == [15 * (n + 1) for n in range(4)]
     assert run.epochs[-1]["train_loss"] < run.epochs[0]["train_loss"]
-    assert said.count("epoch 1/4") == 1  # rank 0 alone speaks
+    assert said.read_text().count("epoch 1/4") == 1  # rank 0 alone speaks
 
     # Stopped once by a signal to all of them, then continued: the same bits.
-    parts = torchrun(config, tmp_path / "parts", "--checkpoint-minutes=0")
+    parts = two_workers(config, tmp_path / "parts", said, checkpoint_minutes=0)
     while not (tmp_path / "parts" / f"{config.hash}.pt").exists():
-        assert parts.poll() is None
+        assert all(each.is_alive() for each in parts)
         time.sleep(0.01)
-    parts.send_signal(signal.SIGTERM)
-    parts.communicate()
+    for each in parts:
+        each.terminate()
+    assert codes(parts) == [0, 0]
     state = torch.load(tmp_path / "parts" / f"{config.hash}.pt", weights_only=True)
     assert 0 < state["step"] < 60
-    rest = torchrun(config, tmp_path / "parts")
-    _, said = rest.communicate()
-    assert rest.returncode == 0, said
+    assert codes(two_workers(config, tmp_path / "parts", said)) == [0, 0], said.read_text()
     assert_same_bits(outcome(config, tmp_path / "parts"), outcome(config, tmp_path / "whole"))
 
 
 @pytest.mark.slow
 def test_two_workers_go_on_with_the_run_of_one(tmp_path: Path) -> None:
-    config = tiny()
+    config, said = tiny(), tmp_path / "said"
     train(config, tmp_path, max_minutes=0, progress=False)
     with filelock.FileLock(tmp_path / f"{config.hash}.lock"):
-        process = torchrun(config, tmp_path)
-        _, said = process.communicate()
-    assert process.returncode != 0
-    assert "is being trained by another process" in said
-    process = torchrun(config, tmp_path)
-    _, said = process.communicate()
-    assert process.returncode == 0, said
+        assert 0 not in codes(two_workers(config, tmp_path, said))
+    assert "is being trained by another process" in said.read_text()
+    assert codes(two_workers(config, tmp_path, said)) == [0, 0], said.read_text()
     run = runs.read_run(tmp_path / f"{config.hash}.jsonl")
     assert [e["step"] for e in run.epochs] == [3, 6, 9]
-    assert run.end is not None

@@ -1,19 +1,19 @@
-"""Files that survive a kill: atomic writes, the checkpoint of a run, and the lock that keeps it to one process."""
+"""The checkpoint of a run, and the lock that keeps the run to one process."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import filelock
 import torch
 
 from signstep.lab.errors import UserError
+from signstep.lab.output.files import replacing
 from signstep.lab.training.config import RunConfig
 
 
@@ -25,23 +25,10 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint file cannot be used; the message names it and says what to do."""
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call `write` on a temporary file beside `path`, then put it in place: a reader sees the old file or the new one.
-
-    Raises:
-        OSError: the file cannot be written; `path` is as it was.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors and plain values) to `path`, atomically."""
-    write_atomically(path, lambda file: torch.save(state, file))
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def load(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,0 +1,13 @@
+"""What the tests of training share."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _nothing_old_to_collect() -> None:
+    """Each run collects garbage as it starts; without this, it looks each time at all that torch has imported."""
+    gc.freeze()

@@ -13,199 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from tiny_runs import record, tiny
 
 from signstep.lab.data import load, normalise, split
 from signstep.lab.training import display, models, recipe
 from signstep.lab.training import records as runs
 from signstep.lab.training.batches import Batches
-from signstep.lab.training.config import RunConfig
 from signstep.lab.training.loop import train
-from signstep.lab.training.recipe import build_optimizer, likely_cause, lr_factor
 from signstep.lab.training.workers import Workers
-from signstep.optim import HybridSignSGD, SignSGD
+from signstep.optim import HybridSignSGD
 
-TINY: dict[str, Any] = {
-    "dataset": "digits",
-    "subset": 96,
-    "crop": 1,
-    "flip": False,
-    "model": "resnet8",
-    "width": 0.25,
-    "epochs": 2,
-    "batch_size": 32,
-    "lr": 0.01,
-}
 ALONE = Workers(0, 1, torch.device("cpu"))
-
-
-def tiny(**changes: Any) -> RunConfig:
-    return RunConfig(**(TINY | changes))
-
-
-def record(config: RunConfig, out: Path) -> runs.Run:
-    return runs.read_run(out / f"{config.hash}.jsonl")
-
-
-# The learning rate
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"schedule": "constant"}, {0.0: 1.0, 0.7: 1.0, 1.0: 1.0}),
-        ({"schedule": "cosine"}, {0.0: 1.0, 1 / 3: 0.75, 0.5: 0.5, 1.0: 0.0}),
-        (
-            {"schedule": "step", "milestones": (0.3, 0.6), "gamma": 0.2},
-            {0.0: 1.0, 0.299999: 1.0, 60 / 200: 0.2, 0.5: 0.2, 120 / 200: 0.04, 1.0: 0.04},
-        ),
-        ({"schedule": "constant", "warmup": 0.1}, {0.0: 0.0, 0.05: 0.5, 0.1: 1.0, 0.5: 1.0}),
-        ({"schedule": "cosine", "warmup": 0.5}, {0.25: 0.5 * 0.8535534, 0.5: 0.5}),
-    ],
-)
-def test_lr_factor(changes: dict[str, Any], expected: dict[float, float]) -> None:
-    for progress, factor in expected.items():
-        assert lr_factor(tiny(**changes), round(3_000_000 * progress), 3_000_000) == pytest.approx(factor, abs=1e-6)
-
-
-def test_milestones_fall_on_their_epoch() -> None:
-    config = tiny(schedule="step", milestones=(0.3, 0.6, 0.8), gamma=0.2, epochs=200)
-    steps_per_epoch = 391
-    factors = [lr_factor(config, epoch * steps_per_epoch, 200 * steps_per_epoch) for epoch in range(200)]
-    drops = [epoch for epoch in range(1, 200) if factors[epoch] < factors[epoch - 1]]
-    assert drops == [60, 120, 160]
-
-
-@pytest.mark.parametrize("total", [7, 10, 18, 468, 469, 470, 78_000])
-def test_the_hybrid_switches_where_the_schedule_falls(total: int) -> None:
-    """Else SGD would take a step at the rate before the fall."""
-    config = tiny(optimizer="hybrid", switch=0.3, schedule="step", milestones=(0.3, 0.6, 0.8), gamma=0.2)
-    optimizer = build_optimizer(config, torch.nn.Linear(1, 1), total)
-    switch = optimizer.param_groups[0]["switch_step"]
-    assert (lr_factor(config, switch - 1, total), lr_factor(config, switch, total)) == (1.0, 0.2)
-
-
-# The optimizer
-
-
-@pytest.mark.parametrize(
-    ("changes", "kind", "options"),
-    [
-        ({}, torch.optim.SGD, {"momentum": 0.9, "nesterov": False, "weight_decay": 0.0}),
-        (
-            {"momentum": 0.5, "nesterov": True, "weight_decay": 0.1},
-            torch.optim.SGD,
-            {"momentum": 0.5, "nesterov": True, "weight_decay": 0.1},
-        ),
-        ({"momentum": 0.0}, torch.optim.SGD, {"momentum": 0.0}),
-        ({"optimizer": "adam"}, torch.optim.Adam, {"betas": (0.9, 0.999), "weight_decay": 0.0}),
-        ({"optimizer": "adamw"}, torch.optim.AdamW, {"weight_decay": 0.0}),
-        ({"optimizer": "signsgd", "seed": 5}, SignSGD, {"momentum": 0.9, "dither": 0.0, "seed": 5}),
-        (
-            {
-                "optimizer": "signsgd",
-                "momentum": 0.0,
-                "dither": 0.3,
-                "dither_decay": 0.0,
-                "dither_position": "post",
-                "dither_scale": "relative",
-                "weight_decay": 0.2,
-            },
-            SignSGD,
-            {
-                "momentum": 0.0,
-                "dither": 0.3,
-                "dither_decay": 0.0,
-                "dither_position": "post",
-                "dither_scale": "relative",
-                "weight_decay": 0.2,
-            },
-        ),
-        ({"optimizer": "signsgd"}, SignSGD, {"state_dtype": None}),
-        ({"optimizer": "signsgd", "state_dtype": "float32"}, SignSGD, {"state_dtype": torch.float32}),
-        ({"optimizer": "signsgd", "state_dtype": "int8"}, SignSGD, {"state_dtype": torch.int8}),
-        (
-            {"optimizer": "hybrid", "switch": 0.5, "state_dtype": "bfloat16"},
-            HybridSignSGD,
-            {"state_dtype": torch.bfloat16},
-        ),
-        ({"optimizer": "hybrid", "switch": 0.25}, HybridSignSGD, {"switch_step": 25, "calibration": "paper"}),
-        ({"optimizer": "hybrid", "switch": 1e-9}, HybridSignSGD, {"switch_step": 1}),
-        ({"optimizer": "hybrid", "switch": 1.0}, HybridSignSGD, {"switch_step": 100}),
-        (
-            {"optimizer": "hybrid", "switch": 0.5, "calibration": "ratio", "ema_decay": 0.0, "sgd_momentum": 0.8},
-            HybridSignSGD,
-            {"switch_step": 50, "calibration": "ratio", "ema_decay": 0.0, "sgd_momentum": 0.8},
-        ),
-    ],
-)
-def test_optimizer_options(changes: dict[str, Any], kind: type, options: dict[str, Any]) -> None:
-    model = models.build("resnet8", num_classes=10, width=0.25)
-    optimizer = build_optimizer(tiny(**changes), model, total_steps=100)
-    assert type(optimizer) is kind
-    (group,) = optimizer.param_groups
-    assert len(group["params"]) == len(list(model.parameters()))
-    assert {name: group[name] for name in options} == options
-    assert group["lr"] == 0.01
-
-
-# The batches
-
-
-class _Worker(Workers):
-    """One of several workers, without the others."""
-
-    def in_turn(self, compute: Any) -> Any:
-        return compute()
-
-
-def test_an_epoch_shows_every_image_once_and_the_next_one_in_another_order() -> None:
-    config = tiny(crop=0)
-    batches = Batches(config, ALONE, None)
-    images = load("digits")
-    train_x, train_y, _, _ = split(images, "final", 96)
-    wanted = normalise(train_x, images.mean, images.std)
-    orders = []
-    for epoch in range(2):
-        parts = [batches.training(epoch, index) for index in range(3)]
-        x, y = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-        distance = torch.cdist(x.flatten(1), wanted.flatten(1))
-        order = distance.argmin(1)
-        torch.testing.assert_close(x, wanted[order])
-        assert torch.equal(y, train_y[order])
-        assert len(order.unique()) == 96
-        orders.append(order)
-    assert not torch.equal(orders[0], orders[1])
-
-
-def test_workers_share_out_the_same_batch() -> None:
-    config = tiny(crop=0)
-    alone, *shared = (
-        Batches(config, _Worker(rank, size, torch.device("cpu")), None) for rank, size in [(0, 1), (0, 2), (1, 2)]
-    )
-    for epoch, index in [(0, 0), (0, 2), (1, 1)]:
-        x, y = alone.training(epoch, index)
-        parts = [batches.training(epoch, index) for batches in shared]
-        assert torch.equal(torch.cat([p[0] for p in parts]), x)
-        assert torch.equal(torch.cat([p[1] for p in parts]), y)
-    seen = sorted(int(y.numel()) for batches in shared for _, y in batches.evaluation())
-    assert sum(seen) == sum(len(y) for _, y in alone.evaluation()) == 360
-
-
-def test_a_batch_follows_from_seed_epoch_step_and_rank_alone() -> None:
-    def draw(seed: int, epoch: int, index: int, rank: int, size: int = 2) -> torch.Tensor:
-        worker = _Worker(rank, size, torch.device("cpu"))
-        return Batches(tiny(seed=seed), worker, None).training(epoch, index)[0]
-
-    first = draw(0, 1, 1, 0)
-    fresh = Batches(tiny(), _Worker(0, 2, torch.device("cpu")), None)
-    for index in (0, 2, 1):
-        later, _ = fresh.training(1, index)
-    assert torch.equal(later, first)
-    for other in [(1, 1, 1, 0), (0, 0, 1, 0), (0, 1, 0, 0), (0, 1, 1, 1)]:
-        assert not torch.equal(draw(*other), first)
-
-
-# The loop
 
 
 def test_the_loop_is_the_plain_one(tmp_path: Path) -> None:
@@ -405,11 +223,6 @@ def test_the_last_batch_may_be_left_out(tmp_path: Path) -> None:
     assert [e["step"] for e in record(tiny(batch_size=50), tmp_path).epochs] == [1, 2]
 
 
-def test_an_uneven_batch() -> None:
-    with pytest.raises(ValueError, match="batch_size=32: expected a multiple of the 3 workers"):
-        Batches(tiny(), _Worker(0, 3, torch.device("cpu")), None)
-
-
 @pytest.mark.parametrize("device", ["cuda:99", "gpu"])
 def test_no_such_device(device: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"device='{device}'"):
@@ -448,13 +261,6 @@ def test_weights_that_are_not_finite_after_the_last_step(tmp_path: Path, capfd: 
     json.loads((tmp_path / f"{config.hash}.jsonl").read_text().splitlines()[-1])
 
 
-def test_the_likely_cause_fits_the_optimizer() -> None:
-    hybrid = tiny(optimizer="hybrid", switch=0.5)
-    assert "calibrated rate" in likely_cause(hybrid, "sgd")
-    assert "every weight moves" in likely_cause(hybrid, "sign")
-    assert "adam" in likely_cause(tiny(optimizer="adam"), None)
-
-
 def test_bf16_where_the_processor_dies_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def died(*_: Any, **__: Any) -> subprocess.CompletedProcess[bytes]:
         return subprocess.CompletedProcess([], -4)
@@ -476,74 +282,3 @@ def test_bf16(tmp_path: Path) -> None:
     losses = [record(config, tmp_path).epochs[0]["train_loss"] for config in (half, full)]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert losses[0] != losses[1]
-
-
-# Reading a record
-
-
-@pytest.fixture
-def written(tmp_path: Path) -> Path:
-    config = tiny()
-    train(config, tmp_path, progress=False)
-    return tmp_path / f"{config.hash}.jsonl"
-
-
-def test_a_line_cut_short_by_a_kill_is_left_out(written: Path) -> None:
-    text = written.read_bytes()
-    whole = runs.read_run(written)
-    lines = text.splitlines(keepends=True)
-    for cut in range(len(lines[0]), len(text)):
-        written.write_bytes(text[:cut])
-        run = runs.read_run(written)
-        complete = text[:cut].count(b"\n")
-        assert len(run.epochs) == min(complete - 1, 2)
-        assert run.end is None
-        assert run.epochs == whole.epochs[: len(run.epochs)]
-    written.write_bytes(text[: len(lines[0]) - 1])
-    with pytest.raises(ValueError, match=r"jsonl, line 1: .*cut short"):
-        runs.read_run(written)
-
-
-@pytest.mark.parametrize(
-    ("number", "line"),
-    [
-        (1, b"{}"),
-        (1, b'{"event": "epoch"}'),
-        (1, b'{"event": "start", "config": {"colour": 1}}'),
-        (1, b'{"event": "start", "config": {"lr": -1}}'),
-        (2, b"not json"),
-        (2, b"[1]"),
-        (2, b'"event"'),
-        (3, b"\xff\xfe"),
-        (3, b'{"event": "start"}'),
-        (3, b'{"event": "end", "status": "done"}'),
-    ],
-)
-def test_a_damaged_line_is_named(written: Path, number: int, line: bytes) -> None:
-    lines = written.read_bytes().split(b"\n")
-    lines[number - 1] = line
-    written.write_bytes(b"\n".join(lines))
-    at = number + (line == b'{"event": "end", "status": "done"}')
-    with pytest.raises(ValueError, match=rf"{written.name}, line {at}: .*delete the file"):
-        runs.read_run(written)
-    with pytest.raises(ValueError, match=written.name):
-        runs.read_runs(written.parent)
-
-
-def test_an_empty_record(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").touch()
-    with pytest.raises(ValueError, match=r"x.jsonl, line 1: .*empty"):
-        runs.read_run(tmp_path / "x.jsonl")
-    assert runs.read_runs(tmp_path / "nowhere") == {}
-
-
-def test_an_unfinished_record_has_no_final_accuracy(written: Path) -> None:
-    written.write_bytes(written.read_bytes().splitlines(keepends=True)[0])
-    with pytest.raises(ValueError, match="not been evaluated yet"):
-        _ = runs.read_run(written).final_accuracy
-
-
-def test_a_number_that_json_does_not_have_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        runs.write_events(tmp_path / "x.jsonl", [{"event": "epoch", "train_loss": float("nan")}])
-    assert not (tmp_path / "x.jsonl").exists()

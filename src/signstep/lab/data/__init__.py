@@ -1,4 +1,6 @@
-"""The lab's data sets: found or fetched, checked, held in memory as uint8, split and augmented in batches.
+"""The lab's data sets: finding or downloading them, checking and reading them, splitting and augmenting them.
+
+In memory all images are uint8. Which images make up a step is not here but in `signstep.lab.training.batches`.
 
 >>> images = load("digits")
 >>> images.train_x.shape, images.train_x.dtype, images.num_classes

@@ -1,4 +1,4 @@
-"""Random crop, flip and cutout of a whole batch at once, and normalisation."""
+"""Random crop, flip and cutout of a whole batch at a time, and normalisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data that Debian and its derivatives package, taken out of the package without installing it."""
+"""Takes data sets out of the packages of Debian and its derivatives, without installing them."""
 
 from __future__ import annotations
 

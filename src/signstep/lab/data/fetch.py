@@ -1,4 +1,7 @@
-"""Downloading a file from the first of several mirrors that has it: checked, resumed after a cut, never half there."""
+"""Downloads a file from the first of several mirrors that has it.
+
+The file is compared with its checksum, a download that breaks off is resumed, and a file at its place is whole.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def workspace(folder: Path) -> Iterator[Path]:
     try:
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / "lock"):
-            # What a killed process left in temporary files and folders; the .part files are kept, to be continued.
+            # Remove temporary files and folders that a killed process has left; the .part files stay.
             for leftover in place.glob("tmp*"):
                 if leftover.is_dir():
                     shutil.rmtree(leftover)
@@ -59,9 +62,9 @@ def workspace(folder: Path) -> Iterator[Path]:
 def download(archive: Archive, folder: Path) -> Path:
     """Return `folder / archive.file`, downloaded from the first mirror that serves the right content.
 
-    What a cut download has brought is kept as .download/<file>.part and continued, by this call, by the next one and by
-    the next mirror. Raises DataError with each mirror's failure where none succeeds; a wrong checksum is given beside
-    the expected one.
+    A download that breaks off leaves its bytes in .download/<file>.part, where this call, the next one and the next
+    mirror go on. Raises DataError with each mirror's failure where none succeeds; a wrong checksum is given beside the
+    expected one.
     """
     target = folder / archive.file
     pooch.get_logger().setLevel("WARNING")
@@ -69,7 +72,7 @@ def download(archive: Archive, folder: Path) -> Path:
     with workspace(folder) as work:
         part = work / f"{archive.file}.part"
         for mirror in archive.mirrors:
-            # Bytes from elsewhere may be what spoiled the checksum: then this mirror is asked again, for all of it.
+            # Bytes of another mirror may have spoiled the checksum: then this mirror is asked for the whole file.
             for _ in range(2 if part.exists() else 1):
                 if target.exists():  # another process was faster, or the last round was good
                     return target
@@ -113,7 +116,7 @@ def _download(url: str, output_file: str, _pooch: Any, *, part: Path) -> None:
 
 def _continue(url: str, part: Path, start: int, report: Callable[[int, int | None], None]) -> None:
     """Append to `part` what `url` has from byte `start` on; raises a requests exception where it ends too soon."""
-    # identity: a server must not pack the bytes that are counted and checked here.
+    # identity: a server must not compress the bytes, which are counted and checked here.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
         partial_content = response.status_code == requests.codes.partial_content

@@ -1,4 +1,4 @@
-"""A data set in memory, and the one way it is split."""
+"""A data set in memory, and how it is split into images to train on and images to evaluate on."""
 
 from __future__ import annotations
 

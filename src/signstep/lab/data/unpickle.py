@@ -1,7 +1,7 @@
-"""Reading the pickles of CIFAR's python layout without running what a pickle may ask for.
+"""Reads the pickles of CIFAR's python layout, and runs nothing that a pickle asks for.
 
-NumPy is never called while unpickling: the four names below that an array of bytes needs become inert records, and any
-other name is refused. The arrays are built afterwards from bytes whose type and length were checked.
+NumPy is not called while unpickling: the names below, those that an array of bytes needs, only record their arguments,
+and any other name is refused. The arrays are made afterwards, from bytes whose type and length have been checked.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""What every tool writes with: figures, tables, statistics, pages and files."""
+"""What every tool of the lab writes with: figures, tables, statistics, pages, files, commands, the machine's name.
+
+Nothing here knows of trainings, benchmarks or the paper.
+"""

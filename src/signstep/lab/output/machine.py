@@ -28,7 +28,7 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
         git = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {
         "signstep": metadata.version("signstep"),
-        "torch": str(torch.__version__),  # its own class is not one that torch.load(weights_only=True) takes
+        "torch": str(torch.__version__),  # torch's own class of strings is refused by torch.load(weights_only=True)
         "python": platform.python_version(),
         "cpu": cpu,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

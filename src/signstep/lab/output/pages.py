@@ -19,7 +19,7 @@ def render(template: str, context: Mapping[str, Any], filters: Mapping[str, Call
 
     Args:
         template: name of a file in `templates`; in one that ends in `.html`, values are escaped unless they are Markup.
-        context: the template's variables by name. `palette`, the CSS of the figures' colours, comes on top of them.
+        context: the template's variables by name. `palette`, the CSS of the figures' colours, is added.
         filters: the template's own filters by name, beside number, signed, shortsigned, interval, paper, unbroken, md.
 
     Raises:

@@ -104,7 +104,7 @@ class Experiment:
     recipe_summary: str
     scale_summary: str
     guesses: tuple[str, ...]
-    """What the recipe assumes and the paper does not say."""
+    """What the recipe assumes because the paper does not say it."""
     tune_epochs: int
 
     def row(self, key: str) -> Row:

@@ -105,7 +105,7 @@ def lock(path: Path, over: Callable[[], bool]) -> Iterator[None]:
         raise RunBusy(f"{path.with_suffix('')} is being trained by another process, which holds {path}") from None
     try:
         yield
-        # Who opened the file before this, and now locks what has no name, finds that there is nothing left to do.
+        # A process that opened the file before it is removed gets its lock, and finds that there is nothing left to do.
         if over():
             with contextlib.suppress(PermissionError):  # Windows removes it when it is released
                 path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ Two runs with equal `RunConfig`s are the same run; `RunConfig.hash` names its fi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -167,11 +168,16 @@ class RunConfig:
             raise BadInput(f"unknown field(s) in a run's configuration: {', '.join(unknown)}")
         return cls(**values)
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """12 hex digits that name the run: of the fields that differ from their defaults, so that a field added later
         renames no old run.
         """
-        defaults = RunConfig().to_dict()
+        defaults = _defaults()
         changed = {k: v for k, v in self.to_dict().items() if v != defaults[k]}
         return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return RunConfig().to_dict()

@@ -1,4 +1,4 @@
-"""The monitor of a run of the lab: `signstep train --watch 50` and `signstep study monitor`."""
+"""The monitor of a training run, as `signstep train --watch 50` and `signstep study monitor` use it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Watching:
     """What the monitor of a run looks at."""
 
     every: int = 50
-    """Steps between its own."""
+    """Steps from one measurement to the next."""
     micro_batches: int = 16
-    """Of all workers together, at each of its own steps."""
+    """Micro-batches that a measurement compares, those of all workers together."""
     images: int | None = None
-    """Of all workers together, training images that these are made of: the step's own batch and those that follow in
-    its epoch. None: the batch."""
+    """Training images in all these micro-batches, taken from the step's batch and from those that follow in its epoch.
+    None: the images of the step's batch."""
 
 
 class Watched(Protocol):
-    """What a run must have."""
+    """What the monitor needs of a run."""
 
     batches: Batches
     workers: Workers
@@ -41,25 +41,25 @@ class Watched(Protocol):
 
     @property
     def reduction(self) -> object:
-        """What makes the workers' gradients one, if it has a state."""
+        """How the workers' gradients are reduced to one, if that has a state."""
         ...
 
     def logits(self, network: nn.Module, x: Tensor) -> Tensor:
-        """Of images."""
+        """The network's output for images."""
         ...
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """A mean over the labels."""
+        """The mean loss over the labels."""
         ...
 
 
 class Watch:
-    """Measures before a run's steps; the records go to `path`, one line of JSON each.
+    """Measures a run before some of its steps; each record is a line of JSON in a file.
 
     Args:
-        watching: what it looks at.
-        run: that has taken its first steps, or none.
-        path: of the records; those of steps that the run has yet to take are dropped.
+        watching: what is measured, and how often.
+        run: the run, at its beginning or as restored from a checkpoint.
+        path: the file; records of steps that the run has yet to take are removed from it.
         state: what `state_dict` gave at the run's checkpoint, if it has one.
 
     Raises:
@@ -91,7 +91,7 @@ class Watch:
             self._monitor.sinks.append(JSONLines(path, before=run.step))
 
     def measure(self, epoch: int, index: int) -> None:
-        """Measure, if the coming step, `index` of `epoch`, is one of the monitor's own."""
+        """Measure if that is due before the coming step, which is step `index` of `epoch`."""
         if not self._monitor.due:
             return
         run, steps = self._run, self._run.batches.steps_per_epoch

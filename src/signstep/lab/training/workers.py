@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Workers:
-    """The process's place among the run's workers; alone it is rank 0 of 1 and every method is a local one."""
+    """The place of this process among the run's workers; a single process has rank 0 of 1 and sends nothing."""
 
     rank: int
     size: int
@@ -86,7 +86,7 @@ class Workers:
         return answer[0]  # type: ignore[return-value]
 
     def in_turn(self, compute: Callable[[], T]) -> T:
-        """What `compute` returns on each rank, rank 0 being first and the others after it."""
+        """What `compute` returns on each rank; it runs on rank 0 first, then on the others."""
         mine: list[T] = []
         self.from_first(lambda: mine.append(compute()))
         return mine[0] if mine else compute()

@@ -1,0 +1,124 @@
+"""The report's page in a browser, where there is one."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from signstep.lab.paper.experiments import Experiment
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the browser test needs the package playwright")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    executable = next((path for name in names if (path := shutil.which(name))), None)
+    if executable is None:
+        pytest.skip(f"the browser test needs one of {', '.join(names)} on the PATH")
+    quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=executable, args=["--no-sandbox", "--disable-gpu", "--disable-sync", *quiet]
+        )
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def opened(browser: Any, page: Path) -> Iterator[Any]:
+    """Opens the page; at the end there must have been no request but the page itself, and no error."""
+    contexts, problems, requests = [], [], []
+
+    def open_page(**options: Any) -> Any:
+        context = browser.new_context(**options)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: problems.append(message.text))
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto(page.as_uri())
+        return tab
+
+    yield open_page
+    assert problems == []
+    assert [url for url in requests if url not in (page.as_uri(), "data:,")] == []
+    for context in contexts:
+        context.close()
+
+
+# Text that sticks out of the window or its box, or is cut off, or has too little contrast to the page.
+_LOOK = """() => {
+  const width = document.documentElement.clientWidth;
+  const out = [...document.querySelectorAll("main td, main th, main p, h1, h2, figcaption, .key li, svg text")]
+    .filter((e) => e.getClientRects().length && !e.closest(".scroll, .hidden, pre, thead"))
+    .filter((e) => { const r = e.getBoundingClientRect(); return r.right > width + 1 || r.left < -1; });
+  const cells = [...document.querySelectorAll("tr[data-row] td")];
+  return {
+    overflow: document.documentElement.scrollWidth - width,
+    out: out.map((e) => e.textContent.trim()),
+    cells: cells.length,
+    invisible: cells.filter((c) => { const r = c.getBoundingClientRect(); return r.width < 5 || r.height < 5; }).length,
+    background: getComputedStyle(document.body).backgroundColor,
+    smallest: Math.min(...[...document.querySelectorAll("svg text")].map((t) => t.getBoundingClientRect().height)),
+  };
+}"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("script", [True, False])
+def test_the_page_in_a_browser(opened: Any, table1: Experiment, width: int, scheme: str, script: bool) -> None:
+    tab = opened(viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=script)
+    if not script:
+        # Without script the page is complete: the same numbers stand in it.
+        assert tab.locator("figure.curves .key li").count() == 2 * len(table1.rows)
+        assert tab.locator("figure svg").count() == 6
+        assert tab.locator("tr[data-row] td").first.is_visible()
+        return
+    look = tab.evaluate(_LOOK)
+    assert look["overflow"] <= 0
+    assert look["out"] == []
+    assert look["cells"] == 8 * len(table1.rows)
+    assert look["invisible"] == 0
+    assert look["smallest"] >= 9
+    assert (int(re.findall(r"\d+", look["background"])[0]) > 200) == (scheme == "light")
+
+
+def test_values_under_the_pointer_and_toggling(opened: Any) -> None:
+    tab = opened(viewport={"width": 1280, "height": 900})
+    figure = tab.locator("figure.curves").first
+    value = figure.locator(".key li").first.locator("span").last
+    final = value.inner_text()
+    svg = figure.locator("svg")
+    svg.scroll_into_view_if_needed()
+    box = svg.bounding_box()
+    tab.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] / 2)
+    assert figure.locator(".when").inner_text().startswith("epoch ")
+    assert value.inner_text() != final
+    tab.mouse.move(box["x"] - 40, box["y"])
+    assert (figure.locator(".when").inner_text(), value.inner_text()) == ("last epoch", final)
+    item = figure.locator(".key li[data-method=signsgd]")
+    line = figure.locator("svg [data-method=signsgd]").first
+    item.focus()
+    tab.keyboard.press("Enter")
+    assert item.get_attribute("aria-pressed") == "false"
+    assert not line.is_visible()
+    item.click()
+    assert item.get_attribute("aria-pressed") == "true"
+    assert line.is_visible()
+
+
+def test_print_is_dark_on_light_whatever_the_scheme(opened: Any) -> None:
+    tab = opened(viewport={"width": 680, "height": 900}, color_scheme="dark")
+    tab.emulate_media(media="print")
+    look = tab.evaluate(_LOOK)
+    assert look["overflow"] <= 0
+    assert look["out"] == []
+    assert int(re.findall(r"\d+", look["background"])[0]) > 200
+    ink = tab.evaluate("getComputedStyle(document.body).color")
+    assert int(re.findall(r"\d+", ink)[0]) < 60

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "signstep.distributed", "signstep.optim.hybrid"])
+# What takes long to import, so that it is imported once and not by every rank.
+PRELOADED = [
+    "torch._dynamo",
+    "pytest",
+    "hypothesis",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint.state_dict",
+]
+CONTEXT.set_forkserver_preload([*PRELOADED, "signstep.distributed.fsdp", "signstep.lab.training.models"])
 GROUP_TIMEOUT = 60
 """Seconds after which a collective that not all ranks have called fails."""
 

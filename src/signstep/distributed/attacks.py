@@ -1,6 +1,6 @@
 """Byzantine workers (Lamport, Shostak and Pease 1982), for tests and studies: what one does to its own gradients.
 
-With real processes an attack belongs to the hook of the rank that misbehaves, and comes before all it sends:
+With real processes an attack belongs to the hook of the rank that misbehaves, and acts before anything is sent:
 
     vote = MajorityVote(model, optimizer)
     if vote.rank == 3:
@@ -43,11 +43,11 @@ class Attack(ABC):
 
 
 class SignFlip(Attack):
-    """G becomes -scale g: the worst blind multiplicative adversary of Bernstein et al. 2019 (arXiv 1810.05291).
+    """Sends -scale g: the worst blind multiplicative adversary of Bernstein et al. 2019 (arXiv 1810.05291).
 
-    Such an adversary multiplies its gradient by what it likes, before it has seen the others'; majority vote converges
-    while fewer than half of the workers are such. Only the sign counts in a vote; the mean multiplies the attacker's
-    weight by the scale.
+    Such an adversary multiplies its gradient by any number, chosen before it has seen the others' gradients. Majority
+    vote converges while fewer than half of the workers are such. Only the sign counts in a vote; the mean multiplies
+    the attacker's weight by the scale.
 
     Example:
         >>> g = torch.tensor([1.0, -2.0])
@@ -65,7 +65,7 @@ class SignFlip(Attack):
 
 
 class Random(Attack):
-    """Gaussian noise of scale times the gradient's rms in its place (Blanchard et al. 2017, arXiv 1703.02757).
+    """Sends Gaussian noise of scale times the gradient's rms (Blanchard et al. 2017, arXiv 1703.02757).
 
     Args:
         scale: standard deviation over the rms of each parameter's gradient.
@@ -78,7 +78,7 @@ class Random(Attack):
 
     def corrupt(self, name: str, gradient: Tensor) -> None:
         """Draw anew."""
-        # One for each parameter: the order in which buckets come does not matter.
+        # One generator for each parameter, so that the order of the buckets does not matter.
         if name not in self._generators:
             self._generators[name] = _generator(self.seed, name, gradient.device)
         rms = gradient.square().mean().sqrt()
@@ -120,7 +120,7 @@ class Collude(Attack):
 
 
 class Silent(Attack):
-    """Abstains from every vote; to a mean it adds 0."""
+    """Abstains from every vote, and adds 0 to every mean."""
 
     def __call__(self, entries: Sequence[Entry]) -> Sequence[Entry]:
         """The same entries, absent."""
@@ -134,7 +134,7 @@ class Silent(Attack):
 
 
 class NotANumber(Attack):
-    """NaN in every coordinate: raises on all ranks, or abstains under ``nonfinite="abstain"``; a mean becomes NaN."""
+    """Sends NaN: a vote raises on all ranks, or the worker abstains (``nonfinite="abstain"``); a mean becomes NaN."""
 
     def corrupt(self, name: str, gradient: Tensor) -> None:
         """Send NaN."""
@@ -164,7 +164,7 @@ class Stale(Attack):
         self._kept: dict[str, deque[Tensor]] = {}
 
     def corrupt(self, name: str, gradient: Tensor) -> None:
-        """Exchange the gradient for an older one."""
+        """Replace the gradient by an older one."""
         kept = self._kept.setdefault(name, deque(maxlen=self.steps + 1))
         kept.append(gradient.clone())
         gradient.copy_(kept[0])

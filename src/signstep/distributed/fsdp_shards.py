@@ -22,7 +22,7 @@ __all__ = ["Part", "Reduced", "Routes", "Unit", "check_groups", "check_optimizer
 
 
 class Part(NamedTuple):
-    """One parameter, which FSDP cuts into runs of consecutive elements, one per rank and padded to the same length."""
+    """One parameter. FSDP cuts it into runs of consecutive elements, one per rank, padded to the same length."""
 
     name: str
     param: DTensor
@@ -36,15 +36,15 @@ class Part(NamedTuple):
         return min(rank * self.run, self.size)
 
     def count(self, rank: int) -> int:
-        """Elements of a rank's shard, 0 for many a rank if there are few rows."""
+        """Number of elements in a rank's shard; 0 for some ranks if there are fewer rows than ranks."""
         return self.begin(rank + 1) - self.begin(rank)
 
     def whole(self, table: Tensor, column: int) -> Tensor:
-        """All elements, 1-D, out of rows of which each has one rank's run from a column on."""
+        """All elements, 1-D, from a table of one row per rank, in which the runs begin at a column."""
         return table[:, column : column + self.run].reshape(-1)[: self.size]
 
     def rows(self, whole: Tensor, ranks: int) -> Tensor:
-        """The inverse: [ranks, run], padded with zeros."""
+        """The inverse of `whole`: [ranks, run], padded with zeros."""
         padded = torch.nn.functional.pad(whole, (0, ranks * self.run - self.size))
         return padded.view(ranks, self.run)
 
@@ -56,7 +56,7 @@ class Reduced(NamedTuple):
     column: int
     """Where its run begins in what a rank gets."""
     present: bool
-    """This rank's backward has reached the parameter since the last reduction; where not, its gradient here is 0."""
+    """Whether this rank's backward has reached the parameter since the last reduction. If not, its gradient is 0."""
 
 
 class Routes(NamedTuple):
@@ -65,13 +65,13 @@ class Routes(NamedTuple):
     low: Tensor
     """Index of the word that has the lowest bit."""
     high: Tensor
-    """Index of the one after it, both that of a zero word beyond the parameter's end."""
+    """Index of the word after it. Beyond the parameter's end both are the index of a zero word."""
     shift: Tensor
     """Position of the lowest bit."""
 
     @classmethod
     def of(cls, parts: Sequence[Part], ranks: int, device: torch.device) -> Routes:
-        """For parameters whose bits lie side by side, each from a word on."""
+        """The routes of parameters whose bits lie side by side, each beginning at a word."""
         lows, highs, shifts = [], [], []
         nothing = sum(word_count(part.size) for part in parts)
         first = 0
@@ -87,7 +87,7 @@ class Routes(NamedTuple):
         return cls(low, high, torch.cat(shifts, dim=1).to(device, torch.int8))
 
     def cut(self, words: Tensor) -> Tensor:
-        """Int64 [W] to [ranks, words]; what is beyond the last bit of a run is undefined."""
+        """Int64 [W] to [ranks, words]; bits beyond the end of a run are undefined."""
         extended = torch.nn.functional.pad(words, (0, 1))
         # Two shifts, as one by 64 is undefined; >> extends the sign.
         rest = WORD - 1 - self.shift
@@ -110,10 +110,10 @@ class Unit:
         self.reached: set[int] = set()
         self.routes: dict[tuple[str, ...], Routes] = {}
         self.sums: dict[tuple[str, ...], tuple[list[int], Tensor]] = {}
-        """Of the hybrid's calibration, with the step counts of the vote that they are from."""
+        """Sums for the calibration by the names of the parameters, with the step counts at which they were voted on."""
 
     def watch(self) -> None:
-        """Note which parameters backward reaches; FSDP creates what it differentiates when it first gathers it."""
+        """Note which parameters backward reaches. FSDP makes the tensors to differentiate at its first gather."""
         self.module.unshard()
         for i, each in enumerate(self.group.fsdp_params):
             full = each.unsharded_param
@@ -125,7 +125,7 @@ class Unit:
         self.module.reshard()
 
     def take(self, elements: int) -> list[Reduced]:
-        """What is in a reduction of so many elements per rank, in FSDP's order."""
+        """The parameters in a reduction of this many elements per rank, in FSDP's order."""
         unused_too = getattr(self.group, "reduce_scatter_unused_params", False)
         out, column = [], 0
         for i, part in enumerate(self.parts):
@@ -142,7 +142,7 @@ class Unit:
 
 
 def find_units(model: torch.nn.Module) -> list[Unit]:
-    """What the model reduces together, each once: fully_shard may take several modules at a time."""
+    """The units of a model, each once: fully_shard may take several modules at a time."""
     if not isinstance(model, FSDPModule):
         raise TypeError(
             f"FSDPMajorityVote: expected a model under fully_shard, got {type(model).__name__}; apply fully_shard to "

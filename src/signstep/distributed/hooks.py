@@ -1,8 +1,10 @@
 """What all communication hooks of DistributedDataParallel share: `GradientHook` has `reduce` in place of DDP's mean.
 
-A reduction takes several collectives. On gloo a second one that is chained to the first with `Future.then` hangs, as
-the ranks issue them in different orders, so each hook has one thread, which works on one bucket after the other and has
-a process group of its own; backward goes on meanwhile. On CUDA the work is queued on a stream of its own instead.
+What is sent is decided by its subclasses, in ddp.py, power_sgd.py and compressors/.
+
+A reduction takes several collectives. On gloo a second one that is chained to the first with `Future.then` hangs,
+because the ranks issue them in different orders. So each hook has one thread and a process group of its own: the thread
+works on one bucket after the other while backward goes on. On CUDA the work is queued on a stream of its own instead.
 """
 
 # Without postponed annotations: DDP compares those of the hook with the types themselves.
@@ -34,12 +36,12 @@ class Entry(NamedTuple):
     """One parameter's part of a bucket."""
 
     name: str
-    """Of the parameter, in the module that DDP wraps."""
+    """The name of the parameter in the module that DDP wraps."""
     param: Tensor
     flat: Tensor
     """Its gradient, a 1-D view of the bucket's buffer in the order of the parameter's memory; results go here too."""
     present: bool
-    """This rank's backward has reached the parameter; where not (unused here, or the rank has joined), flat is 0."""
+    """Whether this rank's backward has reached the parameter. If not (unused, or the rank has joined), flat is 0."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,14 @@ class Bucket:
     """Gradients that are reduced together: DDP's bucket, opened."""
 
     buffer: Tensor
-    """1-D, all entries side by side."""
+    """The gradients of all entries side by side, 1-D."""
     entries: Sequence[Entry]
     index: int
     is_last: bool
-    """The last one of this backward."""
+    """Whether it is the last bucket of this backward."""
     original: GradBucket
     joined: bool
-    """This rank has no more batches and is inside `model.join()`: its gradients are zeros."""
+    """Whether this rank has no more batches and is inside `model.join()`: its gradients are zeros then."""
 
 
 class GradientHook(ABC):
@@ -111,11 +113,11 @@ class GradientHook(ABC):
             weakref.finalize(self, _end, self._jobs, thread)
 
     def attach(self, model: DistributedDataParallel) -> None:
-        """Register the hook: the last thing that a constructor does, as DDP takes one hook and never gives it back."""
+        """Register the hook: the last thing that a constructor does, because DDP takes one hook for good."""
         model.register_comm_hook(None, self._hook)
 
     def begin(self) -> None:  # noqa: B027
-        """What comes before a backward's first bucket, while nothing is reduced; not on a rank that has joined."""
+        """Called before the first bucket of a backward, while nothing is reduced; not on a rank that has joined."""
 
     @abstractmethod
     def reduce(self, bucket: Bucket) -> None:
@@ -125,7 +127,7 @@ class GradientHook(ABC):
         """
 
     def close(self) -> None:
-        """Give back the thread and the process group, when the model is not going to be trained any more.
+        """End the thread and the process group, once the model is not trained any more.
 
         A collective: every rank calls it. A later backward raises.
         """

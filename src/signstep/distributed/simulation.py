@@ -5,9 +5,9 @@
         sim.vote(per_worker_gradients(model, cross_entropy, x, y, 100))
         optimizer.step()
 
-Workers, ballots and counting are those of the real thing, so on the same gradients the parameters are too, bit by bit.
-What torch.distributed adds up in an order of its own, in floats, can differ in the last bit with more than two
-workers: the mean, thus the SGD phase of HybridSignSGD.
+Workers, ballots and counting are those of the real thing (see vote.py), so on the same gradients the parameters are the
+same, bit by bit. With more than two workers a mean can differ in its last bit, because torch.distributed adds floats in
+an order of its own; so can the SGD phase of HybridSignSGD, which takes means.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from signstep.optim.signsgd import SignSGD
 __all__ = ["SimulatedMean", "SimulatedVote", "per_worker_gradients"]
 
 Gradients = Mapping[str, Tensor | None]
-"""One worker's, by parameter name, in the parameters' shapes; None, or no entry: its backward has not got there."""
+"""One worker's, by parameter name, each in the parameter's shape; None, or no entry: backward has not reached it."""
 
 
 class _Simulation:

@@ -1,4 +1,7 @@
-"""One worker's side of the wire: momentum, dither and sign of its own gradients, as bits."""
+"""One worker of a vote: momentum, dither and sign of its own gradients, as bits, and its state between steps.
+
+How ballots are exchanged and counted is in vote.py.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise a ValueError if an option is none of the names that it may be."""
+    """Raise a ValueError if the value of an option is not among those that are allowed."""
     if value not in allowed:
         raise ValueError(f"Invalid {option}: {value!r}, expected one of {', '.join(map(repr, allowed))}")
 
@@ -48,9 +51,9 @@ class Gradient(NamedTuple):
     param: Tensor
     """The same elements of the parameter, 1-D; read by coupled weight decay only."""
     flat: Tensor
-    """1-D."""
+    """The elements of the gradient, 1-D."""
     start: int = 0
-    """Index, in the whole parameter, of the first element."""
+    """Index of the first element in the whole parameter."""
 
 
 class Worker:
@@ -60,9 +63,9 @@ class Worker:
     8 bits), ``mean_square`` under relative dither, ``residual`` under error feedback.
 
     Args:
-        optimizer: whose options say what a worker does; its own momentum, dither and sign are off from now on.
-        names: of the parameters.
-        rank: of this worker.
+        optimizer: its options are the worker's, and it leaves momentum and dither to the workers from now on.
+        names: name of each parameter.
+        rank: rank of this worker.
         world_size: number of workers.
         dither_workers: "independent": each worker's noise has the optimizer's sigma. "scaled": sigma sqrt(M), so that
             the expected vote is linear in the momentum over the same range as one worker's sign.
@@ -109,7 +112,7 @@ class Worker:
                     self._take_over(name, p)
                 ordinal += 1
         self.steps = [int(group["step"]) for group in optimizer.param_groups]
-        """Votes that each param_group has taken part in, as its own step count."""
+        """How many votes each param_group has taken part in."""
         optimizer.start_taking_votes()
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -149,9 +152,9 @@ class Worker:
         """Take gradients into the momentum and write the signs into the words of their slots.
 
         Args:
-            gradients: of parameters that vote; several may be runs of the same parameter.
-            words: int64 [W].
-            slots: for each, where its bits go.
+            gradients: those of parameters that vote; several may be parts of the same parameter.
+            words: int64 [W], written.
+            slots: for each gradient, where its bits go.
         """
         by_group: dict[int, list[int]] = {}
         for i, gradient in enumerate(gradients):
@@ -246,7 +249,7 @@ class Worker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` of the same rank gave.
+        """Load what `state_dict` of the same rank has returned.
 
         Raises:
             ValueError: it is another rank's, of another number of workers, or of other parameters.

@@ -1,8 +1,8 @@
 """`CompressedGradients`: a DDP hook that leaves in p.grad the mean of what a compressor made of each worker's gradient.
 
-Two ways to average serve all compressors of blocks. In two phases (all-to-all, all-gather), the owner of a block
-averages what the workers sent, compresses the mean, and sends it to all. In one, every worker sends everything to
-everybody, which averages without a second loss and costs M / 2 times as much.
+There are two ways to average blocks. In two phases (all-to-all, all-gather) the owner of a block averages what the
+workers have sent, compresses the mean, and sends it to all. In one phase every worker sends everything to everybody:
+that loses nothing a second time, and costs M / 2 times as much. Each compressor has a file of its own beside this one.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _ROWS = 256
 
 
 class Compressor(ABC):
-    """What is sent instead of gradients: options without state."""
+    """What is sent in place of gradients. It has options and no state: residuals are kept by `CompressedGradients`."""
 
     error_feedback: bool
-    """What was not sent is added to the next step's gradient."""
+    """Whether what was not sent is added to the next step's gradient."""
     two_sided: bool
-    """The mean is compressed again by its owner, with error feedback of its own."""
+    """Whether its owner compresses the mean again, with error feedback of its own."""
 
     @abstractmethod
     def exchange(self, x: Tensor, message: Message) -> Tensor:
@@ -54,7 +54,7 @@ class Compressor(ABC):
 
 
 class Page(NamedTuple):
-    """A compressor's row in docs/compressors.md, but for what the compressor itself says."""
+    """What a compressor's row in docs/compressors.md says, beside what the compressor itself tells."""
 
     paper: str
     bytes: str
@@ -139,7 +139,7 @@ class BlockCompressor(Compressor):
 
     two_sided = True
     stochastic = False
-    """`encode` needs noise."""
+    """Whether `encode` needs noise."""
     scales = 1
     """float32 numbers per block."""
 
@@ -155,7 +155,7 @@ class BlockCompressor(Compressor):
         Args:
             x: float32 [rows, BLOCK], zeros beyond the end of short rows.
             sizes: float32 [rows, 1], elements in each row.
-            noise: int16 like x, uniform, if the compressor is stochastic; else of any shape and not used.
+            noise: int16 like x, uniform, if the compressor is stochastic; else not used.
 
         Returns:
             float32 [rows, scales], and uint8 or bool like x.

@@ -70,7 +70,7 @@ def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 class Blocks:
-    """Rows of a matrix of `BLOCK` columns, of which some are shorter."""
+    """Rows of a matrix of `BLOCK` columns; some hold fewer elements."""
 
     def __init__(self, sizes: Tensor, device: torch.device) -> None:
         short = (sizes < BLOCK).nonzero().view(-1)
@@ -80,7 +80,7 @@ class Blocks:
         self._beyond = (torch.arange(BLOCK) >= sizes[short, None]).to(device)
 
     def clear(self, x: Tensor) -> Tensor:
-        """X, after zeros have been written beyond the end of short rows."""
+        """Write zeros beyond the end of short rows of x, in place, and return x."""
         x[self._short] = x[self._short].masked_fill_(self._beyond, 0)
         return x
 
@@ -126,7 +126,7 @@ class Layout:
         return [flat[start * BLOCK : start * BLOCK + size] for start, size in zip(self.starts, self.sizes, strict=True)]
 
     def parameter_of(self, row: int) -> int:
-        """Whose row it is."""
+        """Index of the parameter that a row belongs to."""
         return max(i for i, start in enumerate(self.starts) if start <= row and self.counts[i] > 0)
 
     def wire(self, scales: int, bits: int, dealt: bool) -> Wire:
@@ -151,7 +151,7 @@ class Wire:
         sizes: int64 [rows], elements in each row.
         owners: int64 [rows].
         count: how many owners there are.
-        rank: which one is this.
+        rank: number of this one.
         scales: float32 numbers in front of each block.
         bits: per element.
         device: where the words are.
@@ -188,7 +188,7 @@ class Wire:
         return rows.view(-1).index_select(0, self._send).view(self.count, self.length)
 
     def place(self, messages: Tensor) -> Tensor:
-        """The inverse of `send`; words beyond the end of a short row are any."""
+        """The inverse of `send`; words beyond the end of a short row are undefined."""
         return messages.reshape(-1).index_select(0, self._place).view(-1, self.width)
 
     def send_own(self, rows: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def random_integers(
 
 
 def round_stochastically(x: Tensor, unit: Tensor, levels: int, noise: Tensor) -> Tensor:
-    """X / unit rounded up or down with the probabilities that make the expectation right, within 2^-16.
+    """Round x / unit up or down at random, so that the expectation is x / unit within 2^-16.
 
     Args:
         x: float32 [rows, columns], at most levels * unit in magnitude.

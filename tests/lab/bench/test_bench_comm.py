@@ -76,6 +76,7 @@ def check_cell(cell: dict[str, Any], methods: list[str]) -> None:
         assert found["steps_per_window"] >= 1
 
 
+@pytest.mark.slow
 def test_loopback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     methods = [PEER, "bf16", "int8-sum", "vote"]
     with pytest.raises(SystemExit) as stopped:
@@ -100,6 +101,7 @@ def test_loopback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "int8 sum of signs" in (tmp_path / "bench-comm-2e4.svg").read_text()
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_every_method_sends_what_its_formula_says() -> None:
     workload = CommWorkload.of("1e5")
@@ -111,6 +113,7 @@ def test_every_method_sends_what_its_formula_says() -> None:
         assert payload <= trial[key].sent < 1.03 * payload + 12_000, key
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_namespaces_limit_rates(tmp_path: Path) -> None:
     """No step is faster than its bytes at the rate of the link."""
@@ -204,6 +207,7 @@ def test_without_root_or_tools_a_rate_is_refused(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_no_rank_outlives_the_command(number: signal.Signals, tmp_path: Path) -> None:
     rates = ["--rates", "loopback" if REASON else "1gbit"]
@@ -225,6 +229,7 @@ def test_no_rank_outlives_the_command(number: signal.Signals, tmp_path: Path) ->
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_is_named() -> None:
     with Ranks(2, None) as ranks:
         with pytest.raises(BenchError, match=r"rank [01] of 2 has ended: KeyError: 'nonsense'"):
@@ -233,6 +238,7 @@ def test_a_rank_that_fails_is_named() -> None:
     assert are_gone(ids)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_benchmark_and_time_runs_out() -> None:
     with Ranks(2, None) as ranks:
         ranks.set_up(CommWorkload.of("1000"), [PEER], time.monotonic() + 60)
@@ -271,6 +277,7 @@ def _refusal(make: str) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "message"),
     [

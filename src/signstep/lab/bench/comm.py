@@ -66,7 +66,7 @@ class BenchComm:
             if self.out is not None:
                 comm_report.write(result, self.out, command)
 
-        # As Ctrl-C does, so that what has been set up is taken down.
+        # End as after Ctrl-C, so that namespaces and processes are taken down.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with progress() as say:
             result = measure_cells(plan, minutes=self.max_minutes, done=done, say=say)

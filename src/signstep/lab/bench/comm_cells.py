@@ -37,8 +37,8 @@ LOOPBACK, UNSHAPED = "loopback", "none"
 RATES = ("10mbit", "100mbit", "1gbit", UNSHAPED)
 # A workload whose fp32 step would take longer is left out of a cell: three rounds of it would take minutes.
 _SLOWEST_SECONDS = 30.0
-# What a rank takes beside its methods, then numbers per parameter: those that all methods share, its parameters and
-# gradients, and those of a method, on average, its bucket, momentum and residual.
+# A rank's memory: that of its process; two numbers per parameter that all methods share, the parameter and its
+# gradient; and about three for each method, its bucket, momentum and residual.
 _PROCESS_BYTES = 350 * 2**20
 _SHARED_NUMBERS, _METHOD_NUMBERS = 2, 3
 # Bytes that headers, padding and flags may add to a small payload.
@@ -86,9 +86,9 @@ class CommCell:
     ranks: int
     rate: str
     steps: dict[str, int]
-    """Of each method's window."""
+    """How many a window has, by method."""
     rounds: list[dict[str, CommWindow]]
-    """By method, in the order in which they were timed."""
+    """What each method took, in the order in which they were timed."""
 
     def seconds(self, key: str) -> Spread:
         """Of a step."""
@@ -137,7 +137,7 @@ class CommPlan:
     rounds: int
     """At most; slow cells have fewer, and none has fewer than 3."""
     seconds: float
-    """After which a cell begins no further round."""
+    """A cell begins no further round after so long."""
 
     def __post_init__(self) -> None:
         for option in ("rates", "ranks", "methods", "workloads"):
@@ -166,12 +166,12 @@ class CommPlan:
 
 
 def default_rates() -> tuple[str, ...]:
-    """All, where namespaces are to be had, else loopback."""
+    """All of `RATES` where this process can have network namespaces, else loopback."""
     return RATES if netns.missing() is None else (LOOPBACK,)
 
 
 class Ranks:
-    """The processes of one process group, which answer commands; a context manager, after which none is left.
+    """The processes of one process group, which answer commands; a context manager that ends them.
 
     Args:
         count: how many.
@@ -298,7 +298,7 @@ def measure_cells(
         say: told what happens.
 
     Raises:
-        NetworkError: a rate but "loopback", and no namespaces to be had.
+        NetworkError: a rate other than "loopback" where there are no network namespaces.
         BenchError: a method fails, or does not give all ranks the same parameters; or the time is over.
     """
     deadline = time.monotonic() + 60 * minutes

@@ -1,7 +1,7 @@
 """One rank of `signstep bench comm`: a process that takes commands from standard input, a line of JSON each.
 
-The first line says who it is and what to set up; every later one is a cell to time. It answers each on standard output,
-and its end, like that of its input, is the end of the benchmark.
+The first line says which rank it is and what to set up; every later line is a cell to time. The rank answers each line
+on standard output. It exits when its input ends, and when it exits the benchmark ends.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from signstep.lab.bench.netns import bytes_sent
 
 LEAST_ROUNDS = 3
 _SEED = 0
-# DDP rebuilds its buckets after the first step, and PowerSGD begins with the third.
+# DDP rebuilds its buckets after the first step, and PowerSGD compresses from the third on.
 _WARM_UP = 4
-# Of a method in a round.
+# A method's window in a round: about so long, and at most so many steps.
 _WINDOW_SECONDS, _MOST_STEPS = 0.4, 50
-# Slower methods begin a window without an untimed step, which fills the links.
+# A window begins with an untimed step, so that the links are busy when timing starts; slower methods go without.
 _LEAD_IN_SECONDS = 2.0
 
 
@@ -198,7 +198,7 @@ def set_up(command: dict[str, Any]) -> dict[str, CommRunner]:
     os.environ["GLOO_SOCKET_IFNAME"] = command["interface"]
     torch.set_num_threads(1)
     rank = command["rank"]
-    # A file leaves the network to the methods.
+    # The ranks find each other by a file, so that only the methods use the network.
     dist.init_process_group("gloo", init_method=f"file://{command['store']}", rank=rank, world_size=command["ranks"])
     same = torch.Generator().manual_seed(_SEED)
     own = torch.Generator().manual_seed(_SEED + 1 + rank)
@@ -211,7 +211,7 @@ def set_up(command: dict[str, Any]) -> dict[str, CommRunner]:
 def _listen(commands: queue.SimpleQueue[dict[str, Any]]) -> None:
     for line in sys.stdin:
         commands.put(json.loads(line))
-    os._exit(1)  # whatever the main thread waits for
+    os._exit(1)  # the main thread may be waiting for other ranks
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """How `signstep bench monitor` measures what a `Monitor` costs a training, beside Cockpit, in one process.
 
-Every round times each loop's own step, which is measured, its other steps, and plain steps beside them in a shuffled
-order, on the same network and batch: a ratio is of two times that met the same machine. Memory:
-`signstep.lab.bench.peak_memory`.
+A loop is a training that a `Monitor` or Cockpit looks at. Its own steps are those that are measured, its other steps
+those in between, and plain steps are the same training with nobody looking. Every round times all three in a shuffled
+order on the same network and batch, and a ratio is taken within a round. Memory: `signstep.lab.bench.peak_memory`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Loop:
-    """A way to train, and the plain way. `arm(True)` makes its coming step an own one, `arm(False)` another."""
+    """A training that is looked at, and the plain one. `arm(True)` makes the next step an own one, `arm(False)` not."""
 
     label: str
     plain: Callable[[], None]
@@ -203,7 +203,7 @@ def set_up(make: Callable[[], nn.Module], batch: Batch, folder: Path, result: Mo
         except ImportError as error:
             result.missing["Cockpit"] = f"{error}; {INSTALL}"
             break
-        except Exception as error:  # whatever these packages do
+        except Exception as error:  # these packages fail in ways of their own
             result.missing[f"Cockpit {', '.join(names)}"] = f"{type(error).__name__}: {error}"
     return loops
 

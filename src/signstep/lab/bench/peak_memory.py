@@ -2,11 +2,11 @@
 
 On CUDA it is that of the caching allocator. On a CPU torch's profiler reports every allocation and release of torch's
 allocator with address and size, also those inside of operators, and the running sum over them is exact; it does not
-know of the scratch memory that oneDNN and MKL take by themselves. Releases of what was there before are left out.
+see the scratch memory that oneDNN and MKL take by themselves. Releases of older memory do not count.
 
-The peak of a training step is that of its activations, which can hide what comes at another time. So there is a second
-peak, over the tensors that last: all but those that are both made and released between the begin of a `forward_pass`
-and the end of its backward pass, as activations and the temporaries of backward hooks are.
+A training step needs most memory when its activations are alive, which can hide a lower peak at another time. So there
+is a second peak, over the tensors that last: all but those that are both made and released between the begin of a
+`forward_pass` and the end of its backward pass, as activations and the temporaries of backward hooks are.
 """
 
 from __future__ import annotations

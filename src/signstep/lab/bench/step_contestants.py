@@ -27,7 +27,7 @@ _RELATIVE: dict[str, Any] = {"dither": 1.0, "dither_decay": 0.0, "dither_scale":
 
 
 class Stepper(Protocol):
-    """What is timed: an optimizer, or something with the same two names."""
+    """What is timed: an optimizer, or something with the same two attributes."""
 
     @property
     def state(self) -> Mapping[Any, Any]:

@@ -36,7 +36,7 @@ from signstep.lab.errors import BadInput
 
 _SEED = 0
 _WARM_UP = 3
-# A group whose steps take seconds gets fewer rounds; what it shows is a factor of many.
+# This group's steps take seconds, so it gets a third of the rounds; its ratios are large and need no precision.
 _SLOW, _SLOWER = "plain dither", 3
 # Leading elements of each tensor that are compared to see a change.
 _SAMPLE = 4096
@@ -156,7 +156,7 @@ class StepRunner:
         return time.perf_counter() - started
 
     def _restore(self) -> None:
-        # Some optimizers take the gradients away.
+        # Some optimizers set p.grad to None.
         for p, g in zip(self._params, self._grads, strict=True):
             p.grad = g
 
@@ -283,7 +283,7 @@ def measure_workload(
     params, grads = make_parameters(shapes, chosen, device)
     result = StepResult(workload, title, len(params), sum(p.numel() for p in params), peer_for(chosen, device))
     for name, contestants in groups(chosen, result.peer).items():
-        # Else the shapes of the workload before count towards torch's limit on compiling anew.
+        # The shapes of earlier workloads would count towards torch's limit on recompilations.
         torch.compiler.reset()
         gc.collect()
         count = max(2, rounds // _SLOWER) if name == _SLOW else rounds

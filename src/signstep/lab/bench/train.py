@@ -42,7 +42,7 @@ _HEAD = ("method", "seconds", "seconds to target", "MB per rank", "accuracy")
 
 @dataclass(frozen=True)
 class TrainMethod:
-    """One row."""
+    """One way to train: a row of the table."""
 
     label: str
     reduce: Reduce
@@ -113,7 +113,7 @@ class BenchTrain:
         """Train, show and write; the exit code."""
         check_folder(self.data)
         options = replace(self, methods=tuple(dict.fromkeys(self.methods)) or tuple(TRAIN_METHODS))
-        # As Ctrl-C does, so that what has been set up is taken down.
+        # End as after Ctrl-C, so that namespaces and processes are taken down.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         samples = train_all(options)
         table = Table(*_HEAD, box=rich.box.SIMPLE_HEAD)
@@ -146,7 +146,7 @@ def _sent(network: netns.Network, ranks: int) -> int:
 
 
 def _train(network: netns.Network, config: RunConfig, options: BenchTrain, minutes: float) -> float:
-    """Train a run to its end; bytes that its ranks have sent."""
+    """Train a run to its end, and return the bytes that a rank has sent, on average."""
     ranks, folder = options.ranks, options.runs
     before = _sent(network, ranks)
     command = [
@@ -166,7 +166,7 @@ def _train(network: netns.Network, config: RunConfig, options: BenchTrain, minut
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": _PORT}
             place |= {"MASTER_ADDR": network.address(0), "GLOO_SOCKET_IFNAME": netns.DEVICE}
-            # As torchrun sets it, by which a worker knows that it is one.
+            # torchrun sets this too; a worker knows by it that it is one.
             place |= {"TORCHELASTIC_RUN_ID": NAME, "OMP_NUM_THREADS": "1"}
             errors = (folder / f"rank-{rank}.err").open("wb")
             words = network.command(rank, command)

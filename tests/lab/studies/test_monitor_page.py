@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from monitor_records import COMMAND, monitored, skewed
 
 from signstep.lab.studies import monitor_figures, monitor_numbers
-from signstep.lab.studies.monitor_page import PAGE, write, write_runs
+from signstep.lab.studies.monitor_page import PAGE_FILE, write, write_runs
 
 KINDS = ("noise", "snr", "seven", "dither", "calibration")
 
@@ -67,8 +67,8 @@ def numbers(text: str) -> list[float]:
 
 
 def test_files_and_names(page: Path) -> None:
-    assert page.name == PAGE
-    expected = {PAGE, "monitor.md", *(f"monitor-{kind}.svg" for kind in KINDS)}
+    assert page.name == PAGE_FILE
+    expected = {PAGE_FILE, "monitor.md", *(f"monitor-{kind}.svg" for kind in KINDS)}
     assert {path.name for path in page.parent.iterdir()} == expected
     assert page.stat().st_size < 1_000_000
 

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-import signstep.lab.verify.command  # noqa: F401  (registers the statements)
+import signstep.lab.verify.verification  # noqa: F401  (registers the statements)
 from signstep.lab.verify import dithered_sign, estimators, registry
 from signstep.lab.verify.chains import descend
 from signstep.lab.verify.projection_rate import folded_averages
 from signstep.lab.verify.projection_switch import lognormal_averages
-from signstep.lab.verify.registry import CHECKS, FAILS, HOLDS, Outcome
+from signstep.lab.verify.registry import CHECKS, FAILS, HOLDS, CheckOutcome
 from signstep.optim import calibration, hybrid, signsgd
 from signstep.theory import bounds, noise, problems, stationarity, vote
 
 
-def measure(name: str) -> Outcome:
+def measure(name: str) -> CheckOutcome:
     (outcome,) = registry.run([CHECKS[name]])
     return outcome
 

@@ -17,17 +17,17 @@ from rich.console import Console
 
 from signstep.lab.cli import main
 from signstep.lab.errors import BadInput
-from signstep.lab.verify import registry, report
-from signstep.lab.verify.command import VerifyStatements
-from signstep.lab.verify.registry import BETTER, CHECKS, FAILS, GROUPS, HOLDS, Finding, Outcome, check
-from signstep.lab.verify.theorem_bounds import LAWS
+from signstep.lab.verify import registry, verification_report
+from signstep.lab.verify.registry import BETTER, CHECKS, FAILS, GROUPS, HOLDS, CheckOutcome, Finding, check
+from signstep.lab.verify.theorem_bounds import LAW_NAMES
+from signstep.lab.verify.verification import VerifyStatements
 from signstep.theory import bounds
 
 CHEAP = ("gauss.bound", "gauss.split", "gauss.bimodal", "vote.slope")
 
 
 @functools.cache
-def outcome(name: str) -> Outcome:
+def outcome(name: str) -> CheckOutcome:
     (found,) = registry.run([CHECKS[name]])
     return found
 
@@ -83,21 +83,21 @@ def test_names_are_taken_once_and_belong_to_a_group() -> None:
             check(name, "A claim", source="a test")(lambda rng: Finding("", "", HOLDS))
 
 
-def _outcomes() -> list[Outcome]:
+def _outcomes() -> list[CheckOutcome]:
     found = [outcome(name) for name in CHEAP]
     steps = [32_000, 8_000, 2_000, 500]
     values = {
         "steps": steps,
-        "phi": {law: [2.0, 4.0, 8.0, 14.0] for law in LAWS},
-        "l1": {law: [1.0, 2.0, 4.0, 8.0] for law in LAWS},
+        "phi": {law: [2.0, 4.0, 8.0, 14.0] for law in LAW_NAMES},
+        "l1": {law: [1.0, 2.0, 4.0, 8.0] for law in LAW_NAMES},
         "paper": [5.0, 10.0, 20.0, 40.0],
         "sharp": [3.0, 6.0, 12.0, 24.0],
         "floor": 100.0,
     }
-    slope = Outcome(
+    slope = CheckOutcome(
         CHECKS["theorem.slope"], Finding("a <b> & c | d", "z = 1", HOLDS, detail="why <i>", values=values), 1.25
     )
-    odd = Outcome(CHECKS["dither.late-stage"], Finding("sigma_k", "exact", HOLDS), 0.5)
+    odd = CheckOutcome(CHECKS["dither.late-stage"], Finding("sigma_k", "exact", HOLDS), 0.5)
     return [*found, slope, odd]
 
 
@@ -117,11 +117,11 @@ def test_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_json_has_no_nan() -> None:
-    record = report.to_dict(_outcomes(), command="here")
-    json.loads(report.to_json(record))
+    record = verification_report.to_dict(_outcomes(), command="here")
+    json.loads(verification_report.to_json(record))
     record["seconds"] = math.nan
     with pytest.raises(ValueError):
-        report.to_json(record)
+        verification_report.to_json(record)
 
 
 class _Tags(HTMLParser):
@@ -153,7 +153,7 @@ class _Tags(HTMLParser):
 
 def test_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
     outcomes = _outcomes()
-    report.write(outcomes, report.to_dict(outcomes, command="signstep verify <x>"), tmp_path)
+    verification_report.write(outcomes, verification_report.to_dict(outcomes, command="signstep verify <x>"), tmp_path)
     page = (tmp_path / "verify.html").read_text()
     tags = _Tags()
     tags.feed(page)
@@ -167,7 +167,7 @@ def test_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
     text = " ".join("".join(tags.text).split())
     for each in outcomes:
         assert each.check.name in tags.ids
-        assert report.typeset(each.check.claim) in text
+        assert verification_report.typeset(each.check.claim) in text
     assert "a <b> & c | d" in text
     assert "Expected: fails" in text
     assert "4 hold, 1 holds with a better constant, 1 fails; not as expected: dither.late-stage" in text
@@ -176,7 +176,7 @@ def test_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
 
 def test_markdown_is_a_table_of_every_check() -> None:
     outcomes = _outcomes()
-    text = report.markdown(outcomes, report.to_dict(outcomes, command="here"))
+    text = verification_report.markdown(outcomes, verification_report.to_dict(outcomes, command="here"))
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert len(rows) == len(outcomes)
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {8}
@@ -186,7 +186,7 @@ def test_markdown_is_a_table_of_every_check() -> None:
 @pytest.mark.parametrize("width", [60, 100, 200])
 def test_table_shows_every_check_and_what_is_odd(width: int) -> None:
     console = Console(width=width, record=True, file=io.StringIO())
-    report.show(console, _outcomes())
+    verification_report.show(console, _outcomes())
     text = console.export_text()
     for name in CHEAP:
         assert name.partition(".")[2] in text
@@ -197,9 +197,9 @@ def test_table_shows_every_check_and_what_is_odd(width: int) -> None:
 
 def test_summary_counts() -> None:
     outcomes = _outcomes()
-    assert report.summary(outcomes[:1]) == "1 holds"
-    assert report.summary(outcomes[:3]) == "1 holds, 1 holds with a better constant, 1 fails as expected"
-    assert report.summary(outcomes) == (
+    assert verification_report.summary(outcomes[:1]) == "1 holds"
+    assert verification_report.summary(outcomes[:3]) == "1 holds, 1 holds with a better constant, 1 fails as expected"
+    assert verification_report.summary(outcomes) == (
         "4 hold, 1 holds with a better constant, 1 fails; not as expected: dither.late-stage"
     )
 
@@ -216,13 +216,13 @@ def test_summary_counts() -> None:
     ],
 )
 def test_typeset(plain: str, shown: str) -> None:
-    assert report.typeset(plain) == shown
+    assert verification_report.typeset(plain) == shown
 
 
 @given(st.text(max_size=80))
 def test_typeset_takes_any_text_and_rests(text: str) -> None:
-    once = report.typeset(text)
-    assert report.typeset(once) == once or "sqrt" in once or "lambda" in once
+    once = verification_report.typeset(text)
+    assert verification_report.typeset(once) == once or "sqrt" in once or "lambda" in once
 
 
 def test_list_measures_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

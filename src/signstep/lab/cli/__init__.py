@@ -64,7 +64,7 @@ COMMANDS = Commands(
             "Measure what a vote is worth, and how far signs can be trusted in the paper's trainings.",
         ),
         "verify": (
-            "signstep.lab.verify.command:VerifyStatements",
+            "signstep.lab.verify.verification:VerifyStatements",
             "Check what the paper and the docs state, each statement by a measurement.",
         ),
         "inspect": (

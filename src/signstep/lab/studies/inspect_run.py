@@ -1,9 +1,9 @@
-"""`signstep inspect`: what a monitor says of a run, of its records or, measured here and now, of its checkpoint.
+"""`signstep inspect`: what a monitor says of a run, from its records or from a measurement at its checkpoint.
 
-A checkpoint's model, optimizer and images are rebuilt from its configuration. Its gradients are compared between
-micro-batches of training images, augmented as in the run and in an order that the run never has, with batch norm in
-train mode; then one step is taken on the batch that comes next, of which the dither meter and the calibration are.
-All of that happens to a copy in memory.
+A checkpoint's model, optimizer and images are rebuilt from its configuration, in memory; no file changes. Gradients are
+compared between micro-batches of training images, with batch norm in train mode. The images are augmented as in the
+run, in an order that the run never has. Then one step is taken on the batch that comes next in the run: the numbers
+of dither and calibration belong to this step.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = ["InspectRun", "Inspected", "measure", "show"]
 _FEWEST = 4
 _WIDTH = 180
 _CHOICES = ("momentum", "dither", "dither_decay", "dither_position", "dither_scale", "switch", "calibration")
-"""Options that a sentence names where they are set."""
+"""Options that the sentence about a run names where they are set."""
 _VOTED = (
     "dither and calibration: the momentum is with the run's workers, who vote; signstep train --watch measures them "
     "in the run"
@@ -61,7 +61,7 @@ class Inspected:
     records: Sequence[Record]
     """All records of a monitor's file; one of a checkpoint."""
     about: str
-    """What they are of, in a sentence."""
+    """What the records were measured on, in a sentence."""
     config: RunConfig | None = None
     """The configuration of a checkpoint's run."""
 
@@ -180,10 +180,10 @@ class InspectRun:
 
 
 class _Inspector(Monitor):
-    """A monitor that compares other images than those of the step."""
+    """A monitor that compares images other than those of the step."""
 
     per_step = 1
-    """Micro-batches that would make up a batch of the run."""
+    """Number of micro-batches that have as many images as a batch of the run."""
 
     def _rows(self) -> tuple[Tensor, int]:
         return super()._rows()[0], self.per_step
@@ -197,7 +197,7 @@ def measure(path: Path, options: InspectRun) -> Inspected:
         options: of the measurement.
 
     Raises:
-        BadInput: more than one process, or images that are not to be had.
+        BadInput: more than one process, or images that are not there.
         CheckpointError: the checkpoint is damaged, or no run's.
     """
     state = checkpoint.read(path)
@@ -254,7 +254,7 @@ def measure(path: Path, options: InspectRun) -> Inspected:
 
 
 def _images(batches: Batches, config: RunConfig, count: int) -> tuple[Tensor, Tensor]:
-    """Training images and labels, of an epoch after those of the run, and of further ones if it has not enough."""
+    """Training images and labels of the epoch after the run's last, and of further epochs where it has too few."""
     first = (config.epochs + 1) * batches.steps_per_epoch
     pairs = [
         batches.training(*divmod(first + i, batches.steps_per_epoch)) for i in range(-(-count // config.batch_size))
@@ -303,7 +303,7 @@ def _table(*head: str) -> Table:
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """Short names that tell the files apart."""
+    """Short names by which the files can be told apart."""
     for parts in (1, 2):
         labels = ["/".join(path.with_suffix("").parts[-parts:]) for path in paths]
         if len(set(labels)) == len(labels):

@@ -1,8 +1,8 @@
 """Figures of a monitor's records, in the style of `signstep.lab.output.figures`.
 
-A run is its label and its records, in any order; of several records of a step the last one counts. Every function
-draws a figure that stands alone, or with `page=True` a narrow one whose title and key the page around it has. What
-there is nothing to draw of raises `NothingToDraw`.
+A run is its label and its records, in any order; of several records of one step the last counts. Every function draws a
+figure that stands alone. With `page=True` it draws a narrow one, without the title and key that the page around it has.
+A function raises `NothingToDraw` where no record has its numbers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from signstep.theory.bounds import CRITICAL_SNR
 
 __all__ = [
     "RULE_COLOURS",
+    "LabelledRun",
     "NothingToDraw",
-    "Run",
     "calibration_rules",
     "colour",
     "dither_meters",
@@ -36,7 +36,7 @@ __all__ = [
     "violations",
 ]
 
-Run = tuple[str, Sequence[Record]]
+LabelledRun = tuple[str, Sequence[Record]]
 
 _SERIES = ("blue", "vermillion", "green", "violet", "orange", "pink", "olive", "brown", "black", "grey")
 RULE_COLOURS = {
@@ -47,7 +47,7 @@ RULE_COLOURS = {
     "swats": "orange",
     "calibrated_lr": "black",
 }
-"""Of the rules and, last, of the rate that the optimizer itself keeps: names of the palette of `figures`."""
+"""Palette names, by rule; the last one is of the rate that the optimizer itself keeps."""
 GAUSSIAN = (2.05, 3.0)
 """What alignment over Phi / 3 is under Gaussian noise: 3 erf(S / sqrt 2) / min(1, S) for every S."""
 MATCH = 10.0
@@ -70,7 +70,7 @@ def noise_histograms(early: Record, late: Record | None = None, *, page: bool = 
 
     Args:
         early: a record with "samples".
-        late: one of a later step, of the same model.
+        late: a record of a later step of the same model.
         page: narrow, without a title.
     """
     shown = [record for record in (early, late) if record is not None and samples(record)]
@@ -124,7 +124,7 @@ def samples(record: Record) -> dict[tuple[str, int], list[float]]:
 
 
 def _histogram(axes: Axes, values: Sequence[float] | None) -> str:
-    """Draw it, and say how many values are 0."""
+    """Draw the histogram of a coordinate; returns how many of its values are 0, in words."""
     axes.set_xlim(-_BINS, _BINS)
     axes.xaxis.set_major_locator(FixedLocator([-2, 0, 2]))
     axes.xaxis.set_major_formatter(lambda value, _: number(value))
@@ -151,12 +151,12 @@ def _histogram(axes: Axes, values: Sequence[float] | None) -> str:
 
 
 def _short(text: str, most: float) -> str:
-    """The text, without its middle if it has more than so many letters."""
+    """The text; if it has more than `most` letters, without its middle."""
     keep = (int(most) - 1) // 2
     return text if len(text) <= most else f"{text[:keep]}…{text[-keep:]}"
 
 
-def snr_distribution(runs: Sequence[Run], *, page: bool = False) -> Figure:
+def snr_distribution(runs: Sequence[LabelledRun], *, page: bool = False) -> Figure:
     """Share of the coordinates with S of a micro-batch above x, in the first record and in the last.
 
     Grey is what as many micro-batches show of coordinates without any signal, S = 0, under Gaussian noise.
@@ -219,12 +219,12 @@ def _silent(snr: float, count: int) -> float:
     return float(2 * scipy.stats.t.cdf(t, count - 1) - 1)
 
 
-def violations(runs: Sequence[Run], *, page: bool = False) -> Figure:
+def violations(runs: Sequence[LabelledRun], *, page: bool = False) -> Figure:
     """Over steps, alignment over Phi / 3 with the interval of the margin; below, the share of layers where it is < 1.
 
-    Grey is where Gaussian noise has it; below 1 inequality (7) does not hold. There is a gap where neither Phi can be
-    told from 0 nor the ratio from 1; a triangle at an edge lies beyond it. Of the layers, a solid line counts those
-    whose whole interval, corrected for their number, is below 1, a dotted one all whose estimate is.
+    Gaussian noise lies in the grey band; below 1 inequality (7) does not hold. There is a gap where neither Phi can be
+    told from 0 nor the ratio from 1. A triangle at an edge stands for a value beyond it. A solid line counts the layers
+    whose whole interval, corrected for their number, is below 1; a dotted line counts those whose estimate is.
     """
     named = any(label for label, _ in runs)
     width, height, right, top = (
@@ -290,7 +290,7 @@ def violations(runs: Sequence[Run], *, page: bool = False) -> Figure:
 
 
 def _floats(seven: tuple[float, float | None, float | None] | None) -> list[float]:
-    """With NaN for what is missing."""
+    """Value and ends of an interval, NaN for what is missing."""
     return [math.nan if x is None else x for x in seven or (None, None, None)]
 
 
@@ -361,7 +361,7 @@ def _in_sgd(record: Record) -> bool:
     return isinstance(first, Mapping) and first.get("phase") == "sgd"
 
 
-def dither_meters(runs: Sequence[Run], *, page: bool = False) -> Figure:
+def dither_meters(runs: Sequence[LabelledRun], *, page: bool = False) -> Figure:
     """Rms of the momentum over sigma of the dither, over steps; grey is where the two match within a factor of 10."""
     figure, axes, plot = _one(page, named=any(label for label, _ in runs))
     ends: list[tuple[str, str, float, float]] = []
@@ -426,7 +426,7 @@ def _line(
     width: float = 1.6,
     marked: bool = True,
 ) -> None:
-    """A line, with marks unless there are many values."""
+    """Draw a line, with marks unless there are many values."""
     marker = "o" if marked and len(x) <= 40 else None
     axes.plot(x, y, linestyle=dashed or "-", linewidth=width, marker=marker, markersize=3.2, color=shade, zorder=zorder)
 

@@ -1,4 +1,4 @@
-"""A monitor's record as numbers in words, for a terminal, Markdown or a page. Any number of a record may be missing."""
+"""The numbers of a monitor's record as text, for a terminal, Markdown or a page. Any of them may be missing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from signstep.monitor.calibration_panel import RATE_RULES
 from signstep.theory.bounds import PAPER_CONSTANT
 
 __all__ = [
+    "Instrument",
     "Layers",
-    "Part",
+    "NumberRow",
     "Record",
-    "Row",
     "at",
     "by_step",
     "headline",
@@ -64,7 +64,7 @@ def at(record: Any, *path: str | int) -> float | None:
 
 
 def by_step(records: Sequence[Record]) -> list[Record]:
-    """Rising by step, and of each step the last record: a run that goes on from a checkpoint measures steps again."""
+    """The records by rising step. A run that goes on from a checkpoint measures steps again: the last record counts."""
     known = {step: record for record in records if (step := at(record, "step")) is not None}
     return [known[step] for step in sorted(known)]
 
@@ -152,7 +152,7 @@ def sentences(record: Record, key: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Row:
+class NumberRow:
     """A number with its name and what it means."""
 
     label: str
@@ -161,23 +161,23 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one instrument has measured."""
+class Instrument:
+    """What one instrument of the monitor has measured."""
 
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[NumberRow, ...]
     reason: str = ""
     """Why there are no rows."""
 
 
-def parts(record: Record) -> list[Part]:
+def parts(record: Record) -> list[Instrument]:
     """The numbers of a record over all coordinates; those that are missing are left out."""
     return [_signs(record), _noise(record), _dither(record), _calibration(record)]
 
 
-def _part(title: str, rows: Sequence[tuple[str, str, str]], reason: object) -> Part:
-    known = tuple(Row(*row) for row in rows if not row[1].startswith(NONE))
-    return Part(title, known, "" if known else reason if isinstance(reason, str) else "not measured")
+def _part(title: str, rows: Sequence[tuple[str, str, str]], reason: object) -> Instrument:
+    known = tuple(NumberRow(*row) for row in rows if not row[1].startswith(NONE))
+    return Instrument(title, known, "" if known else reason if isinstance(reason, str) else "not measured")
 
 
 def _interval(part: Any, *path: str) -> str:
@@ -189,7 +189,7 @@ def _with_interval(value: float | None, low: float | None, high: float | None) -
     return number(value) + ("" if low is None or high is None else f" [{number(low)}, {number(high)}]")
 
 
-def _signs(record: Record) -> Part:
+def _signs(record: Record) -> Instrument:
     found = _mapping(record, "reliability")
     seven = ratio(found)
     rows = [
@@ -213,7 +213,7 @@ def _signs(record: Record) -> Part:
     return _part("Signs", rows, found.get("reason"))
 
 
-def _noise(record: Record) -> Part:
+def _noise(record: Record) -> Instrument:
     found = _mapping(record, "symmetry")
     low, middle, high = (at(found, "skewness", q) for q in ("q05", "q50", "q95"))
     scatter = number(at(found, "skewness_std"))
@@ -240,7 +240,7 @@ def _noise(record: Record) -> Part:
     return _part("Noise", rows, found.get("advice"))
 
 
-def _dither(record: Record) -> Part:
+def _dither(record: Record) -> Instrument:
     found = _mapping(record, "dither")
     rows = [
         ("rms(m)", number(at(found, "rms")), "of the momentum"),
@@ -258,7 +258,7 @@ def _dither(record: Record) -> Part:
     return _part("Dither", rows, found.get("advice"))
 
 
-def _calibration(record: Record) -> Part:
+def _calibration(record: Record) -> Instrument:
     found = _mapping(record, "calibration")
     steps = at(found, "own_steps")
     rows = []

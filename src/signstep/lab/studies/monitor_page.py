@@ -1,6 +1,7 @@
 """The page on a monitor's records: alarms and advice first, then figures, then every number of the last record.
 
-One self-contained HTML page, the same as Markdown, and the figures as files. Any number of a record may be missing.
+It is one HTML page that needs no other file, the same text as Markdown, and the figures as files. Any number of a
+record may be missing.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from matplotlib.figure import Figure
 from signstep.lab.output import figures, pages
 from signstep.lab.output.files import write_text
 from signstep.lab.studies import monitor_figures, monitor_numbers
-from signstep.lab.studies.monitor_figures import NothingToDraw, Run, colour
-from signstep.lab.studies.monitor_numbers import Layers, Part, Record, at, by_step, count, number, sentences
+from signstep.lab.studies.monitor_figures import LabelledRun, NothingToDraw, colour
+from signstep.lab.studies.monitor_numbers import Instrument, Layers, Record, at, by_step, count, number, sentences
 
-__all__ = ["PAGE", "scope", "write", "write_runs"]
+__all__ = ["PAGE_FILE", "scope", "write", "write_runs"]
 
-PAGE = "monitor.html"
+PAGE_FILE = "monitor.html"
 
 _NOTES = {
     "noise": (
@@ -94,7 +95,7 @@ class Told:
     advice: tuple[str, ...]
     earlier: str
     """Which other records have alarms."""
-    parts: tuple[Part, ...]
+    parts: tuple[Instrument, ...]
     layers: Layers
 
 
@@ -105,7 +106,7 @@ def write(records: Sequence[Record], out: Path, *, title: str, command: str) -> 
         records: as `signstep.monitor.sinks.read` gives them.
         out: a folder, made where there is none.
         title: what was monitored.
-        command: that made the page, printed as it is; empty: none.
+        command: the command that made the page, printed as it is; empty: none is printed.
 
     Returns:
         The path of the page, which needs no other file and no network.
@@ -118,7 +119,7 @@ def write(records: Sequence[Record], out: Path, *, title: str, command: str) -> 
 
 
 def write_runs(
-    runs: Sequence[Run],
+    runs: Sequence[LabelledRun],
     out: Path,
     *,
     title: str,
@@ -126,15 +127,15 @@ def write_runs(
     name: str = "monitor",
     about: Sequence[str] = (),
 ) -> Path:
-    """As `write`, for several runs beside each other; the Markdown and the figures are called by `name`.
+    """As `write`, for several runs beside each other; `name` begins the names of the Markdown file and the figures.
 
     Args:
         runs: labels, empty for a single run, and records.
         out: as in `write`.
         title: as in `write`.
         command: as in `write`.
-        name: of the files but the page.
-        about: for each run, a sentence instead of that on its last record; none: that one.
+        name: begins the files' names; the page is always monitor.html.
+        about: a sentence on what was monitored, for each run; empty: the sentence of `scope`.
 
     Raises:
         ValueError: there is no run, or one without a record with a step.
@@ -158,7 +159,7 @@ def write_runs(
     }
     filters = {"count": lambda x: count(at(x)), "series": colour}
     write_text(out / f"{name}.md", pages.render("monitor.md", context, filters))
-    page = out / PAGE
+    page = out / PAGE_FILE
     write_text(page, pages.render("monitor.html", context, filters))
     return page
 
@@ -205,8 +206,8 @@ def _told(label: str, records: Sequence[Record], about: str) -> Told:
     )
 
 
-def _drawn(runs: Sequence[Run], name: str, out: Path) -> Iterator[Drawn]:
-    """Draw what there is to draw, and write each figure's file."""
+def _drawn(runs: Sequence[LabelledRun], name: str, out: Path) -> Iterator[Drawn]:
+    """Draw every figure that the records have numbers for, and write its file."""
     several = len({at(record, "step") for _, records in runs for record in records}) > 1
     keys = tuple(Key(label, colour(i)) for i, (label, _) in enumerate(runs) if label)
     shades = (Key("first record", colour(0), True), Key("last record", colour(0)))

@@ -1,6 +1,6 @@
 """Votes on given momenta, through the ballots and kernels that a training's votes are made of; nothing is trained.
 
-All workers have the same momentum m and noise of their own, so what is measured is what dither and counting do. With
+All workers have the same momentum m, and each has its own noise: this measures what dither and counting do. With
 q = Phi(m / sigma), the formula is E v = P(B > M/2) - P(B < M/2), B binomial with M trials of chance q.
 """
 

@@ -1,7 +1,7 @@
 """`signstep verify`: what the paper and our pages state, statement by statement, each measured.
 
-A file of statements registers them when it is imported; command.py imports all of them. Within a group statements run
-in the order of their files' names, and in a file from top to bottom.
+A file of statements registers them when it is imported; verification.py imports all of them. Within a group,
+statements run in the order of their files' names, and in a file from top to bottom.
 
 gauss.py               the chance of a wrong sign, eq. (5) to (7)
 theorem_bounds.py      Theorem 1, eq. (1) to (4) and (8), and the floor of (3)
@@ -15,7 +15,7 @@ estimators.py          what a live run can know, signstep.theory.stationarity
 
 registry.py            a statement, its verdict, and the list of all
 measures.py, chains.py what several files of statements measure with
-command.py             the command; report.py and drawings.py are what it shows and writes
+verification.py        the command; verification_report.py and drawings.py are what it shows and writes
 
 Studies, which ask questions of our own, are not here, and no statement imports one.
 """

@@ -1,7 +1,8 @@
 """SignSGD of Theorem 1, for many laws of noise, batch sizes and numbers of steps at once.
 
-`signstep.theory.problems.run` is the algorithm to read; `theorem.reference` holds this one against it. The noise of a
-step is cut from a pool of draws at a random place, so that given the past each coordinate's noise has the pool's law.
+`signstep.theory.problems.run` is the same algorithm in its readable form; the statement theorem.reference compares the
+two. The noise of a step is cut from a pool of draws at a random place, so each coordinate's noise has the law of the
+pool, given the past.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Descent:
 def pool(law: Law, n: int, chains: int, rng: Generator) -> Tensor:
     """Means of n draws of a symmetric law, symmetric about 0 and of variance 1 / n, both exactly; [chains, 2^15].
 
-    Each chain has draws of its own, so that what a finite pool misses of the law is in the errors over chains.
+    Each chain has draws of its own, so the errors over chains include what a finite pool misses of the law.
     """
     half = torch.zeros(chains, _POOL // 2, dtype=torch.float64)
     for _ in range(n):
@@ -69,7 +70,7 @@ def descend(
         noise_std: its standard deviation, shape [laws, batch sizes] or one that broadcasts to it.
         steps: K of each run, descending.
         lrs: of each run and step, shape [runs, max K], or one for each run, [runs, 1].
-        rng: of the places in the pools.
+        rng: draws the places in the pools.
         start: broadcasts to [runs, laws, batch sizes, chains, d]; None: the problem's.
     """
     if list(steps) != sorted(steps, reverse=True):

@@ -23,7 +23,7 @@ _DRAWS = 1 << 20
 
 
 def directions(m: Tensor, *, step: int = 0, seed: int = 0, **options: Any) -> Tensor:
-    """What one step of `SignSGD` without momentum on the gradient m moves along, (x_k - x_(k+1)) / delta."""
+    """The direction of one step of `SignSGD` without momentum on the gradient m: (x_k - x_(k+1)) / delta."""
     x = nn.Parameter(torch.zeros_like(m))
     optimizer = SignSGD([x], lr=1.0, momentum=0.0, seed=seed, **options)
     optimizer.param_groups[0]["step"].fill_(step)
@@ -31,7 +31,7 @@ def directions(m: Tensor, *, step: int = 0, seed: int = 0, **options: Any) -> Te
 
 
 def sigma(step: int, alpha: float = ALPHA) -> float:
-    """Eq. (9) as the optimizer has it."""
+    """sigma_k of eq. (9), as the optimizer computes it."""
     return float(dither_std(torch.tensor(step), alpha, DECAY))
 
 

@@ -26,7 +26,7 @@ _SETS = 500
 
 
 def naive(rows: Tensor) -> Tensor:
-    """Agreement of each row's signs with those of the mean of all rows, itself included: [..., N, d] to [...]."""
+    """Agreement of each row's signs with those of the mean of all rows, this row included: [..., N, d] to [...]."""
     return (rows.sign() * rows.mean(-2, keepdim=True).sign()).mean((-2, -1))
 
 
@@ -342,15 +342,15 @@ def symmetric(rng: Generator) -> Finding:
 
 
 @dataclass(frozen=True)
-class Measured:
+class NetGradients:
     """A net's gradients at one point, in batches of one size."""
 
     zeros: float
     """Share of a batch's gradient entries that are exactly 0."""
     violating: float
-    """Of coordinates with g != 0: E sign(g~) sign(g) < min(1, S)/3."""
+    """Share of the coordinates with g != 0 where E sign(g~) sign(g) < min(1, S)/3."""
     wrong: float
-    """Of them: E sign(g~) sign(g) < 0."""
+    """Share of them where E sign(g~) sign(g) < 0."""
     ratio: float
     """Left side of (7) over Phi / 3."""
     asymmetric: float
@@ -358,11 +358,11 @@ class Measured:
 
 
 @functools.cache
-def _net() -> dict[tuple[int, int], list[Measured]]:
-    """By epoch and batch size, for five seeds, of a ReLU net with 32 hidden units on digits."""
+def _net() -> dict[tuple[int, int], list[NetGradients]]:
+    """Gradients of a ReLU net with 32 hidden units on digits, for five seeds, by epoch and batch size."""
     x, y = digits_data()
     x = x.flatten(1)
-    found: dict[tuple[int, int], list[Measured]] = {}
+    found: dict[tuple[int, int], list[NetGradients]] = {}
     for seed in range(5):
         rng = Generator().manual_seed(_SEED + seed)
         with torch.random.fork_rng():
@@ -383,7 +383,7 @@ def _net() -> dict[tuple[int, int], list[Measured]]:
 
 
 def _gradients(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Of each image: [images, parameters], float64."""
+    """The gradient of each image: [images, parameters], float64."""
     params = {name: p.detach() for name, p in net.named_parameters()}
 
     def loss(params: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
@@ -393,8 +393,8 @@ def _gradients(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([g.flatten(1) for g in each(params, x, y).values()], dim=1).double()
 
 
-def _measure(each: Tensor, n: int, rng: Generator) -> Measured:
-    """Batches are drawn with replacement; those of one image are all there are."""
+def _measure(each: Tensor, n: int, rng: Generator) -> NetGradients:
+    """Measure batches of n images, drawn with replacement; for n = 1 every image is taken once."""
     g, s = each.mean(0), each.std(0, correction=0) / math.sqrt(n)
     if n == 1:
         batches = each
@@ -408,7 +408,7 @@ def _measure(each: Tensor, n: int, rng: Generator) -> Measured:
     least = (g.abs() / s).clamp(max=1)[live] / bounds.PAPER_CONSTANT
     some = torch.arange(0, int(live.sum()), 4)
     rejected = benjamini_hochberg(mean_median(batches[:, live][:, some].T.contiguous()), 0.05)
-    return Measured(
+    return NetGradients(
         zeros=float((batches == 0).double().mean()),
         violating=float((agreed < least).double().mean()),
         wrong=float((agreed < 0).double().mean()),
@@ -417,7 +417,7 @@ def _measure(each: Tensor, n: int, rng: Generator) -> Measured:
     )
 
 
-def _told(values: list[Measured]) -> str:
+def _told(values: list[NetGradients]) -> str:
     def span(name: str) -> str:
         low, high = (100 * f(getattr(v, name) for v in values) for f in (min, max))
         return f"{low:.0f} to {high:.0f} %"

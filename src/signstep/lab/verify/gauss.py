@@ -1,6 +1,6 @@
-"""The chance of a wrong sign: eq. (6), (7), the laws for which they hold, and those for which they do not.
+"""The chance of a wrong sign: eq. (6) and (7), the laws of noise for which they hold, and those for which they do not.
 
-All by the laws' distribution functions; a first check holds these against draws.
+All chances come from the laws' distribution functions; the first check compares these with draws.
 """
 
 from __future__ import annotations
@@ -382,7 +382,7 @@ def _convolve(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _second_mode(density: Tensor) -> float:
-    """The largest rise on a way that leads away from the mode, over the mode's height."""
+    """The largest rise of a density on its way down from the mode, over the mode's height."""
     top = int(density.argmax())
     ways = (density[top:], density[: top + 1].flip(0))
     return max(float((way - way.cummin(0).values).max()) for way in ways) / float(density[top])

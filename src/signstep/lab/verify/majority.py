@@ -1,4 +1,4 @@
-"""The majority vote of dithered signs: `signstep.theory.vote` against votes drawn through the real ballots."""
+"""The majority vote of dithered signs: `signstep.theory.vote` beside votes drawn through the real ballots."""
 
 from __future__ import annotations
 

@@ -27,12 +27,12 @@ _FLOAT32_ROUNDING = 1e-5
 
 
 def hybrid(x: Tensor, **options: Any) -> HybridSignSGD:
-    """The optimizer at delta = 1, whose calibrated_lr is then lambda / delta; without an average unless asked for."""
+    """The optimizer at delta = 1, where calibrated_lr is lambda / delta; it averages only if `options` say so."""
     return HybridSignSGD([x], **{"lr": 1.0, "ema_decay": 0.0, **options})
 
 
 def rates(gradients: Tensor, held: Tensor | None = None, **options: Any) -> Tensor:
-    """The rate lambda_k of the optimizer over a sequence of gradients [K, d]; its momentum may be held from outside."""
+    """The optimizer's rate lambda_k for each of the gradients [K, d]; `held` replaces its momentum before each step."""
     x = nn.Parameter(torch.zeros_like(gradients[0]))
     optimizer = hybrid(x, **options)
     found = []
@@ -113,7 +113,7 @@ class Agreement:
 
 @functools.cache
 def agreement() -> Agreement:
-    """Measure it."""
+    """Train, and measure the agreement after each step."""
     delta, ratio, norm, cosine, count = 1e-3, [], [], [], 0
     for model, optimizer, _ in train_resnet8(lambda p: HybridSignSGD(p, lr=delta, ema_decay=0.0), seed=_SEED):
         parameters = list(model.parameters())
@@ -210,7 +210,7 @@ def self_inclusion(rng: Generator) -> Finding:
 
 
 def _stationary(values: Tensor, block: int = 25) -> tuple[float, float]:
-    """Mean of a sequence with a short memory, and its error by means of blocks."""
+    """Mean of a sequence with a short memory, and its error from the means of blocks."""
     blocks = values[: len(values) // block * block].view(-1, block).mean(1)
     mean, error = mean_error(blocks)
     return float(mean), float(error)

@@ -4,8 +4,8 @@
     def _(rng: Generator) -> Finding:
         return Finding(measured="p = 0.31", error="exact", verdict=HOLDS)
 
-A check's name is that of its group, a dot and its own. It is given random numbers of its own, seeded by its name, so it
-measures the same whichever others run.
+A check's name is that of its group, a dot and its own. Each check gets its own random numbers, seeded by its name, so it
+measures the same whichever other checks run.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from torch import Generator
 
 from signstep.lab.errors import BadInput
 
-Verdict = Literal["holds", "holds with a better constant", "fails"]
-HOLDS: Verdict = "holds"
-BETTER: Verdict = "holds with a better constant"
-FAILS: Verdict = "fails"
+StatementVerdict = Literal["holds", "holds with a better constant", "fails"]
+HOLDS: StatementVerdict = "holds"
+BETTER: StatementVerdict = "holds with a better constant"
+FAILS: StatementVerdict = "fails"
 
 LIMIT = 4.0
-"""Standard errors that a measurement may be away from a statement that holds, and must be from one that fails."""
+"""In standard errors: the largest distance of a measurement from a statement that holds, and the least from one that
+fails."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class Finding:
 
     measured: str
     error: str
-    """Of the measurement: standard errors, z-scores, or that it is exact."""
-    verdict: Verdict
+    """The measurement's error: standard errors, z-scores, or that it is exact."""
+    verdict: StatementVerdict
     condition: str = ""
-    """Of a statement that fails: under what."""
+    """Under what a statement fails."""
     detail: str = ""
     """Why, how it was measured, and what to do about it."""
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -54,8 +55,8 @@ class Check:
     name: str
     claim: str
     source: str
-    """Where it is stated: an equation or section of the paper, or a page of ours."""
-    expected: Verdict
+    """Where it is stated: an equation or a section of the paper, or a page of ours."""
+    expected: StatementVerdict
     measure: Callable[[Generator], Finding]
 
     @property
@@ -65,7 +66,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CheckOutcome:
     """A check that has run."""
 
     check: Check
@@ -99,7 +100,7 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(
-    name: str, claim: str, *, source: str, expected: Verdict = HOLDS
+    name: str, claim: str, *, source: str, expected: StatementVerdict = HOLDS
 ) -> Callable[[Callable[[Generator], Finding]], Callable[[Generator], Finding]]:
     """Register the decorated function, which takes random numbers and returns a `Finding`.
 
@@ -132,15 +133,15 @@ def select(names: Sequence[str]) -> list[Check]:
     return sorted(chosen, key=lambda each: order.index(each.group))
 
 
-def run(checks: Sequence[Check]) -> Iterator[Outcome]:
+def run(checks: Sequence[Check]) -> Iterator[CheckOutcome]:
     """Run the checks one after another."""
     for each in checks:
         started = time.perf_counter()
         with torch.no_grad():
             result = each.measure(torch.Generator().manual_seed(zlib.crc32(each.name.encode())))
-        yield Outcome(each, result, time.perf_counter() - started)
+        yield CheckOutcome(each, result, time.perf_counter() - started)
 
 
-def when(truth: bool, *, better: bool = False) -> Verdict:
+def when(truth: bool, *, better: bool = False) -> StatementVerdict:
     """The verdict on a statement that was found true or not; `better`: true with a better constant as well."""
     return FAILS if not truth else BETTER if better else HOLDS

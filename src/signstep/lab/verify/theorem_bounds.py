@@ -19,7 +19,7 @@ from signstep.lab.verify.registry import BETTER, FAILS, LIMIT, Finding, check, w
 from signstep.theory import bounds, noise, problems
 from signstep.theory.problems import Problem
 
-LAWS = ("gaussian", "laplace", "uniform", "student-t3")
+LAW_NAMES = ("gaussian", "laplace", "uniform", "student-t3")
 BATCHES = (1, 4, 16, 64)
 STEPS = (32_000, 8_000, 2_000, 500)
 CHAINS = 4
@@ -27,14 +27,14 @@ _SEED = 20260801
 
 
 @dataclass(frozen=True)
-class Runs:
+class TheoremRuns:
     """SignSGD at the paper's step on one problem, for several K, laws and batch sizes."""
 
     problem: Problem
     steps: tuple[int, ...]
     batches: tuple[int, ...]
     noise: Tensor
-    """Sum of s_i by batch size."""
+    """Sum of the s_i, for each batch size."""
     descent: Descent
 
     @property
@@ -43,15 +43,15 @@ class Runs:
         return float(self.problem.smoothness.sum())
 
     def bound(self, constant: float) -> Tensor:
-        """Eq. (2) with a constant in place of 3, by K; shaped to broadcast against averages over chains."""
+        """Eq. (2) with `constant` in place of 3, for each K; [K, 1, 1], to broadcast against averages over chains."""
         found = [bounds.stationarity_bound(self.problem.gap, self.smoothness, k, constant=constant) for k in self.steps]
         return torch.tensor(found, dtype=torch.float64).view(-1, 1, 1)
 
 
 @functools.cache
-def theorem_runs() -> tuple[Runs, ...]:
+def theorem_runs() -> tuple[TheoremRuns, ...]:
     rng = Generator().manual_seed(_SEED)
-    noises = pools(LAWS, BATCHES, CHAINS, rng)
+    noises = pools(LAW_NAMES, BATCHES, CHAINS, rng)
     found = []
     for problem, sigma, steps, batches, chains in (
         (problems.separable_quadratic(condition=2.0), 1.0, STEPS, BATCHES, CHAINS),
@@ -63,13 +63,13 @@ def theorem_runs() -> tuple[Runs, ...]:
         chosen = noises[:, [BATCHES.index(n) for n in batches], :chains]
         lrs = torch.tensor([[1 / math.sqrt(smoothness * k)] for k in steps], dtype=torch.float64)
         descent = descend(problem, sigma * chosen, s, steps=steps, lrs=lrs, rng=rng)
-        found.append(Runs(problem, steps, batches, problem.dim * s, descent))
+        found.append(TheoremRuns(problem, steps, batches, problem.dim * s, descent))
     return tuple(found)
 
 
 def _count() -> str:
     cases = sum(runs.descent.phi[..., 0].numel() for runs in theorem_runs())
-    return f"{cases} cases (3 problems, {len(LAWS)} laws, n = 1 to 64, K = 500 to {STEPS[0]:,})"
+    return f"{cases} cases (3 problems, {len(LAW_NAMES)} laws, n = 1 to 64, K = 500 to {STEPS[0]:,})"
 
 
 @check(
@@ -171,7 +171,7 @@ def rate(rng: Generator) -> Finding:
         detail="sqrt 3 in place of 3 holds in every case. Gaussian noise on the separable quadratic: "
         f"{float(gaussian.min()):.2f} to {float(gaussian.max()):.2f}, for which 1/(3 sqrt(2/pi)) = 0.42 is the share "
         "where S is small and 1/3 where it is large; uniform noise at n = 1 comes to "
-        f"{float(ratios[0][:, LAWS.index('uniform'), 0].max()):.3f}, next to 1/sqrt 3 = 0.577",
+        f"{float(ratios[0][:, LAW_NAMES.index('uniform'), 0].max()):.3f}, next to 1/sqrt 3 = 0.577",
         values={"low": low, "high": high},
     )
 
@@ -214,6 +214,7 @@ def slope(rng: Generator) -> Finding:
     other = torch.stack([log_slopes(runs.descent.l1[:3], runs.steps[:3]) for runs in quadratics]).mean(-1)
     whole = torch.stack([log_slopes(runs.descent.phi, runs.steps) for runs in quadratics]).mean(-1)
     off = ((mean + 0.5).abs() - LIMIT * error).max()
+    first = theorem_runs()[0]
     return Finding(
         measured=f"slope of log Phi against log K from 2,000 to {STEPS[0]:,}, 32 cases: {float(mean.min()):.3f} to "
         f"{float(mean.max()):.3f}",
@@ -224,11 +225,11 @@ def slope(rng: Generator) -> Finding:
         f"{float(whole.max()):.2f}",
         values={
             "steps": STEPS,
-            "phi": {law: theorem_runs()[0].descent.phi[:, i, 0].mean(-1).tolist() for i, law in enumerate(LAWS)},
-            "l1": {law: theorem_runs()[0].descent.last_l1[:, i, 0].mean(-1).tolist() for i, law in enumerate(LAWS)},
-            "paper": theorem_runs()[0].bound(bounds.PAPER_CONSTANT).flatten().tolist(),
-            "sharp": theorem_runs()[0].bound(bounds.SHARP_CONSTANT).flatten().tolist(),
-            "floor": float(theorem_runs()[0].noise[0]),
+            "phi": {law: first.descent.phi[:, i, 0].mean(-1).tolist() for i, law in enumerate(LAW_NAMES)},
+            "l1": {law: first.descent.last_l1[:, i, 0].mean(-1).tolist() for i, law in enumerate(LAW_NAMES)},
+            "paper": first.bound(bounds.PAPER_CONSTANT).flatten().tolist(),
+            "sharp": first.bound(bounds.SHARP_CONSTANT).flatten().tolist(),
+            "floor": float(first.noise[0]),
             "slopes": mean.flatten().tolist(),
             "errors": error.flatten().tolist(),
         },
@@ -253,7 +254,7 @@ def telescoped(rng: Generator) -> Finding:
     problem, steps = problems.separable_quadratic(condition=2.0), 8_000
     total = float(problem.smoothness.sum())
     lrs = (1 / math.sqrt(total * 40) / (1 + torch.arange(steps, dtype=torch.float64) / 40).sqrt()).view(1, -1)
-    noises = pools(LAWS, (1, 16), CHAINS, rng)
+    noises = pools(LAW_NAMES, (1, 16), CHAINS, rng)
     found = descend(problem, noises, torch.tensor([1.0, 0.25], dtype=torch.float64), steps=[steps], lrs=lrs, rng=rng)
     mean, error = mean_error(found.weighted)
     spent = problem.gap + total / 2 * float(lrs.square().sum())
@@ -306,7 +307,7 @@ def l1(rng: Generator) -> Finding:
 )
 def floor(rng: Generator) -> Finding:
     runs = theorem_runs()[0]
-    gaussian = LAWS.index("gaussian")
+    gaussian = LAW_NAMES.index("gaussian")
     mean, error = mean_error(runs.descent.l1[0, gaussian, 0])
     last, last_error = mean_error(runs.descent.last_l1[0, :, 0])
     spread = float(runs.noise[0])

@@ -17,7 +17,7 @@ from signstep.lab.verify.measures import (
     scalar_mean_error,
 )
 from signstep.lab.verify.registry import FAILS, LIMIT, Finding, check, when
-from signstep.lab.verify.theorem_bounds import CHAINS, LAWS, STEPS, log_slopes, theorem_runs
+from signstep.lab.verify.theorem_bounds import CHAINS, LAW_NAMES, STEPS, log_slopes, theorem_runs
 from signstep.theory import bounds, noise, problems
 from signstep.theory.problems import Problem
 
@@ -129,7 +129,7 @@ def _dithered() -> tuple[Problem, tuple[float, ...], Descent, int]:
     problem, steps, sigmas = problems.separable_quadratic(condition=2.0), 8_000, (0.0, 3.0, 10.0)
     rng = Generator().manual_seed(_SEED + 1)
     rows, stds = [], []
-    for name in LAWS:
+    for name in LAW_NAMES:
         for sigma in sigmas:
             law = noise.LAWS[name].dithered(sigma) if sigma else noise.LAWS[name]
             stds.append(float(bounds.dithered_std(torch.tensor(1.0).double(), sigma)))
@@ -148,9 +148,9 @@ def dithered(rng: Generator) -> Finding:
     problem, sigmas, descent, steps = _dithered()
     mean, error = mean_error(descent.phi[0, :, 0])
     limit = bounds.stationarity_bound(problem.gap, float(problem.smoothness.sum()), steps)
-    ratio = (mean / limit).view(len(LAWS), -1)
+    ratio = (mean / limit).view(len(LAW_NAMES), -1)
     return Finding(
-        measured=f"{len(mean)} cases ({len(LAWS)} laws, s = 1, sigma = {', '.join(f'{s:g}' for s in sigmas)}): "
+        measured=f"{len(mean)} cases ({len(LAW_NAMES)} laws, s = 1, sigma = {', '.join(f'{s:g}' for s in sigmas)}): "
         f"{float(ratio.min()):.2f} to {float(ratio.max()):.2f} of the bound at sqrt 3",
         error=f"standard errors up to {float((error / limit).max()):.4f}",
         verdict=when(bool((mean - LIMIT * error <= limit).all())),
@@ -165,12 +165,12 @@ def dithered(rng: Generator) -> Finding:
 )
 def dither_slower(rng: Generator) -> Finding:
     _, sigmas, descent, _ = _dithered()
-    mean, error = mean_error(descent.last_l1[0, :, 0].view(len(LAWS), len(sigmas), -1))
+    mean, error = mean_error(descent.last_l1[0, :, 0].view(len(LAW_NAMES), len(sigmas), -1))
     rise = mean.diff(dim=1) / (error[:, 1:].square() + error[:, :-1].square()).sqrt()
     return Finding(
         measured="Gaussian noise, s = 1, |g|_1 over the last quarter: "
         + ", ".join(f"{float(m):.2f} at sigma = {s:g}" for m, s in zip(mean[0], sigmas, strict=True)),
-        error=f"smallest rise from one sigma to the next over {len(LAWS)} laws: z = {float(rise.min()):.1f}",
+        error=f"smallest rise from one sigma to the next over {len(LAW_NAMES)} laws: z = {float(rise.min()):.1f}",
         verdict=when(float(rise.min()) > LIMIT),
         detail="what dither is good for, if it is, must come from skewed noise (gauss.dither-repairs) or from steps "
         "proportional to the momentum, which Theorem 1 does not describe",

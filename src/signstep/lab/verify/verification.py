@@ -24,11 +24,11 @@ from signstep.lab.verify import (  # noqa: F401
     projection_rate,
     projection_switch,
     registry,
-    report,
     theorem_bounds,
     theorem_steps,
+    verification_report,
 )
-from signstep.lab.verify.registry import Outcome
+from signstep.lab.verify.registry import CheckOutcome
 
 _UNEXPECTED = 1
 
@@ -64,25 +64,25 @@ class VerifyStatements:
         checks = registry.select(self.names)
         console = Console()
         if self.list:
-            report.show_list(console, checks)
+            verification_report.show_list(console, checks)
             return 0
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)  # an error in it comes before the measurements
         outcomes = _measure([each.name for each in checks])
-        record = report.to_dict(outcomes, command=self.command)
+        record = verification_report.to_dict(outcomes, command=self.command)
         if self.json:
-            sys.stdout.write(report.to_json(record))
+            sys.stdout.write(verification_report.to_json(record))
         else:
-            report.show(console, outcomes)
+            verification_report.show(console, outcomes)
         if self.out is not None:
-            for path in report.write(outcomes, record, self.out):
+            for path in verification_report.write(outcomes, record, self.out):
                 print(f"written: {path}", file=sys.stderr if self.json else sys.stdout)
         return 0 if all(each.as_expected for each in outcomes) else _UNEXPECTED
 
 
-def _measure(names: Sequence[str]) -> list[Outcome]:
+def _measure(names: Sequence[str]) -> list[CheckOutcome]:
     """Run the checks, saying which on a terminal."""
-    outcomes: list[Outcome] = []
+    outcomes: list[CheckOutcome] = []
     messages = Console(stderr=True)
     threads = torch.get_num_threads()
     # Small operations: two threads are no faster, and one gives the same sums everywhere.

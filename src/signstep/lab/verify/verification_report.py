@@ -22,7 +22,7 @@ from signstep.lab.output.files import write_all
 from signstep.lab.output.machine import environment
 from signstep.lab.output.tables import markdown_table
 from signstep.lab.verify import drawings
-from signstep.lab.verify.registry import BETTER, FAILS, GROUPS, HOLDS, Check, Outcome
+from signstep.lab.verify.registry import BETTER, FAILS, GROUPS, HOLDS, Check, CheckOutcome
 
 _WIDTH = 120
 _STYLES = {HOLDS: "green", BETTER: "cyan", FAILS: "yellow"}
@@ -55,7 +55,7 @@ def typeset(text: str) -> str:
     return re.sub(r"(?<![\w-])-(?=[\d.])", "−", text)
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
+def summary(outcomes: Sequence[CheckOutcome]) -> str:
     """How many of each verdict, in one line."""
     counts = Counter(each.result.verdict for each in outcomes)
     odd = [each.check.name for each in outcomes if not each.as_expected]
@@ -73,9 +73,9 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     return line
 
 
-def grouped(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+def grouped(outcomes: Sequence[CheckOutcome]) -> dict[str, list[CheckOutcome]]:
     """By group, in their order."""
-    groups: dict[str, list[Outcome]] = {}
+    groups: dict[str, list[CheckOutcome]] = {}
     for each in outcomes:
         groups.setdefault(each.check.group, []).append(each)
     return groups
@@ -89,7 +89,7 @@ def show_list(console: Console, checks: Sequence[Check]) -> None:
         )
 
 
-def show(console: Console, outcomes: Sequence[Outcome]) -> None:
+def show(console: Console, outcomes: Sequence[CheckOutcome]) -> None:
     """Print a table for each group, and the summary."""
     # A pipe has no width of its own.
     console.width = max(console.width, _WIDTH) if not console.is_terminal else console.width
@@ -116,7 +116,7 @@ def show(console: Console, outcomes: Sequence[Outcome]) -> None:
     console.print(f"{summary(outcomes)}; {total:.0f} s", highlight=False, markup=False, soft_wrap=True)
 
 
-def to_dict(outcomes: Sequence[Outcome], *, command: str) -> dict[str, Any]:
+def to_dict(outcomes: Sequence[CheckOutcome], *, command: str) -> dict[str, Any]:
     """All that was measured."""
     return {
         "command": command,
@@ -151,7 +151,7 @@ def to_json(record: Mapping[str, Any]) -> str:
     return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def markdown(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
+def markdown(outcomes: Sequence[CheckOutcome], record: Mapping[str, Any]) -> str:
     """The tables as Markdown."""
     made = record["environment"]
     lines = [
@@ -184,7 +184,7 @@ def _cell(text: str) -> str:
     return text.translate({ord(c): f"\\{c}" for c in "\\*_`<>"})
 
 
-def _page(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
+def _page(outcomes: Sequence[CheckOutcome], record: Mapping[str, Any]) -> str:
     drawn = {}
     slope = next((each.result.values for each in outcomes if each.check.name == "theorem.slope"), None)
     if slope is not None:
@@ -205,7 +205,7 @@ def _page(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
     return pages.render("verify.html", context, {"typeset": typeset, "sentence": _sentence})
 
 
-def write(outcomes: Sequence[Outcome], record: Mapping[str, Any], out: Path) -> list[Path]:
+def write(outcomes: Sequence[CheckOutcome], record: Mapping[str, Any], out: Path) -> list[Path]:
     """Write the three files into `out`, a folder, and return their paths.
 
     Raises:

@@ -4,8 +4,8 @@
     def _(rng: Generator) -> Finding:
         return Finding(measured="p = 0.31", error="exact", verdict=HOLDS)
 
-A check's name is that of its group, a dot and its own. Each check gets its own random numbers, seeded by its name, so it
-measures the same whichever other checks run.
+A check's name is that of its group, a dot and its own. Each check gets its own random numbers, seeded by its name, so
+it measures the same whichever other checks run.
 """
 
 from __future__ import annotations

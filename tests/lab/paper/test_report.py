@@ -1,4 +1,4 @@
-"""The report: its numbers against direct computation, odd inputs, and the page in a real browser."""
+"""The report: its numbers against direct computation, what it says, and odd inputs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_runs import RECORDED, accuracies, by_hash, full, plain, run, table
 
+from signstep.lab.output import figures
 from signstep.lab.paper import charts, experiments
 from signstep.lab.paper.experiments import Experiment
 from signstep.lab.paper.report import to_dict, write
@@ -24,6 +25,12 @@ from signstep.lab.paper.results import Results
 from signstep.lab.paper.sentences import Sentences
 from signstep.lab.paper.settings import environment as report_environment
 from signstep.lab.training.records import Run
+
+
+@pytest.fixture(autouse=True)
+def _no_pixels(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the reports that these tests write themselves nobody looks at the PNGs, which take most of the time."""
+    monkeypatch.setattr(figures, "png", lambda figure: b"")
 
 
 def test_files_and_names(page: Path, table1: Experiment) -> None:

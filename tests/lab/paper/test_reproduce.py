@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from signstep.lab.cli import main
 from signstep.lab.paper import reproduce as reproducing
 from signstep.lab.paper.experiments import OF_THE_PAPER, load, load_all
 from signstep.lab.paper.plan import first_seeds, plan
@@ -138,12 +137,12 @@ def test_only_a_record_with_an_end_is_done(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sweep_and_reproduce_end_to_end_on_digits(tmp_path: Path) -> None:
+def test_sweep_and_reproduce_end_to_end_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def signstep(*arguments: str) -> str:
-        command = [sys.executable, "-m", "signstep", *arguments, "--scale", "smoke", "--dataset", "digits"]
-        return subprocess.run(
-            [*command, "--out", str(tmp_path)], capture_output=True, text=True, check=True, timeout=500
-        ).stdout
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, "--scale", "smoke", "--dataset", "digits", "--out", str(tmp_path)])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
 
     folder = tmp_path / "smoke-strong"
     assert "every method is tuned" in signstep("sweep", "fig2", "--trials", "2")

@@ -58,8 +58,8 @@ def test_a_killed_rank_ends_the_others(kills: int) -> None:
                 assert "MajorityVote failed (" in answer[0] or "closed" in answer[0] or "reset" in answer[0], answer
 
 
-def _torchrun(folder: Path, *options: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+def _torchrun(folder: Path, size: int, *options: str, restarts: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     command += ["--max-restarts", str(restarts)]
     # Else the new ranks find the old ones' addresses in the agent's store (pytorch issue 135712).
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -68,22 +68,22 @@ def _torchrun(folder: Path, *options: str, restarts: int = 0) -> subprocess.Comp
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def _flats(folder: Path) -> list[Any]:
-    return [torch.load(folder / f"done-{rank}.pt", weights_only=True) for rank in range(3)]
+def _flats(folder: Path, size: int) -> list[Any]:
+    return [torch.load(folder / f"done-{rank}.pt", weights_only=True) for rank in range(size)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [1, pytest.param(9, marks=pytest.mark.long)])
-def test_torchrun_restarts_to_the_same_trajectory(kills: int, tmp_path: Path) -> None:
-    gang(3).run(vote_job.train, tmp_path)  # undisturbed
-    whole = _flats(tmp_path)
+@pytest.mark.parametrize(("size", "kills"), [(2, 1), pytest.param(3, 9, marks=pytest.mark.long)])
+def test_torchrun_restarts_to_the_same_trajectory(size: int, kills: int, tmp_path: Path) -> None:
+    gang(size).run(vote_job.train, tmp_path)  # undisturbed
+    whole = _flats(tmp_path, size)
     moments = random.Random(1)
     for i in range(kills):
         folder = tmp_path / f"killed-{i}"
-        rank, after = moments.randrange(3), moments.uniform(0.2, 0.6)
-        ran = _torchrun(folder, "--kill-rank", str(rank), "--kill-after", f"{after:.3f}", restarts=1)
+        rank, after = moments.randrange(size), moments.uniform(0.2, 0.6)
+        ran = _torchrun(folder, size, "--kill-rank", str(rank), "--kill-after", f"{after:.3f}", restarts=1)
         assert ran.returncode == 0, ran.stderr
         assert (folder / "died").exists()
-        for mine, theirs in zip(_flats(folder), whole, strict=True):
+        for mine, theirs in zip(_flats(folder, size), whole, strict=True):
             assert torch.equal(mine["flat"], theirs["flat"]), (i, rank, after)
             assert torch.equal(mine["flat"], whole[0]["flat"])

@@ -418,14 +418,16 @@ def _measure(each: Tensor, n: int, rng: Generator) -> NetGradients:
 
 
 def _told(values: list[NetGradients]) -> str:
-    def span(name: str) -> str:
-        low, high = (100 * f(getattr(v, name) for v in values) for f in (min, max))
-        return f"{low:.0f} to {high:.0f} %"
+    def span(shares: list[float]) -> str:
+        return f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %"
 
     ratios = [v.ratio for v in values]
+    violating, wrong, zeros = (
+        span(shares) for shares in ([v.violating for v in values], [v.wrong for v in values], [v.zeros for v in values])
+    )
     return (
-        f"sum |g|(1 - 2p) is {min(ratios):.2f} to {max(ratios):.2f} times Phi/3; below min(1, S)/3 "
-        f"{span('violating')} of coordinates, wrong way {span('wrong')}, exact zeros {span('zeros')}"
+        f"sum |g|(1 - 2p) is {min(ratios):.2f} to {max(ratios):.2f} times Phi/3; below min(1, S)/3 {violating} of "
+        f"coordinates, wrong way {wrong}, exact zeros {zeros}"
     )
 
 

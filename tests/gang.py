@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import functools
+import importlib
 import multiprocessing
 import os
 import sys
@@ -123,3 +125,20 @@ def gang(size: int) -> Gang:
 def _stop_all() -> None:
     for each in list(_GANGS.values()):
         each.stop()
+
+
+def on_ranks(size: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator of a test function: every one of so many ranks runs its body."""
+
+    def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(body)
+        def test(**arguments: Any) -> None:
+            gang(size).run(_run_body, body.__module__, body.__name__, arguments)
+
+        return test
+
+    return decorate
+
+
+def _run_body(module: str, name: str, arguments: dict[str, Any]) -> None:
+    getattr(importlib.import_module(module), name).__wrapped__(**arguments)

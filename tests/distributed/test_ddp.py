@@ -18,7 +18,7 @@ from ddp_cases import SMALL_BUCKETS, batch_of, equal_everywhere, share, small_ne
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gang import gang
+from gang import gang, on_ranks
 from signstep import SignSGD
 from signstep.distributed import MajorityVote
 from signstep.distributed.worker import in_memory_order, worker_seed
@@ -154,11 +154,8 @@ def _many_buckets(steps: int) -> None:
     assert equal_everywhere(net)
 
 
+@on_ranks(2)
 def test_a_closed_hook_refuses_and_a_dropped_one_is_freed() -> None:
-    gang(2).run(_closed)
-
-
-def _closed() -> None:
     others = set(threading.enumerate())
     model = DistributedDataParallel(nn.Linear(3, 1))
     optimizer = SignSGD(model.parameters())
@@ -182,11 +179,8 @@ def _closed() -> None:
     assert set(threading.enumerate()) == others
 
 
+@on_ranks(2)
 def test_dtypes_groups_and_strangers() -> None:
-    gang(2).run(_mixture)
-
-
-def _mixture() -> None:
     """Two float dtypes are two buckets; groups have their own beta; who is not the optimizer's is averaged."""
     torch.manual_seed(0)
     net = nn.ModuleDict(
@@ -221,11 +215,8 @@ def _mixture() -> None:
     assert not any(state for name, state in vote.state_dict()["state"].items() if "a." in name)
 
 
+@on_ranks(4)
 def test_a_subgroup_of_the_ranks_votes_among_itself() -> None:
-    gang(4).run(_subgroup)
-
-
-def _subgroup() -> None:
     rank = dist.get_rank()
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     net = nn.Linear(4, 1, bias=False)
@@ -239,11 +230,8 @@ def _subgroup() -> None:
     assert torch.equal(net.weight, torch.full((1, 4), -1.0 if rank < 2 else 1.0))
 
 
+@on_ranks(2)
 def test_autocast() -> None:
-    gang(2).run(_autocast)
-
-
-def _autocast() -> None:
     torch.manual_seed(0)
     net = nn.Linear(16, 4)
     model = DistributedDataParallel(net)
@@ -258,11 +246,8 @@ def _autocast() -> None:
     assert equal_everywhere(net)
 
 
+@on_ranks(2)
 def test_backward_twice_without_zero_grad_warns() -> None:
-    gang(2).run(_no_zero_grad)
-
-
-def _no_zero_grad() -> None:
     net = nn.Linear(3, 1)
     model = DistributedDataParallel(net)
     optimizer = SignSGD(model.parameters())

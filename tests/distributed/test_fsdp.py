@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from gang import gang
+from gang import gang, on_ranks
 from signstep import HybridSignSGD, SignSGD
 from signstep.distributed import MajorityVote
 from signstep.distributed.fsdp import FSDPMajorityVote
@@ -116,11 +116,8 @@ def test_accumulated_gradients_are_voted_on_once() -> None:
     gang(2).run(_follow, {}, {"dither": 1e-4}, {}, {}, 4, 3, SignSGD)
 
 
+@on_ranks(2)
 def test_hybrid_takes_the_steps_of_ddp_before_and_after_the_switch() -> None:
-    gang(2).run(_hybrid)
-
-
-def _hybrid() -> None:
     """A sum of two does not depend on who adds them, so the mean after the switch is the same too."""
     for options in (
         {"switch_step": 3, "dither": 1e-4},
@@ -163,11 +160,8 @@ def _switch() -> tuple[list[str], float]:
     return phases, float(ours.calibrated_lr)
 
 
+@on_ranks(2)
 def test_calibration_goes_by_what_takes_part_in_the_step() -> None:
-    gang(2).run(_calibration)
-
-
-def _calibration() -> None:
     """Which modules a step uses differs."""
     net = Branches()
     for branch in net.branches:
@@ -189,11 +183,8 @@ def _calibration() -> None:
         assert_equal(model, ddp.module, step)
 
 
+@on_ranks(4)
 def test_replicas_vote_as_workers_of_ddp_with_both_batches() -> None:
-    gang(4).run(_replicas)
-
-
-def _replicas() -> None:
     """A replica's gradient is the mean of its two ranks': DDP over the replicas accumulates half of each."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     group = mesh["replicate"].get_group()
@@ -232,11 +223,8 @@ def _replicas() -> None:
         assert_same_everywhere(model)
 
 
+@on_ranks(2)
 def test_one_shard_and_replicas() -> None:
-    gang(2).run(_one_shard)
-
-
-def _one_shard() -> None:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     ddp, model = DistributedDataParallel(Net()), shard(Net(), mesh=mesh["shard"])
     theirs, ours = (SignSGD(m.parameters(), dither=1e-4) for m in (ddp, model))
@@ -265,11 +253,8 @@ class Cast(nn.Module):
         return out
 
 
+@on_ranks(4)
 def test_mixed_precision_votes_are_whole_and_momentum_is_that_of_the_parameters() -> None:
-    gang(4).run(_mixed)
-
-
-def _mixed() -> None:
     """FSDP divides what it reduces in float16 by 2 before and after, and votes of four ranks came out as one half."""
     for param_dtype, reduce_dtype in (
         (torch.bfloat16, None),
@@ -296,11 +281,8 @@ def _mixed() -> None:
         assert {state["exp_avg"].dtype for state in vote.worker.state.values()} == {torch.float32}
 
 
+@on_ranks(4)
 def test_float64() -> None:
-    gang(4).run(_float64)
-
-
-def _float64() -> None:
     model = fully_shard(nn.Linear(3, 6, bias=False).double())
     optimizer = SignSGD(model.parameters(), lr=1.0)
     FSDPMajorityVote(model, optimizer)

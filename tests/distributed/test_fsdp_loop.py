@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from gang import gang
+from gang import gang, on_ranks
 from signstep import HybridSignSGD, SignSGD
 from signstep.distributed import CollectiveError, MajorityVote
 from signstep.distributed.fsdp import FSDPMajorityVote
@@ -68,11 +68,8 @@ def _unused(replicas: bool) -> None:
         assert sorted(name for name, state in vote.state_dict()["state"].items() if state) == mine
 
 
+@on_ranks(2)
 def test_groups_and_strangers() -> None:
-    gang(2).run(_strangers)
-
-
-def _strangers() -> None:
     """Groups have their own options, in one module too; what is not the optimizer's is averaged."""
     net = nn.ModuleDict({"a": nn.Linear(6, 3), "b": nn.Linear(6, 3), "c": nn.Linear(6, 3)})
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -225,11 +222,8 @@ def _resume_from_ddp() -> None:
     their_vote.load_state_dict(our_vote.state_dict())
 
 
+@on_ranks(2)
 def test_distributed_checkpoints() -> None:
-    gang(2).run(_checkpoint)
-
-
-def _checkpoint() -> None:
     """They take a step of their own to make state, which does not count."""
     for optimizer_class, options in ((SignSGD, {}), (HybridSignSGD, {"switch_step": 2, "sgd_momentum": 0.9})):
         runs = []
@@ -300,11 +294,8 @@ def _half(p: Tensor) -> int:
     return -(-p.shape[0] // 2) * (p.numel() // p.shape[0])
 
 
+@on_ranks(4)
 def test_steps_on_local_shards() -> None:
-    gang(4).run(_local_steps)
-
-
-def _local_steps() -> None:
     """Fused, with nothing to do on some ranks, and with a learning rate that starts at 0."""
     engine_steps = []
     step = fused.step
@@ -332,11 +323,8 @@ def _local_steps() -> None:
         assert [isinstance(t, type) and t is not DTensor for types in engine_steps for t in types] == [True] * 2
 
 
+@on_ranks(2)
 def test_backward_again() -> None:
-    gang(2).run(_again)
-
-
-def _again() -> None:
     model: Any = fully_shard(nn.Linear(4, 3))
     optimizer = SignSGD(model.parameters(), lr=0.5)
     FSDPMajorityVote(model, optimizer)

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
-from gang import gang
+from gang import gang, on_ranks
 from signstep import HybridSignSGD, SignSGD
 from signstep.distributed import fsdp as module
 from signstep.distributed.fsdp import FSDPMajorityVote
@@ -88,11 +88,8 @@ def test_bits_are_cut_where_shards_are(shapes: list[tuple[int, int]], ranks: int
     assert cut.shape == (ranks, first)
 
 
+@on_ranks(4)
 def test_what_does_not_fit_is_refused() -> None:
-    gang(4).run(_refusals)
-
-
-def _refusals() -> None:
     plain = nn.Linear(8, 8)
     early = SignSGD(plain.parameters())
     with pytest.raises(TypeError, match="expected a model under fully_shard, got Linear"):

@@ -12,16 +12,13 @@ from ddp_cases import Branches, batch_of, equal_everywhere, share, small_net, sm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gang import gang
+from gang import gang, on_ranks
 from signstep import HybridSignSGD, SignSGD
 from signstep.distributed import CollectiveError, MajorityVote
 
 
+@on_ranks(3)
 def test_who_has_no_gradient_abstains() -> None:
-    gang(3).run(_unused)
-
-
-def _unused() -> None:
     """Rank 2 alone uses branch 1, and its vote counts in full; nobody uses branch 2."""
     net = Branches()
     before = [b.weight.detach().clone() for b in net.branches]
@@ -41,11 +38,8 @@ def _unused() -> None:
     assert [name for name, state in vote.state_dict()["state"].items() if state] == [mine]
 
 
+@on_ranks(1)
 def test_a_zero_gradient_is_a_vote() -> None:
-    gang(1).run(_zero_gradient)
-
-
-def _zero_gradient() -> None:
     """Exact zeros cast coins; momentum of the past goes on deciding."""
     net = nn.Linear(1000, 1, bias=False)
     before = net.weight.detach().clone()
@@ -65,11 +59,8 @@ def _zero_gradient() -> None:
     assert torch.equal(net.weight.grad, torch.ones(1, 1000))
 
 
+@on_ranks(3)
 def test_ranks_that_have_joined_abstain() -> None:
-    gang(3).run(_join)
-
-
-def _join() -> None:
     """Rank r has r + 1 batches; with a sign of 0 for absentees two joined ranks would outvote the last one."""
     net = nn.Linear(5, 1, bias=False)
     nn.init.zeros_(net.weight)
@@ -115,11 +106,8 @@ def _epochs_with_join(hybrid: bool) -> None:
         assert equal_everywhere(net)
 
 
+@on_ranks(2)
 def test_a_round_without_voters_is_a_step_without_a_move() -> None:
-    gang(2).run(_nobody)
-
-
-def _nobody() -> None:
     for hybrid in (False, True):
         net = nn.Linear(4, 1, bias=False)
         nn.init.zeros_(net.weight)
@@ -166,11 +154,8 @@ def test_a_gradient_that_is_not_finite_abstains() -> None:
     assert {abs(x) for x in answers[0][2]} == {1.0}
 
 
+@on_ranks(2)
 def test_grad_scaler_skips_what_overflowed_anywhere_and_scales_the_rest() -> None:
-    gang(2).run(_scaled)
-
-
-def _scaled() -> None:
     net = nn.Linear(8, 1, bias=False)
     nn.init.zeros_(net.weight)
     model = DistributedDataParallel(net)
@@ -242,11 +227,8 @@ def _hybrid(after_switch: str, sgd_momentum: float) -> None:
     assert equal_everywhere(net)
 
 
+@on_ranks(1)
 def test_steps_without_votes_are_noticed() -> None:
-    gang(1).run(_lost_state)
-
-
-def _lost_state() -> None:
     model, optimizer, _ = small_vote()
     saved = optimizer.state_dict()
     saved["param_groups"][0]["step"] = torch.tensor(50)

@@ -14,17 +14,14 @@ from ddp_cases import batch_of, small_net, small_vote
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gang import gang
+from gang import gang, on_ranks
 from signstep import SignSGD
 from signstep.distributed import MajorityVote, resplit
 from signstep.distributed.worker import in_memory_order
 
 
+@on_ranks(1)
 def test_momentum_of_another_size_is_refused() -> None:
-    gang(1).run(_short)
-
-
-def _short() -> None:
     model, optimizer, vote = small_vote()
     x, y = batch_of("linear", 0)
     F.cross_entropy(model(x), y).backward()
@@ -106,11 +103,8 @@ def _load_own(states: list[dict[str, Any]]) -> str:
     return _load(states[dist.get_rank()])
 
 
+@on_ranks(1)
 def test_momentum_of_a_run_alone_is_taken_over() -> None:
-    gang(1).run(_take_over)
-
-
-def _take_over() -> None:
     net = small_net("conv")
     optimizer = SignSGD(net.parameters())
     x, y = batch_of("conv", 0)

@@ -32,6 +32,7 @@ from signstep.monitor.last_step import (
     BeforeStep,
     MovedParam,
     entered_gradient,
+    is_sharded,
     keeps_average,
     kept_momentum,
     moved_params,
@@ -106,7 +107,7 @@ class CalibrationPanel:
         self._signs = {}
         for group in optimizer.param_groups:
             for p in group["params"] if keeps_average(optimizer, group) else ():
-                m = None if hasattr(p, "to_local") else kept_momentum(optimizer, group, p)
+                m = None if is_sharded(p) else kept_momentum(optimizer, group, p)
                 if m is not None:
                     self._signs[p] = torch.sign(m).to(torch.int8)
 

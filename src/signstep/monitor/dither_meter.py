@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -257,11 +258,6 @@ def _mean(layers: list[_Layer], by_name: dict[str, Any], name: str) -> float | N
     return sum(s * value for s, value in found) / size if size else None
 
 
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-
-
 def _advice(layers: list[_Layer]) -> str:
     alive = [layer for layer in layers if 0 < layer.rms < math.inf]
     if not layers:
@@ -291,7 +287,7 @@ def _advice_dithered(on: list[_Layer]) -> str:
     change = RELATIVE if absolute else "set dither=1.0, dither_decay=0.0"
     of = f"in {{}} of {len(on)} layers"
     if 2 * len(loud) >= len(on):
-        times = _median(loud)
+        times = median(loud)
         said = (
             f"dither is {times:.3g} times the momentum {of.format(len(loud))}: a typical sign is right with "
             f"probability {accuracy(1 / times):.3f}, so the step is random"
@@ -306,7 +302,7 @@ def _advice_dithered(on: list[_Layer]) -> str:
             said += f"; at this decay sigma comes down to the momentum near step 1e{power:.0f}"
         return f"{said}; {change}"
     if 2 * len(quiet) >= len(on):
-        share = _median(quiet)
+        share = median(quiet)
         return (
             f"dither is {share:.3g} of the momentum {of.format(len(quiet))}: it changes next to no sign; {change} to "
             "make small coordinates move in proportion to their momentum"
@@ -327,7 +323,7 @@ def _advice_dithered(on: list[_Layer]) -> str:
 
 def _advice_undithered(layers: list[_Layer]) -> str:
     rms = [layer.rms for layer in layers]
-    alpha = _median([layer.matching for layer in layers if layer.matching is not None])
+    alpha = median([layer.matching for layer in layers if layer.matching is not None])
     counted = layers[0].step is not None
     decay = f"{float(layers[0].group['dither_decay']):g}" if counted else "0.0"
     said = (

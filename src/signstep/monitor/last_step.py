@@ -25,6 +25,7 @@ __all__ = [
     "MovedParam",
     "did_nothing",
     "entered_gradient",
+    "is_sharded",
     "keeps_average",
     "kept_momentum",
     "moved_params",
@@ -87,6 +88,11 @@ def phase(optimizer: Optimizer, group: dict[str, Any]) -> str:
     return "sign" if optimizer.is_sign_step(group, int(group["step"])) else "sgd"
 
 
+def is_sharded(p: Tensor) -> bool:
+    """Whether a parameter is a DTensor, of which a rank has a part."""
+    return hasattr(p, "to_local")
+
+
 def did_nothing(optimizer: Optimizer) -> bool:
     """Whether a fused step has found an infinity under a GradScaler and done nothing.
 
@@ -104,7 +110,7 @@ def moved_params(optimizer: Optimizer, before: BeforeStep) -> Iterator[MovedPara
     for index, (group, steps) in enumerate(zip(optimizer.param_groups, before.steps, strict=False)):
         if steps is None or int(group["step"]) > steps:
             for p in group["params"]:
-                if p.grad is not None and not p.grad.is_sparse and not hasattr(p, "to_local"):
+                if p.grad is not None and not p.grad.is_sparse and not is_sharded(p):
                     yield MovedParam(p, index, group)
 
 

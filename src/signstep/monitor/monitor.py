@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from signstep.distributed import MajorityVote
 from signstep.monitor.calibration_panel import CalibrationPanel
 from signstep.monitor.dither_meter import DitherMeter
-from signstep.monitor.last_step import did_nothing
+from signstep.monitor.last_step import did_nothing, is_sharded
 from signstep.monitor.reliability import reliability
 from signstep.monitor.sampling import Sampler
 from signstep.monitor.sinks import Sink
@@ -122,7 +122,7 @@ class Monitor:
                 "model has no parameter that requires a gradient and is the optimizer's: there is nothing to monitor"
             )
         sharded = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-        if sharded or any(hasattr(p, "to_local") for p in named.values()):
+        if sharded or any(is_sharded(p) for p in named.values()):
             raise ValueError("model has parameters sharded by FSDP: only whole ones, or DDP, can be monitored")
         self.model, self.optimizer, self.every, self.sinks = model, optimizer, every, list(sinks)
         self.step = 0

@@ -42,9 +42,8 @@ class Preset:
 class Train(Preset):
     """Train one run; the same command again goes on with it.
 
-    Options of the run override those of --preset. Without --lr each optimizer has the learning rate of its first method
-    in the presets: sgd 0.1, adam and adamw 0.001, signsgd and hybrid 0.00316. An option that is None has the
-    optimizer's own default.
+    Options of the run override those of --preset. Without --lr each optimizer has a learning rate of its own: RATES. An
+    option that is None has the optimizer's own default.
     """
 
     out: Path = Path("runs")
@@ -100,6 +99,10 @@ class Train(Preset):
             return _DIVERGED
         print(f"done: {run.final_accuracy:.2f} % accuracy after the last epoch; see {path}")
         return 0
+
+
+_RATES = ", ".join(f"{name} {known.lr:g}" for name, known in OPTIMIZERS.items())
+Train.__doc__ = str(Train.__doc__).replace("RATES", _RATES)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -18,15 +17,6 @@ _LR = 1e-3
 _RELATIVE = {"dither": 1.0, "dither_decay": 0.0, "dither_scale": "relative"}
 
 
-class Stepper(Protocol):
-    """An optimizer."""
-
-    @property
-    def step(self) -> Callable[[], object]:
-        """Take one step."""
-        ...
-
-
 def _optimizer(key: str, model: DistributedDataParallel) -> torch.optim.Optimizer:
     if key.startswith("vote"):
         options: dict[str, Any] = _RELATIVE if key == "vote-dithered" else {}
@@ -34,7 +24,7 @@ def _optimizer(key: str, model: DistributedDataParallel) -> torch.optim.Optimize
     return torch.optim.SGD(model.parameters(), lr=_LR, momentum=0.0 if key == "int8-sum" else 0.9, fused=True)
 
 
-def prepare(key: str, model: DistributedDataParallel) -> Stepper:
+def prepare(key: str, model: DistributedDataParallel) -> torch.optim.Optimizer:
     """Make a model reduce its gradients in one of the ways of `REDUCTIONS`, and return the optimizer that steps it."""
     attach = REDUCTIONS[key].attach
     if attach is None:

@@ -80,6 +80,7 @@ def _real(out: Path) -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_study_in_real_processes(tmp_path: Path) -> None:
     gang(2).run(_real, tmp_path)
     final = points(read_runs(tmp_path / "runs"), "final")

@@ -201,6 +201,7 @@ def test_it_prints_and_writes(
     assert "digits, resnet8, signsgd, lr 0.003, dither 0.01" in page
 
 
+@pytest.mark.slow
 def test_a_monitors_file_and_several_runs(
     dithered: tuple[RunConfig, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

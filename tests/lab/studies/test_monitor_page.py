@@ -155,6 +155,7 @@ def three() -> str:
     return json.dumps(monitored(steps=5))
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_is_missing_the_page_is_written(tmp_path: Path, data: st.DataObject) -> None:
@@ -220,6 +221,7 @@ def test_a_failed_write_leaves_the_old_page(
 # --------------------------------------------------------------------------------------------------------- figures
 
 
+@pytest.mark.slow
 def test_two_runs_of_different_lengths_and_colours(records: list[dict[str, Any]], tmp_path: Path) -> None:
     runs = [("long", records), ("short", records[:2]), ("undithered", monitored(steps=3, dither=0.0))]
     page = write_runs(runs, tmp_path, title="three", command="", name="inspect")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from signstep.kernels.engine import Direction, Options
+from signstep.kernels.engine import Direction, Options, Tensors
+from signstep.kernels.plain import multi_tensor_step
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -78,3 +81,41 @@ def request(*, dither: Dither | None = UNIT, **changes: Any) -> Options:
         "maximize": False,
     }
     return Options(**(options | changes))
+
+
+class Engine(NamedTuple):
+    """An engine, and the device of the tensors that it steps."""
+
+    name: str
+    module: ModuleType
+    device: torch.device
+
+
+def differing(actual: Tensor, expected: Tensor) -> int:
+    """Elements that are not equal; two NaNs are."""
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
+    return int((~((actual == expected) | (actual.isnan() & expected.isnan()))).sum())
+
+
+def close(actual: Tensor, expected: Tensor, rtol: float, atol: float) -> None:
+    torch.testing.assert_close(actual.detach().cpu(), expected.detach(), rtol=rtol, atol=atol, equal_nan=True)
+
+
+def momenta(size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(3))
+
+
+def directions(
+    m: Tensor,
+    engine_step: Callable[..., None] = multi_tensor_step,
+    *,
+    device: torch.device = CPU,
+    offset: int = 0,
+    ordinal: int = 0,
+    **changes: Any,
+) -> Tensor:
+    """What a step without momentum moves along, on the CPU: the parameter starts at 0 and the rate is 1."""
+    p = torch.zeros_like(m, device=device)
+    options = {name: changes.pop(name) for name in list(changes) if name in (*Options._fields, "dither")}
+    engine_step(Tensors([p], [m.to(device)], [], [], [], [ordinal], [offset]), request(**options), **changes)
+    return -p.cpu()

@@ -45,7 +45,12 @@ def test_docstring_examples_run(name: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["ruff check", "ruff format --check", "mypy", "lint-imports --no-cache --no-logo"],
+    [
+        "ruff check",
+        "ruff format --check",
+        pytest.param("mypy", marks=pytest.mark.slow),
+        "lint-imports --no-cache --no-logo",
+    ],
     ids=["check", "format", "types", "imports"],
 )
 def test_lint(command: str) -> None:

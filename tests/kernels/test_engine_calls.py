@@ -172,6 +172,11 @@ def test_tensors_that_are_not_alike_are_refused(engine: Engine) -> None:
         with pytest.raises(RuntimeError, match=r"the mean square of the momentum of a parameter on .* is"):
             engine.module.step(Tensors([p], [g], [], [], [square], [0], [0]), request())
     assert not p.any()
+    parameter = torch.nn.Parameter(torch.zeros(3, device=p.device))
+    parameter.grad = torch.ones(3, device=p.device)
+    parameter.data = torch.zeros(1000, device=p.device)
+    with pytest.raises(RuntimeError):
+        SignSGD([parameter], fused=True).step()
 
 
 def test_negated_gradients(engine: Engine) -> None:

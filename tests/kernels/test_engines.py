@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,11 +11,13 @@ from engine_cases import (
     CPU,
     DITHERS,
     DTYPES,
+    FEW,
     OTHERS,
+    RAGGED,
     STATE_DTYPES,
     Engine,
-    close,
-    differing,
+    Make,
+    check_equal,
     give_gradients,
     parameters,
     strided,
@@ -26,42 +27,6 @@ from hypothesis import strategies as st
 
 from pairwise import every_combination
 from signstep import HybridSignSGD, SignSGD
-
-Make = Callable[[torch.device], list[torch.nn.Parameter]]
-RAGGED = {
-    "native": [(1000, 37), (5,), (), (0, 3), (257,), (255,), (1,), (70001,)],
-    "triton": [(41, 51), (5,), (), (0, 3), (257,)],
-}
-FEW = RAGGED | {"triton": [(9, 29), (), (0, 3)]}
-
-
-def check_equal(engine: Engine, cls: type[SignSGD], options: dict[str, Any], make: Make, steps: int = 3) -> None:
-    """Momentum bit for bit; parameters too, but for one decision, or the rounding of post-sign noise and lambda."""
-    params, expected = make(engine.device), make(CPU)
-    options = {"lr": 0.03, **options}
-    optimizer, plain = cls(params, **options, fused=True), cls(expected, **options, foreach=True, fused=False)
-    # On CPUs both work with the same functions, so that only a relative sigma has a rounding of its own.
-    allowed = 0 if engine.name == "native" and options.get("dither_scale") != "relative" else 1
-    for step in range(steps):
-        for ps, each in ((params, optimizer), (expected, plain)):
-            give_gradients(ps, step)
-            each.step()
-        exact = options.get("dither_position") != "post" and getattr(plain, "phase", "sign") == "sign"
-        if exact:
-            assert sum(differing(p, q) for p, q in zip(params, expected, strict=True)) <= allowed
-        for p, q in zip(params, expected, strict=True):
-            wide = 1e-2 if p.dtype.itemsize == 2 else 1e-5
-            if not exact:
-                close(p, q, wide, 1e-6 if engine.name == "native" else 1e-5)
-            state, wanted = optimizer.state.get(p, {}), plain.state.get(q, {})
-            assert state.keys() == wanted.keys()
-            for name in state:
-                if name == "mean_square" and engine.name == "native":
-                    close(state[name], wanted[name], 1e-5, 1e-12)
-                elif name == "mean_square" or (not exact and options.get("decoupled_weight_decay") is False):
-                    close(state[name].float(), wanted[name].float(), wide, 1e-6)
-                else:
-                    assert differing(state[name], wanted[name]) == 0
 
 
 @pytest.mark.parametrize(("dtype", "dither", "other"), every_combination(DTYPES, DITHERS, OTHERS))

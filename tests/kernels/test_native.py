@@ -1,28 +1,27 @@
-"""The native engine against plain torch: the same bits for all options, shapes, layouts, threads, instruction sets."""
+"""The native engine alone: instruction sets, threads, the missing library, sanitizers, and momentum in fewer bits."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_cases import DITHERS, DTYPES, OTHERS, STATE_DTYPES, Dither, give_gradients, parameters, request, strided
+from engine_cases import RAGGED, Dither, directions, give_gradients, parameters, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from signstep import HybridSignSGD, SignSGD
+from signstep import SignSGD
 from signstep.kernels import fused as engines
 from signstep.kernels import momentum, native, reference
-from signstep.kernels.engine import Options, Tensors
+from signstep.kernels.engine import Tensors
 from signstep.kernels.plain import multi_tensor_step
 from signstep.kernels.reference import Segment
 from signstep.optim.signsgd import signsgd
@@ -31,124 +30,6 @@ ROOT = Path(__file__).parents[2]
 if shutil.which("c++") is not None:
     assert native.unavailable() is None, "there is a compiler, so the library must have been built"
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
-
-
-def check_equal(
-    cls: type[SignSGD], options: dict[str, Any], make: Callable[[], list[torch.nn.Parameter]], steps: int = 4
-) -> None:
-    """Parameters and momentum bit for bit; sums, and what comes of them, but for rounding."""
-    both = [make(), make()]
-    optimizers = [
-        cls(ps, **{"lr": 0.03, **options}, fused=fused) for ps, fused in zip(both, (True, False), strict=True)
-    ]
-    post = options.get("dither_position") == "post"
-    relative = options.get("dither_scale") == "relative"
-    exact = not post and getattr(optimizers[0], "phase", "sign") == "sign" and not relative
-    for step in range(steps):
-        for params, optimizer in zip(both, optimizers, strict=True):
-            give_gradients(params, step)
-            optimizer.step()
-        exact = exact and getattr(optimizers[0], "phase", "sign") == "sign"
-        for pair in zip(*both, strict=True):
-            p, q = pair
-            # Post-sign noise is a float32 number of either's making; a relative sigma has a rounding of its own.
-            tolerance = (
-                {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-2 if p.dtype.itemsize == 2 else 1e-5, "atol": 1e-6}
-            )
-            if relative:  # sigma has a rounding of its own, and one decision in millions is that close
-                p, q = p.detach(), q.detach()
-                assert (~torch.isclose(p, q, **tolerance)).sum() <= 1
-            else:
-                torch.testing.assert_close(p, q, **tolerance)
-            states = [o.state.get(x, {}) for o, x in zip(optimizers, pair, strict=True)]
-            assert states[0].keys() == states[1].keys()
-            for name in states[0].keys() - {"mean_square"}:
-                torch.testing.assert_close(states[0][name], states[1][name], **tolerance)
-            if "mean_square" in states[0]:
-                torch.testing.assert_close(states[0]["mean_square"], states[1]["mean_square"], rtol=1e-5, atol=1e-12)
-
-
-RAGGED = [(1000, 37), (5,), (), (0, 3), (257,), (255,), (1,), (70001,)]
-
-
-@pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.parametrize("dither", DITHERS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_option(dtype: torch.dtype, dither: str, other: str) -> None:
-    check_equal(SignSGD, DITHERS[dither] | OTHERS[other], lambda: parameters(RAGGED, dtype))
-
-
-@pytest.mark.parametrize("state_dtype", STATE_DTYPES[1:])
-@pytest.mark.parametrize("dither", ["clean", "pre", "relative"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_state_dtype(dtype: torch.dtype, dither: str, state_dtype: torch.dtype) -> None:
-    check_equal(SignSGD, DITHERS[dither] | {"state_dtype": state_dtype}, lambda: parameters(RAGGED, dtype))
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"sgd_momentum": 0.9}, {"sgd_momentum": 0.9, "state_dtype": torch.int8}, {"weight_decay": 0.1}]
-)
-@pytest.mark.parametrize("calibration", ["paper", "ratio", "applied"])
-@pytest.mark.parametrize("dither", ["clean", "pre", "relative"])
-def test_hybrid_in_both_phases(dither: str, calibration: str, options: dict[str, Any]) -> None:
-    options = {"switch_step": 3, "calibration": calibration} | DITHERS[dither] | options
-    check_equal(HybridSignSGD, options, lambda: parameters(RAGGED, torch.float32), steps=6)
-
-
-@pytest.mark.parametrize("calibration", ["paper", "applied"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_calibration_sums(dtype: torch.dtype, calibration: str) -> None:
-    rates = []
-    for fused in (True, False):
-        params = parameters(RAGGED, dtype)
-        optimizer = HybridSignSGD(params, lr=0.01, calibration=calibration, dither=0.01, fused=fused)
-        for step in range(3):
-            give_gradients(params, step)
-            optimizer.step()
-        rates.append(optimizer.calibrated_lr)
-    assert rates[0] == pytest.approx(rates[1], rel=1e-5)
-
-
-SIZES = st.sampled_from([0, 1, 2, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1021, 4099, 65537])
-
-
-@settings(max_examples=60)
-@given(
-    sizes=st.lists(SIZES, min_size=1, max_size=5),
-    dither=st.sampled_from(list(DITHERS)),
-    other=st.sampled_from(list(OTHERS)),
-    dtype=st.sampled_from(DTYPES),
-    state_dtype=st.sampled_from(STATE_DTYPES),
-    seed=st.integers(0, 2**64 - 1),
-)
-def test_any_combination(
-    sizes: list[int], dither: str, other: str, dtype: torch.dtype, state_dtype: torch.dtype | None, seed: int
-) -> None:
-    options = DITHERS[dither] | OTHERS[other] | {"state_dtype": state_dtype, "seed": seed}
-    check_equal(SignSGD, options, lambda: parameters([(n,) for n in sizes], dtype), steps=2)
-
-
-@pytest.mark.parametrize("options", [*DITHERS.values(), {"state_dtype": torch.int8}, {"state_dtype": torch.bfloat16}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_strided_tensors(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    make: Callable[[], list[torch.nn.Parameter]] = lambda: strided(dtype)  # noqa: E731
-    assert not any(p.is_contiguous() for p in make())
-    check_equal(SignSGD, options, make)
-
-
-def test_complex_parameters() -> None:
-    for options in ({}, DITHERS["pre"], {"state_dtype": torch.int8}):
-        results = []
-        for fused in (True, False):
-            p = torch.nn.Parameter(torch.randn(300, dtype=torch.complex64, generator=torch.Generator().manual_seed(1)))
-            optimizer = SignSGD([p], lr=0.1, fused=fused, **options)
-            for step in range(3):
-                p.grad = torch.randn(300, dtype=torch.complex64, generator=torch.Generator().manual_seed(step))
-                if step == 1:
-                    p.grad = p.grad.conj()
-                optimizer.step()
-            results.append(p.detach())
-        assert torch.equal(*results)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,16 +42,7 @@ def forget_the_library() -> None:
     engines._missing.cache_clear()
 
 
-def directions(
-    m: Tensor, *, offset: int = 0, ordinal: int = 0, engine: Callable[..., None] = native.step, **changes: Any
-) -> Tensor:
-    """What a step without momentum moves along: the parameter starts at 0 and the rate is 1."""
-    p = torch.zeros_like(m)
-    options = {name: changes.pop(name) for name in list(changes) if name in (*Options._fields, "dither")}
-    engine(Tensors([p], [m], [], [], [], [ordinal], [offset]), request(**options), **changes)
-    return -p
-
-
+native_directions = functools.partial(directions, engine_step=native.step)
 ISAS = list(native.ISAS)[1 : 1 + native.ISAS[native.best_isa()]] if native.unavailable() is None else []
 
 
@@ -184,8 +56,8 @@ def test_decisions_are_the_references(isa: str, z: float) -> None:
         * (1 + 0.1 * torch.randn(1_000_003, generator=generator))
         * torch.where(torch.rand(1_000_003, generator=generator) < 0.5, -1, 1)
     )
-    expected = directions(m, engine=multi_tensor_step)
-    assert torch.equal(directions(m, isa=isa), expected)
+    expected = directions(m)
+    assert torch.equal(native_directions(m, isa=isa), expected)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -193,37 +65,14 @@ def test_approximation_is_within_its_slack(isa: str) -> None:
     """Every 16-bit z against every byte that can tie with it, with the whole grid in float steps around."""
     z = torch.arange(-40000, 40001, dtype=torch.float32) / 8192
     for ordinal in range(12):
-        assert torch.equal(
-            directions(z, ordinal=ordinal, isa=isa), directions(z, ordinal=ordinal, engine=multi_tensor_step)
-        )
-
-
-@pytest.mark.parametrize("position", ["pre", "post"])
-@pytest.mark.parametrize(
-    "offset", [8, 13, 16 * (2**31 - 1) - 5, 16 * 2**31 - 8, 4 * 2**31 - 3, 16 * (2**32 - 1) + 9, 2**36 - 7, 2**40 + 3]
-)
-def test_a_shard_draws_what_the_whole_draws(position: str, offset: int) -> None:
-    """Also where the block's number leaves 31 and 32 bits, reached by its offset and not by allocation."""
-    m = torch.randn(4000, generator=torch.Generator().manual_seed(3))
-    dither = Dither(position, torch.tensor(0.7))
-    tolerance = {"rtol": 0, "atol": 0} if position == "pre" else {"rtol": 1e-6, "atol": 1e-6}
-    whole = directions(m, offset=offset, dither=dither)
-    torch.testing.assert_close(
-        whole, directions(m, offset=offset, dither=dither, engine=multi_tensor_step), **tolerance
-    )
-    for cut in (1, 8, 250, 3999):
-        parts = [
-            directions(m[:cut], offset=offset, dither=dither),
-            directions(m[cut:], offset=offset + cut, dither=dither),
-        ]
-        assert torch.equal(torch.cat(parts), whole)
+        assert torch.equal(native_directions(z, ordinal=ordinal, isa=isa), directions(z, ordinal=ordinal))
 
 
 def test_post_noise_is_the_references() -> None:
     m = torch.ones(1_000_000)
     dither = Dither("post", torch.tensor(1.0))
-    noise = directions(m, dither=dither) - 1
-    expected = directions(m, dither=dither, engine=multi_tensor_step) - 1
+    noise = native_directions(m, dither=dither) - 1
+    expected = directions(m, dither=dither) - 1
     torch.testing.assert_close(noise, expected, rtol=2e-7, atol=2e-7)
 
 
@@ -234,8 +83,8 @@ def test_numbers_that_are_not_finite_or_zero(sigma: float, position: str | None)
     dither = None if position is None else Dither(position, torch.tensor(sigma))
     for isa in ISAS:
         torch.testing.assert_close(
-            directions(m, dither=dither, isa=isa),
-            directions(m, dither=dither, engine=multi_tensor_step),
+            native_directions(m, dither=dither, isa=isa),
+            directions(m, dither=dither),
             equal_nan=True,
             rtol=1e-6,
             atol=0,
@@ -297,67 +146,6 @@ def test_torch_works_on_after_the_engine_used_its_threads() -> None:
         assert len(os.listdir("/proc/self/task")) <= before + max(0, torch.get_num_threads() - 1)
 
 
-def test_autograd_sees_that_the_parameter_changed() -> None:
-    p = torch.nn.Parameter(torch.ones(3))
-    loss = (p * p).sum()
-    p.grad = torch.ones(3)
-    SignSGD([p], fused=True).step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_gradients_and_foreign_memory_are_not_touched() -> None:
-    """Views into one buffer, gaps of a known value between them."""
-    buffer = torch.full((5000,), 7.0)
-    views = [buffer[3:1003], buffer[1100:1101], buffer[2000:4999]]
-    grads = [torch.randn(v.shape) for v in views]
-    kept = [g.clone() for g in grads]
-    native.step(Tensors(views, grads, [], [], [], [0, 1, 2], [0, 0, 0]), request())
-    assert all(torch.equal(g, k) for g, k in zip(grads, kept, strict=True))
-    inside = torch.zeros(5000, dtype=torch.bool)
-    inside[3:1003] = inside[1100] = inside[2000:4999] = True
-    assert (buffer[~inside] == 7).all()
-    assert (buffer[inside] != 7).all()
-
-
-def test_state_of_another_model_is_refused() -> None:
-    """Plain torch would raise a shape error; the library would read what is not its own."""
-    p, g = torch.zeros(100), torch.ones(100)
-    for m in (torch.zeros(99), torch.zeros(100, dtype=torch.float64), torch.zeros(100, device="meta")):
-        with pytest.raises(RuntimeError, match=r"the momentum of a parameter of shape \(100,\) on cpu is .* expected"):
-            native.step(Tensors([p], [g], [m], [], [], [0], [0]), request(momentum=0.9))
-    eight, scale = torch.zeros(300, dtype=torch.int8), torch.zeros(1)
-    options = request(momentum=0.9, state_dtype=torch.int8)
-    with pytest.raises(RuntimeError, match=r"8-bit momentum of 300 elements has 1 scales, .* expected 2"):
-        native.step(Tensors([torch.zeros(300)], [torch.ones(300)], [eight], [scale], [], [0], [0]), options)
-    with pytest.raises(RuntimeError, match=r"expected torch\.int8"):
-        native.step(Tensors([torch.zeros(300)], [torch.ones(300)], [eight], [], [], [0], [0]), options)
-    assert not p.any()
-    optimizer = SignSGD([torch.nn.Parameter(p)], fused=True)
-    optimizer.param_groups[0]["params"][0].grad = g
-    optimizer.step()
-    optimizer.param_groups[0]["state_dtype"] = torch.int8
-    with pytest.raises(RuntimeError, match="set state_dtype, and the model's dtype, before"):
-        optimizer.step()
-
-
-def test_tensors_that_are_not_alike_are_refused() -> None:
-    """Each would be read past its end, or where it is not."""
-    p = torch.zeros(100)
-    for g in (torch.ones(99), torch.ones(100, dtype=torch.float64), torch.ones(100, device="meta")):
-        with pytest.raises(RuntimeError, match=r"the gradient of a parameter, .*: fused kernels need it alike"):
-            native.step(Tensors([p], [g], [], [], [], [0], [0]), request())
-    for square in (torch.ones((), dtype=torch.float64), torch.ones((), device="meta"), torch.ones(2)):
-        with pytest.raises(RuntimeError, match="the mean square of the momentum of a parameter on cpu is"):
-            native.step(Tensors([p], [torch.ones(100)], [], [], [square], [0], [0]), request())
-    assert not p.any()
-    parameter = torch.nn.Parameter(torch.zeros(3))
-    parameter.grad = torch.ones(3)
-    parameter.data = torch.zeros(1000)
-    with pytest.raises(RuntimeError):
-        SignSGD([parameter]).step()
-
-
 def test_a_gradient_of_a_wider_dtype_takes_plain_torch() -> None:
     results = []
     for fused in (None, False):
@@ -388,8 +176,10 @@ def test_double_momentum_is_decided_as_float(position: str) -> None:
     m = torch.tensor([1e-60, -1e-60, 1e60, -1e60, 1e-300, 0.5, -0.5, 0.0] * 40, dtype=torch.float64)
     dither = Dither(position, torch.tensor(0.3))
     for isa in ISAS:
-        expected = directions(m, dither=dither, engine=multi_tensor_step)
-        torch.testing.assert_close(directions(m, dither=dither, isa=isa), expected, equal_nan=True, rtol=1e-6, atol=0)
+        expected = directions(m, dither=dither)
+        torch.testing.assert_close(
+            native_directions(m, dither=dither, isa=isa), expected, equal_nan=True, rtol=1e-6, atol=0
+        )
 
 
 def test_state_dtype_that_changes_is_refused_by_every_implementation() -> None:
@@ -402,15 +192,6 @@ def test_state_dtype_that_changes_is_refused_by_every_implementation() -> None:
         optimizer.param_groups[0]["state_dtype"] = torch.int8
         with pytest.raises(RuntimeError, match="set state_dtype, and the model's dtype, before the first step"):
             optimizer.step()
-
-
-def test_negated_gradients() -> None:
-    m = torch.randn(50, generator=torch.Generator().manual_seed(6))
-    negated = torch.complex(m, m).conj().imag
-    assert negated.is_neg()
-    p = torch.zeros(50)
-    native.step(Tensors([p], [negated], [], [], [], [0], [0]), request(dither=None))
-    assert torch.equal(p, m.sign())
 
 
 def test_tensor_subclasses_take_plain_torch() -> None:
@@ -539,7 +320,7 @@ def test_bytes_of_state_per_parameter(options: dict[str, Any], expected: float) 
 def test_state_in_fewer_bits_is_saved_and_loaded_as_it_is(state_dtype: torch.dtype, tmp_path: Path) -> None:
     """Loading would cast it to the parameter's dtype if torch had its way."""
     options = {"state_dtype": state_dtype, "dither": 1.0, "dither_scale": "relative", "lr": 0.01}
-    params = parameters(RAGGED, torch.float32)
+    params = parameters(RAGGED["native"], torch.float32)
     optimizer = SignSGD(params, **options)
     for step in range(6):
         give_gradients(params, step)

@@ -17,7 +17,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from engine_cases import DTYPES, Dither, request  # noqa: E402
-from test_triton import DEVICE, compiled_kernel  # noqa: E402
+from triton_cases import DEVICE, compiled_kernel  # noqa: E402
 
 from signstep.kernels import bits, native  # noqa: E402
 from signstep.kernels import triton_bits as engine  # noqa: E402

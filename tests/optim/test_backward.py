@@ -153,6 +153,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak in KiB, as Linux counts it")
 def test_peak_memory_is_less_by_the_gradients() -> None:
     """Processes of their own; of 192 MiB of gradients at least three quarters must be gone."""

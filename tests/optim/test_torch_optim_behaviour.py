@@ -1,4 +1,8 @@
-"""What users of torch.optim expect of `SignSGD` and `HybridSignSGD` beyond PyTorch's generic tests."""
+"""What users of torch.optim expect of `SignSGD` and `HybridSignSGD` beyond PyTorch's generic tests.
+
+It has more than 500 lines because it belongs to the port in test_torch_optim_suite.py: one table of configurations and
+one training loop serve all its sections.
+"""
 
 from __future__ import annotations
 

@@ -24,11 +24,13 @@ MODULES = sorted(m.name for m in PACKAGES if not m.name.endswith(("__main__", "l
 def test_import_takes_torch_alone() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import signstep; "
+        "signstep.SignSGD, signstep.HybridSignSGD, signstep.optim, signstep.kernels; "
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     ours = [n for n in loaded if n not in sys.stdlib_module_names and not n.startswith("_")]
     assert set(ours) <= {"signstep", "torch"}
+    assert "signstep" in ours
 
 
 def test_core_does_not_import_the_lab() -> None:

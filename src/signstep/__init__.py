@@ -18,6 +18,8 @@ _HOMES = {"HybridSignSGD": "signstep.optim", "Monitor": "signstep.monitor", "Sig
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("kernels", "optim"):  # which `import signstep` has always made available
+        return importlib.import_module(f"signstep.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)

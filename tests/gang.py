@@ -1,7 +1,5 @@
 """Ranks for tests: processes that keep their gloo group and run one module-level function after another."""
 
-from __future__ import annotations
-
 import atexit
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """What the tests of the monitor share: small parameters and their gradients, measured steps, and a sink that keeps."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -61,10 +59,7 @@ def measured(
 
 
 def measured_step(
-    instrument: Instrument,
-    optimizer: torch.optim.Optimizer,
-    params: dict[str, nn.Parameter],
-    grads: dict[str, Tensor],
+    instrument: Instrument, optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], grads: dict[str, Tensor]
 ) -> dict[str, Any]:
     give(params, grads)
     return measured(instrument, optimizer)

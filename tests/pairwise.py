@@ -1,7 +1,5 @@
 """Few cases instead of all combinations: faults come from one option or from two that meet, seldom from three."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from itertools import combinations, product
 from typing import Any

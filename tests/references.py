@@ -1,7 +1,5 @@
 """The paper's algorithms in float64 numpy, line by line: slow, and the truth that the optimizers are tested against."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import numpy as np

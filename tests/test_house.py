@@ -1,7 +1,5 @@
 """What the project promises about itself: light import, clean code, runnable docstrings."""
 
-from __future__ import annotations
-
 import doctest
 import importlib
 import pkgutil

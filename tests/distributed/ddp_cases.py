@@ -1,7 +1,5 @@
 """What the tests of votes under DDP share: small models, their batches, and comparisons of ranks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What the tests of FSDP2 share: a model whose rows no number of ranks divides, and comparisons of its shards."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

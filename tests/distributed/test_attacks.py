@@ -1,7 +1,5 @@
 """Byzantine workers: what each sends, alone and in a vote of real processes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

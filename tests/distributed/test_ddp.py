@@ -1,7 +1,5 @@
 """Majority vote under DDP: real processes against a slow vote that reads like the paper, and every trap of the wire."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import threading

@@ -1,7 +1,5 @@
 """Ranks that die: nobody hangs, everybody says why, and torchrun's restart ends where an undisturbed run does."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

@@ -1,7 +1,5 @@
 """Majority vote under FSDP2: the same steps as under DDP, bit for bit, for every option and precision."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

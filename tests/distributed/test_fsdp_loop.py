@@ -1,7 +1,5 @@
 """Majority vote under FSDP2 in a training loop: who votes, what is saved, and backward in all its ways."""
 
-from __future__ import annotations
-
 import copy
 import re
 import warnings

@@ -1,7 +1,5 @@
 """How FSDP2's shards are cut: the bits for each owner, the bytes they take, and what is refused."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any

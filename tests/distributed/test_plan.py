@@ -1,7 +1,5 @@
 """The cost model: its formulas, and the command."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

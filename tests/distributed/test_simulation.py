@@ -1,7 +1,5 @@
 """The simulation of M workers takes the steps of real processes, and of a vote that is counted by hand."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """The rules of a vote, in real processes under DDP: who abstains, what is not finite, and the hybrid's switch."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

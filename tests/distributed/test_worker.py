@@ -1,7 +1,5 @@
 """A worker's state: saved, resumed, taken over, and split anew for another number of workers."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from typing import Any

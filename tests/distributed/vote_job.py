@@ -1,7 +1,5 @@
 """A small training by majority vote that torchrun starts: resumable, and killed on request. Used by test_faults.py."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

@@ -1,7 +1,5 @@
 """The two engines, for tests that ask the same of both."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

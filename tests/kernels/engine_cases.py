@@ -1,7 +1,5 @@
 """What every fused engine is asked for in the tests: options, parameters, gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Packing, counting and spreading of votes: plain torch against integers, the native library against plain torch."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

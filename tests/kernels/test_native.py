@@ -1,7 +1,5 @@
 """The native engine alone: instruction sets, threads, the missing library, sanitizers, and momentum in fewer bits."""
 
-from __future__ import annotations
-
 import functools
 import math
 import os
@@ -32,9 +30,7 @@ if shutil.which("c++") is not None:
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One call of the engine
-# ---------------------------------------------------------------------------------------------------------------------
+# --- One call of the engine -------------------------------------------------------------------------------------------
 
 
 def forget_the_library() -> None:
@@ -235,9 +231,7 @@ def test_a_missing_library_is_said_and_done_without(monkeypatch: pytest.MonkeyPa
     SignSGD(params, fused=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Momentum in fewer bits
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Momentum in fewer bits -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8])
@@ -362,9 +356,7 @@ def test_relative_dither_that_comes_late_starts_from_the_momentum_that_is_there(
     assert torch.equal((before - p.detach()).sign(), expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The library by itself
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The library by itself --------------------------------------------------------------------------------------------
 
 
 def run_driver(build: Path, *arguments: str, **settings: str) -> None:

@@ -1,7 +1,5 @@
 """The generator: published vectors, and the integer arithmetic at every edge."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """The Triton kernels of ballots against plain torch on the CPU: on a GPU, else in Triton's interpreter."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Triton for the tests: on a GPU, else in its interpreter, which steps CPU tensors. Skips where there is neither."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

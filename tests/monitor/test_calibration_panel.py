@@ -1,7 +1,5 @@
 """The calibration panel against the rules in float64 numpy, against HybridSignSGD itself, and against laws."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

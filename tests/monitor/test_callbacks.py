@@ -1,7 +1,5 @@
 """The monitor inside real Trainers: the records are those of a plain loop, over checkpoints too."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

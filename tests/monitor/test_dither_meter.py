@@ -1,7 +1,5 @@
 """The dither meter against the paper in float64 numpy, on real optimizers, and what it says of them."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

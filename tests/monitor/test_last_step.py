@@ -1,7 +1,5 @@
 """What is read from optimizers of all kinds after a step, as the dither meter shows it."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`Monitor` on the loops that people have: batch norm, tied weights, accumulation, GradScaler, DDP, votes."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

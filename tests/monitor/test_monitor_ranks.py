@@ -1,7 +1,5 @@
 """`Monitor` over several ranks: DistributedDataParallel, uneven ranks, join, and votes."""
 
-from __future__ import annotations
-
 import types
 from contextlib import nullcontext
 from typing import Any

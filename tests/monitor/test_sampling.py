@@ -1,7 +1,5 @@
 """`Sampler`: which coordinates it looks at."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """Sinks: files that survive kills and are shared, TensorBoard read back, the panel on a terminal, W&B."""
 
-from __future__ import annotations
-
 import gc
 import io
 import json

@@ -1,7 +1,5 @@
 """The symmetry test: its level at symmetric laws, its power at skewed ones, and what it says about them."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import math

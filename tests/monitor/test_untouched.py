@@ -1,7 +1,5 @@
 """What `Monitor.measure` puts back."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np

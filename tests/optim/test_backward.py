@@ -1,7 +1,5 @@
 """The step inside backward is the step after it, and no full set of gradients is alive."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from copy import deepcopy

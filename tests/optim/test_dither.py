@@ -1,7 +1,5 @@
 """The dither's law, and that it is a pure function of (seed, step, parameter, element)."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

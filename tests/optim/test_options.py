@@ -1,7 +1,5 @@
 """The table of options against the constructors, and how long a gradient's way to the native engine is."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 from pathlib import Path

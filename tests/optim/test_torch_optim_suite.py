@@ -6,8 +6,6 @@ at least as much; the bodies are our own. `NOT_RUN` lists the ones that cannot r
 The file has more than 500 lines because it is the port of one class.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import re
@@ -60,9 +58,7 @@ from torch.testing._internal.common_utils import TestCase, parametrize
 # That import forbids the whole process to set torch.backends.*; other tests in the process may.
 setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the optimizers support, in PyTorch's terms
-# ---------------------------------------------------------------------------------------------------------------------
+# --- What the optimizers support, in PyTorch's terms ------------------------------------------------------------------
 
 SIGN_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("default", {}),
@@ -191,9 +187,7 @@ NOT_RUN = {
 NEEDS_GPU = "needs an accelerator: moves state from the CPU to it"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Helpers
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Helpers ----------------------------------------------------------------------------------------------------------
 
 
 def every_input(device: Any, dtype: Any, info: OptimizerInfo, skip: tuple[str, ...] = ()) -> list[OptimizerInput]:
@@ -218,7 +212,7 @@ class Regression:
         self.input = torch.randn(5, device=device, dtype=dtype)
         self.params = [self.weight, self.bias]
 
-    def copy(self) -> Regression:
+    def copy(self) -> "Regression":
         twin = object.__new__(Regression)
         twin.weight, twin.bias = (Parameter(p.detach().clone()) for p in self.params)
         twin.input, twin.params = self.input, [twin.weight, twin.bias]
@@ -331,9 +325,7 @@ class PeakMemory(TorchDispatchMode):
         return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The generic tests
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The generic tests ------------------------------------------------------------------------------------------------
 
 
 class TestOptimSuite(TestCase):
@@ -1077,9 +1069,7 @@ for _name, _reason in NOT_RUN.items():
 instantiate_device_type_tests(TestOptimSuite, globals(), only_for=("cpu", "cuda", "xpu"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# differentiable=True
-# ---------------------------------------------------------------------------------------------------------------------
+# --- differentiable=True ----------------------------------------------------------------------------------------------
 
 
 def differentiable_steps(

@@ -1,7 +1,5 @@
 """SignSGD and HybridSignSGD follow the paper's algorithms, step by step, against the float64 references."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The bounds against every symmetric unimodal law there is, against each other, and with bad input."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Laws of noise: samples against distribution functions, the bounds they obey, and the two that break them."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Problems: their smoothness, gradients, noise and minimum, and SignSGD on them against Theorem 1."""
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Estimators of `signstep.theory.stationarity` against problems whose truth is known."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The expected vote against drawn votes, its slope, and the attackers that it survives."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -3,8 +3,6 @@
 The loss is linear in the parameters, so what a rank's backward leaves is what the test chose.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,10 +13,7 @@ from hypothesis import settings
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from signstep.distributed.compressors import (
-    CompressedGradients,
-    Compressor,
-)
+from signstep.distributed.compressors import CompressedGradients, Compressor
 from signstep.distributed.compressors.blocks import BLOCK, Blocks
 
 CPU = torch.device("cpu")

@@ -1,7 +1,5 @@
 """How gradients become blocks, blocks words, and words messages."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from compressor_cases import CPU, few

@@ -1,7 +1,5 @@
 """Compressed gradients in real processes: all ranks get the mean of the papers, and nothing is lost."""
 
-from __future__ import annotations
-
 import io
 import math
 import re
@@ -29,14 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gang import gang
 from signstep.distributed import CollectiveError
-from signstep.distributed.compressors import (
-    COMPRESSORS,
-    CompressedGradients,
-    EFSign,
-    OneBitSGD,
-    base,
-    one_bit_adam,
-)
+from signstep.distributed.compressors import COMPRESSORS, CompressedGradients, EFSign, OneBitSGD, base, one_bit_adam
 from signstep.distributed.compressors.blocks import BLOCK, own_blocks
 from signstep.lab.output.tables import markdown_table
 
@@ -231,11 +222,7 @@ def run_not_finite(key: str, value: float) -> tuple[str, str, bool]:
     except CollectiveError as error:
         after = hook.state_dict()["worker"]
         hook.close()
-        return (
-            type(error).__name__,
-            str(error),
-            all(torch.equal(e, after[n]) for n, e in before.items() if n == "d"),
-        )
+        return (type(error).__name__, str(error), all(torch.equal(e, after[n]) for n, e in before.items() if n == "d"))
     return "nothing", "", True
 
 

@@ -1,7 +1,5 @@
 """One worker's side of each compressor, against a slow reference that reads like its paper."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -13,13 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from signstep.distributed.compressors import (
-    QSGD,
-    EFSign,
-    OneBitSGD,
-    TernGrad,
-    TopK,
-)
+from signstep.distributed.compressors import QSGD, EFSign, OneBitSGD, TernGrad, TopK
 from signstep.distributed.compressors.blocks import BLOCK, Blocks
 from signstep.distributed.compressors.noise import SERVER, WORKER, random_integers, round_stochastically
 from signstep.distributed.compressors.top_k import largest

@@ -1,7 +1,5 @@
 """1-bit Adam: Adam in its warm-up, then the steps of the paper."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -15,9 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gang import gang
-from signstep.distributed.compressors import (
-    OneBitAdam,
-)
+from signstep.distributed.compressors import OneBitAdam
 
 
 def adam_parameters() -> tuple[list[Tensor], list[Tensor], bool, list[Tensor]]:

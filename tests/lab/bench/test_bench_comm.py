@@ -1,7 +1,5 @@
 """`signstep bench comm` with real processes: what it counts, what it writes, and that nothing is left behind."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

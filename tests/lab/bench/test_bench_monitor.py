@@ -1,7 +1,5 @@
 """`signstep bench monitor`: what it records and refuses. Nothing here says how fast anything is."""
 
-from __future__ import annotations
-
 import copy
 import json
 import random
@@ -175,7 +173,7 @@ class FakeCockpit:
     def get_output(self) -> dict[int, dict[str, float]]:
         return self.output
 
-    def __call__(self, step: int, info: Mapping[str, Any]) -> FakeCockpit:
+    def __call__(self, step: int, info: Mapping[str, Any]) -> "FakeCockpit":
         assert info["batch_size"] == 16
         self.asked.append(step)
         self.output[step] = {name: 1.0 for name, due in self.quantities if due(step)}

@@ -1,7 +1,5 @@
 """`signstep bench step`: what it records and refuses. Nothing here says how fast anything is."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -225,10 +223,7 @@ def test_a_missing_package_and_a_failure_are_reported(monkeypatch: pytest.Monkey
     }
     assert entries["broken"].missing == "not available: no compiler"
     result = StepResult("50m", "few", 2, 7, PEER, entries, [StepRound("packages", dict.fromkeys(runners, 1.0))] * 2)
-    assert step_report.row(result, "lion-pytorch") == (
-        "lion-pytorch Lion",
-        "not installed: pip install lion-pytorch",
-    )
+    assert step_report.row(result, "lion-pytorch") == ("lion-pytorch Lion", "not installed: pip install lion-pytorch")
     assert {t.text: t.verdict for t in step_targets(replace_missing(result), "float32")}[
         "clean, times faster than lion-pytorch Lion"
     ] == "not measured"

@@ -1,7 +1,5 @@
 """The meter of a step's peak memory, against counts by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

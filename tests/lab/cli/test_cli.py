@@ -1,7 +1,5 @@
 """The command line: what it accepts, what it refuses and how, and how it stops."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

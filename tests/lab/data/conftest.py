@@ -1,27 +1,14 @@
 """What keeps the tests of data alone on their machine, and the sets and servers that they share."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from made_sets import (
-    TEST,
-    TRAIN,
-    Server,
-    make_idx,
-    serve,
-)
+from made_sets import TEST, TRAIN, Server, make_idx, serve
 
-from signstep.lab.data import (
-    catalog,
-    cifar,
-    fetch,
-    idx,
-)
+from signstep.lab.data import catalog, cifar, fetch, idx
 
 
 @pytest.fixture(autouse=True)

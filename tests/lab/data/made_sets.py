@@ -1,7 +1,5 @@
 """Small data sets in every layout, made up by the tests, and a web server that does what a bad one does."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import gzip
@@ -18,10 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from signstep.lab.data import (
-    cifar,
-    idx,
-)
+from signstep.lab.data import cifar, idx
 from signstep.lab.data.fetch import Archive
 
 TRAIN, TEST = 50, 20

@@ -1,7 +1,5 @@
 """Crops, mirrors, cutouts and normalisation, against what they say of single pixels."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -11,11 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from signstep.lab.data import (
-    augment,
-    augmentation,
-    normalise,
-)
+from signstep.lab.data import augment, augmentation, normalise
 
 IDENTITY = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
 """With these, the result is the pixel value itself."""

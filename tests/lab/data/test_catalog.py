@@ -1,7 +1,5 @@
 """Which data set is taken from where, what is downloaded when, and the real sets where they are."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from pathlib import Path
@@ -9,25 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_sets import (
-    TRAIN,
-    Server,
-    make_cifar,
-    make_idx,
-    pack,
-)
+from made_sets import TRAIN, Server, make_cifar, make_idx, pack
 
-from signstep.lab.data import (
-    DataError,
-    cifar,
-    debian,
-    demo_dataset,
-    fetch,
-    idx,
-    listing,
-    load,
-    split,
-)
+from signstep.lab.data import DataError, cifar, debian, demo_dataset, fetch, idx, listing, load, split
 from signstep.lab.data.fetch import Archive
 
 DIGITS_TEST_LABELS = [5, 7, 1, 1, 6, 3, 8, 0, 8, 0, 9, 4]

@@ -1,7 +1,5 @@
 """CIFAR's files in both layouts: whole, cut, damaged, packed or not."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -10,20 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_sets import (
-    RECORD10,
-    TEST,
-    TRAIN,
-    edit,
-    make_cifar,
-    pack,
-)
+from made_sets import RECORD10, TEST, TRAIN, edit, make_cifar, pack
 
-from signstep.lab.data import (
-    DataError,
-    cifar,
-    load,
-)
+from signstep.lab.data import DataError, cifar, load
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])

@@ -1,25 +1,13 @@
 """Fashion-MNIST from Debian's package, with a made-up apt-get."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from made_sets import (
-    TEST,
-    leftovers,
-    make_idx,
-)
+from made_sets import TEST, leftovers, make_idx
 
-from signstep.lab.data import (
-    DataError,
-    debian,
-    demo_dataset,
-    idx,
-    load,
-)
+from signstep.lab.data import DataError, debian, demo_dataset, idx, load
 
 APT = """#!/bin/sh
 echo "$@" >> {log}

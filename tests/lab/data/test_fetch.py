@@ -1,7 +1,5 @@
 """Downloads that are cut, refused, spoiled, killed, and several at once."""
 
-from __future__ import annotations
-
 import hashlib
 import multiprocessing
 import os
@@ -10,17 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from made_sets import (
-    BLOCK,
-    BODY,
-    Server,
-    archive_at,
-    leftovers,
-)
+from made_sets import BLOCK, BODY, Server, archive_at, leftovers
 
-from signstep.lab.data import (
-    DataError,
-)
+from signstep.lab.data import DataError
 from signstep.lab.data.fetch import download
 
 

@@ -1,24 +1,14 @@
 """The idx files of MNIST and Fashion-MNIST: zipped or not, whole or damaged."""
 
-from __future__ import annotations
-
 import gzip
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from made_sets import (
-    TRAIN,
-    edit,
-    idx_bytes,
-    make_idx,
-)
+from made_sets import TRAIN, edit, idx_bytes, make_idx
 
-from signstep.lab.data import (
-    DataError,
-    load,
-)
+from signstep.lab.data import DataError, load
 
 
 @pytest.mark.parametrize("zipped", [(True,) * 4, (False,) * 4, (True, False, False, True)])

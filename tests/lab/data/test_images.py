@@ -1,7 +1,5 @@
 """A labelled set in memory, and how it is split."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -10,11 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from signstep.lab.data import (
-    DataError,
-    Images,
-    split,
-)
+from signstep.lab.data import DataError, Images, split
 
 # Fixed for good: another order would change what every published number was trained on.
 FIRST_TEN_OF_500 = [367, 129, 424, 277, 111, 15, 282, 107, 240, 110]

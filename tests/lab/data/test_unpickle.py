@@ -1,7 +1,5 @@
 """Pickles that hold a batch of CIFAR are read, and nothing that a pickle asks for is run."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle
@@ -16,9 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from signstep.lab.data import (
-    DataError,
-)
+from signstep.lab.data import DataError
 from signstep.lab.data.unpickle import load_dict
 
 

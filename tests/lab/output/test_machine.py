@@ -1,7 +1,5 @@
 """What a result says of the machine and the source that made it."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

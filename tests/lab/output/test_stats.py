@@ -1,7 +1,5 @@
 """Means, intervals, paired differences and their words, against scipy and against simulation."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A report on Table I that several files of tests read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Records of runs that no one has trained, and how a report's table is read back."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path

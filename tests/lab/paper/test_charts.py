@@ -1,7 +1,5 @@
 """The figures of a report: colours, intervals, and SVG that stands alone."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The presets: every combination is a set of valid, distinct runs, and says what the paper says."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -13,16 +11,7 @@ from typing import get_args
 import pytest
 
 from signstep.lab.paper import experiments
-from signstep.lab.paper.experiments import (
-    NAMES,
-    OF_THE_PAPER,
-    Name,
-    Recipe,
-    Scale,
-    grid_point,
-    load,
-    load_all,
-)
+from signstep.lab.paper.experiments import NAMES, OF_THE_PAPER, Name, Recipe, Scale, grid_point, load, load_all
 from signstep.lab.training.config import Dataset, RunConfig
 from signstep.lab.training.optimizers import OPTIMIZERS
 

@@ -1,7 +1,5 @@
 """The report: its numbers against direct computation, what it says, and odd inputs."""
 
-from __future__ import annotations
-
 import dataclasses
 import html
 import json

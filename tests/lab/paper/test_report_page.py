@@ -1,7 +1,5 @@
 """The report's page in a browser, where there is one."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Reproduce: which runs it trains, in which order, what it leaves out, and the whole of it on real (small) images."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The sweep with a fake trainer: which trials it makes, which one it chooses, and what it leaves behind."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

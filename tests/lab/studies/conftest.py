@@ -1,7 +1,5 @@
 """What the tests of the monitor's page and figures share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

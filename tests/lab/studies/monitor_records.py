@@ -1,7 +1,5 @@
 """Records of a monitor for the tests of what is shown of them: of a small real training, and of skewed gradients."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The Byzantine study: what is in a run's file, what the report says, and that a second call trains nothing again."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

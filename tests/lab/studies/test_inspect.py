@@ -1,7 +1,5 @@
 """`signstep inspect` on real runs: what it measures, against the slow way; what it leaves alone; how it says no."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """The figures of a monitor's records: what is drawn is what the records say."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The numbers of a monitor's record in words: their digits, which layers are violated, which record counts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

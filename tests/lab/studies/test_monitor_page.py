@@ -1,7 +1,5 @@
 """The page on a monitor's records: its numbers against the records, missing numbers, and the page in a real browser."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import html

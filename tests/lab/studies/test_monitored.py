@@ -1,7 +1,5 @@
 """`signstep study monitor`: trained, resumed, drawn."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree

@@ -1,7 +1,5 @@
 """The study of the vote curve: its files, and that measured votes are those of the formula."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Which images a step sees, alone and shared out over workers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The networks: published sizes, shapes, initialisation, refused arguments."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

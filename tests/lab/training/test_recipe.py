@@ -1,7 +1,5 @@
 """What a configuration means: the learning rate at a step, the optimizer and its options."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

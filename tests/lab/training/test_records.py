@@ -1,7 +1,5 @@
 """Reading a run's record: whole, cut short, damaged."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

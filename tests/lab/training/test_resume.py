@@ -1,7 +1,5 @@
 """A run that was killed, stopped or started twice ends as if nothing had happened."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import random

@@ -1,7 +1,5 @@
 """The training loop: what it computes, what it records, and how it says no."""
 
-from __future__ import annotations
-
 import io
 import json
 import subprocess

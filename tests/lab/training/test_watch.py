@@ -1,7 +1,5 @@
 """The monitor of a run of the lab: it changes nothing, and survives a stop."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

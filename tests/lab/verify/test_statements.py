@@ -1,7 +1,5 @@
 """The statements of `signstep verify`: each comes to its recorded verdict, and a law that is broken changes one."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

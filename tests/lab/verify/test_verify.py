@@ -1,7 +1,5 @@
 """`signstep verify`: which checks are chosen, what is printed, and that the reports are whole."""
 
-from __future__ import annotations
-
 import functools
 import io
 import json

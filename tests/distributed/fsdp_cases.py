@@ -54,6 +54,13 @@ def loss_of(model: nn.Module, step: int, rank: int | None = None) -> Tensor:
     return F.cross_entropy(model(x).float(), y)
 
 
+def train_step(step: int, *runs: tuple[nn.Module, torch.optim.Optimizer]) -> None:
+    for model, optimizer in runs:
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+
+
 def shard(net: Any, parts: bool = True, **options: Any) -> Any:
     if parts and not net.tied:  # torch wants what is tied in one module
         fully_shard(net.first, **options)

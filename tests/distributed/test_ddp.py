@@ -130,12 +130,9 @@ def test_gradients_accumulated_in_no_sync_are_voted_on_once() -> None:
 
 
 @pytest.mark.parametrize("steps", [8, pytest.param(60, marks=pytest.mark.long)])
+@on_ranks(3)
 def test_many_buckets_many_steps(steps: int) -> None:
     """A second collective chained to the first on gloo hung here."""
-    gang(3).run(_many_buckets, steps)
-
-
-def _many_buckets(steps: int) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(*[nn.Linear(10, 10) for _ in range(29)])
     model = DistributedDataParallel(net, bucket_cap_mb=0.0001)

@@ -17,6 +17,7 @@ from fsdp_cases import (
     needs_custom_reduce_scatter,
     own_rows,
     shard,
+    train_step,
 )
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -142,12 +143,7 @@ def _switch() -> tuple[list[str], float]:
     vote = FSDPMajorityVote(model, ours)
     phases = []
     for step in range(6):
-        theirs.zero_grad()
-        ours.zero_grad()
-        loss_of(ddp, step).backward()
-        loss_of(model, step).backward()
-        theirs.step()
-        ours.step()
+        train_step(step, (ddp, theirs), (model, ours))
         phases.append(ours.phase)
     assert ours.calibrated_lr == theirs.calibrated_lr
     assert ours.calibrated_lr > 0
@@ -229,12 +225,7 @@ def test_one_shard_and_replicas() -> None:
     MajorityVote(ddp, theirs)
     FSDPMajorityVote(model, ours, replicate_group=mesh["replicate"].get_group())
     for step in range(3):
-        theirs.zero_grad()
-        ours.zero_grad()
-        loss_of(ddp, step).backward()
-        loss_of(model, step).backward()
-        theirs.step()
-        ours.step()
+        train_step(step, (ddp, theirs), (model, ours))
     assert_equal(model, ddp.module, "one shard")
 
 

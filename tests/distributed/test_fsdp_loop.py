@@ -18,6 +18,7 @@ from fsdp_cases import (
     needs_custom_reduce_scatter,
     own_rows,
     shard,
+    train_step,
 )
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -36,12 +37,9 @@ from signstep.kernels import fused
 pytestmark = needs_custom_reduce_scatter
 
 
-def test_who_has_no_gradient_abstains() -> None:
-    gang(4).run(_unused, False)
-    gang(4).run(_unused, True)
-
-
-def _unused(replicas: bool) -> None:
+@pytest.mark.parametrize("replicas", [False, True])
+@on_ranks(4)
+def test_who_has_no_gradient_abstains(replicas: bool) -> None:
     """One worker alone uses branch 1, and its vote counts in full; nobody uses branch 2."""
     net = Branches()
     before = [b.weight.detach().clone() for b in net.branches]
@@ -150,13 +148,9 @@ def test_a_gradient_that_is_not_finite(replicas: bool) -> None:
         assert all(x != x for x in second)
 
 
-def test_a_saved_run_goes_on_as_if_it_had_not_stopped() -> None:
-    gang(4).run(_resume, False)
-    gang(4).run(_resume, True)
-    gang(2).run(_resume_from_ddp)
-
-
-def _resume(replicas: bool) -> None:
+@pytest.mark.parametrize("replicas", [False, True])
+@on_ranks(4)
+def test_a_saved_run_goes_on_as_if_it_had_not_stopped(replicas: bool) -> None:
     mesh = init_device_mesh("cpu", (2, 2) if replicas else (1, 4), mesh_dim_names=("replicate", "shard"))
     group = mesh["replicate"].get_group() if replicas else None
 
@@ -167,9 +161,7 @@ def _resume(replicas: bool) -> None:
 
     def train(run: tuple[Any, HybridSignSGD, FSDPMajorityVote], steps: range) -> None:
         for step in steps:
-            run[1].zero_grad()
-            loss_of(run[0], step).backward()
-            run[1].step()
+            train_step(step, run[:2])
 
     whole, first, second = make(), make(), make()
     train(whole, range(5))
@@ -196,26 +188,20 @@ def _resume(replicas: bool) -> None:
         third[2].load_state_dict(state[2] | {"world_size": 3})
 
 
-def _resume_from_ddp() -> None:
+@on_ranks(2)
+def test_a_worker_resumes_what_the_other_wrapper_saved() -> None:
     """A worker is the same under both: what one has saved the other goes on with."""
     ddp, model = DistributedDataParallel(Net()), shard(Net())
     theirs, ours = (SignSGD(m.parameters(), dither=1e-4) for m in (ddp, model))
     their_vote, our_vote = MajorityVote(ddp, theirs), FSDPMajorityVote(model, ours)
     for step in range(3):
-        theirs.zero_grad()
-        loss_of(ddp, step).backward()
-        theirs.step()
+        train_step(step, (ddp, theirs))
     for p, q in zip(model.parameters(), ddp.parameters(), strict=True):
         p.detach().to_local().copy_(own_rows(q.detach(), p))
     ours.load_state_dict(theirs.state_dict())
     our_vote.load_state_dict(their_vote.state_dict())
     for step in range(3, 5):
-        theirs.zero_grad()
-        ours.zero_grad()
-        loss_of(ddp, step).backward()
-        loss_of(model, step).backward()
-        theirs.step()
-        ours.step()
+        train_step(step, (ddp, theirs), (model, ours))
     assert_equal(model, ddp.module, "resumed")
     their_vote.load_state_dict(our_vote.state_dict())
 
@@ -238,35 +224,25 @@ def test_distributed_checkpoints() -> None:
                 set_state_dict(again, fresh, model_state_dict=states[0], optim_state_dict=states[1])
                 its_vote.load_state_dict(copy.deepcopy(vote.state_dict()))
             for m, o, _ in runs if step >= 3 else runs[:1]:
-                o.zero_grad()
-                loss_of(m, step).backward()
-                o.step()
+                train_step(step, (m, o))
         for p, q in zip(model.parameters(), again.parameters(), strict=True):
             assert torch.equal(p.to_local(), q.to_local())
 
 
+@on_ranks(2)
 def test_a_vote_that_comes_late_goes_on_with_the_momentum() -> None:
-    gang(2).run(_late)
-    gang(4).run(_late_replicas)
-
-
-def _late() -> None:
     ddp, model = DistributedDataParallel(Net()), shard(Net())
     theirs, ours = (SignSGD(m.parameters(), lr=0.01) for m in (ddp, model))
     for step in range(4):
         if step == 2:
             MajorityVote(ddp, theirs)
             FSDPMajorityVote(model, ours)
-        theirs.zero_grad()
-        ours.zero_grad()
-        loss_of(ddp, step).backward()
-        loss_of(model, step).backward()
-        theirs.step()
-        ours.step()
+        train_step(step, (ddp, theirs), (model, ours))
         assert_equal(model, ddp.module, step)
 
 
-def _late_replicas() -> None:
+@on_ranks(4)
+def test_a_vote_of_replicas_that_comes_late_goes_on_with_the_momentum() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     group = mesh["replicate"].get_group()
     model = shard(Net(), mesh=mesh["shard"])
@@ -336,10 +312,6 @@ def test_backward_again() -> None:
         model(torch.ones(1, 4)).sum().backward()
 
 
-def test_a_module_that_is_called_twice_votes_once() -> None:
-    gang(2).run(_twice)
-
-
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -350,7 +322,8 @@ class Twice(nn.Module):
         return torch.tanh(self.inner(torch.tanh(self.inner(x))))
 
 
-def _twice() -> None:
+@on_ranks(2)
+def test_a_module_that_is_called_twice_votes_once() -> None:
     """And so does one that a checkpoint calls again in backward."""
     for checkpointed, calls in ((None, 2), (False, 2), (True, 1)):
         ddp, net = DistributedDataParallel(Twice()), Twice()

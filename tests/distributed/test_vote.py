@@ -74,12 +74,9 @@ def test_ranks_that_have_joined_abstain() -> None:
 
 
 @pytest.mark.parametrize("hybrid", [False, True])
+@on_ranks(2)
 def test_join_leaves_all_ranks_at_the_same_step(hybrid: bool) -> None:
     """Three epochs with uneven batches: counts, phases and weights stay equal."""
-    gang(2).run(_epochs_with_join, hybrid)
-
-
-def _epochs_with_join(hybrid: bool) -> None:
     net = small_net("linear")
     model = DistributedDataParallel(net)
     options = {"lr": 1e-3, "dither": 1e-4}
@@ -181,11 +178,8 @@ def test_grad_scaler_skips_what_overflowed_anywhere_and_scales_the_rest() -> Non
 
 @pytest.mark.parametrize("after_switch", ["mean", "bf16", "powersgd"])
 @pytest.mark.parametrize("sgd_momentum", [0.0, 0.9])
+@on_ranks(3)
 def test_hybrid_switches_everywhere_at_once(after_switch: str, sgd_momentum: float) -> None:
-    gang(3).run(_hybrid, after_switch, sgd_momentum)
-
-
-def _hybrid(after_switch: str, sgd_momentum: float) -> None:
     net = small_net("linear")
     model = DistributedDataParallel(net, bucket_cap_mb=0.001)
     optimizer = HybridSignSGD(

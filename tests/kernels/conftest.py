@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from engine_cases import CPU, Engine
+from engine_cases import CPU, DEVICE, Engine
 
 from signstep.kernels import native
 
@@ -19,4 +19,4 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     import triton_cases
 
     with triton_cases.triton_steps_cpu_tensors():
-        yield Engine("triton", triton_cases.engine, triton_cases.DEVICE)
+        yield Engine("triton", triton_cases.engine, DEVICE)

@@ -12,6 +12,8 @@ from signstep.kernels.engine import Direction, Options, Tensors
 from signstep.kernels.plain import multi_tensor_step
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where Triton works: in its interpreter it steps CPU tensors."""
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 STATE_DTYPES = [None, torch.float32, torch.bfloat16, torch.int8]
 DITHERS: dict[str, dict[str, Any]] = {

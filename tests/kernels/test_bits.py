@@ -1,4 +1,4 @@
-"""Packing, counting and spreading of votes: plain torch against integers, the native library against plain torch."""
+"""Packing, counting and spreading of votes: plain torch against integers, native library and Triton against it."""
 
 import math
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_cases import DTYPES, STATE_DTYPES, Dither, request
-from hypothesis import given, settings
+from engine_cases import CPU, DEVICE, DTYPES, STATE_DTYPES, Dither, request
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from signstep.kernels import bits, native, reference
+from signstep.kernels import bits, native, reference, triton_bits
 from signstep.kernels.engine import Options, Slot, Tensors
 from signstep.kernels.momentum import new_momentum
 from signstep.kernels.reference import TIE_COINS, ZERO_COINS, Segment
@@ -55,7 +55,7 @@ def test_pack_is_the_inverse_of_bits(size: int, seed: int) -> None:
 @given(start=st.integers(0, 700), size=st.integers(0, 700), cut=st.integers(0, 700))
 def test_coins_do_not_depend_on_how_a_parameter_is_cut(start: int, size: int, cut: int) -> None:
     def draw(begin: int, count: int) -> Tensor:
-        return bits.coins(Segment(2, begin, count), TIE_COINS, seed=5, step=STEP, device=torch.device("cpu"))
+        return bits.coins(Segment(2, begin, count), TIE_COINS, seed=5, step=STEP, device=CPU)
 
     cut = min(cut, size)
     assert torch.equal(torch.cat([draw(start, cut), draw(start + cut, size - cut)]), draw(start, size))
@@ -63,9 +63,8 @@ def test_coins_do_not_depend_on_how_a_parameter_is_cut(start: int, size: int, cu
 
 def test_coins_are_fair_and_differ() -> None:
     n = 1 << 18
-    cpu = torch.device("cpu")
     streams = [
-        bits.coins(Segment(p, 0, n), stream, seed=seed, step=torch.tensor(k), device=cpu)
+        bits.coins(Segment(p, 0, n), stream, seed=seed, step=torch.tensor(k), device=CPU)
         for p, stream, seed, k in [(0, 3, 0, 0), (1, 3, 0, 0), (0, 4, 0, 0), (0, 3, 1, 0), (0, 3, 0, 1)]
     ]
     for i, a in enumerate(streams):
@@ -81,7 +80,7 @@ def naive_count(
     for slot, number in zip(slots, voters, strict=True):
         words = slice(slot.first, slot.first + bits.word_count(slot.segment.size))
         ups = sum(bits.bits(row[words], slot.segment.size).long() for row in ballots)
-        coin = bits.coins(slot.segment, TIE_COINS, seed=seed, step=STEP, device=torch.device("cpu"))
+        coin = bits.coins(slot.segment, TIE_COINS, seed=seed, step=STEP, device=CPU)
         equal = 2 * ups == number if number else torch.zeros(slot.segment.size, dtype=torch.bool)
         up = 2 * ups > number if number else torch.zeros(slot.segment.size, dtype=torch.bool)
         out[words] = bits.pack(up if ties is not None else up | (equal & coin))
@@ -373,3 +372,96 @@ def test_as_many_workers_as_there_may_be(workers: int) -> None:
         assert counted.tolist() == [0b11000]
         assert ties.tolist() == [0b00100 if workers % 2 == 0 else 0]
     assert native.count(torch.zeros(65536, 1, dtype=torch.int64), [65536], slots, seed=0, step=STEP) is None
+
+
+# --- Triton: on a GPU, else in its interpreter -----------------------------------------------------------------------
+
+TRITON_SIZES = st.lists(
+    st.sampled_from([0, 1, 63, 64, 65, 500, 64 * triton_bits.WORDS, 64 * triton_bits.WORDS + 1]), min_size=1, max_size=3
+)
+STARTS = [0, 64, 100, 127, 128 * 2**31 - 3, 2**40 + 1]
+FEW = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def gpus_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tensors go the way of a GPU's."""
+    pytest.importorskip("triton_cases")  # skips where Triton cannot run
+    if (reason := triton_bits.unavailable()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(bits, "_triton", lambda x: triton_bits)
+    monkeypatch.setattr(native, "_load", lambda: (None, "not wanted here"))
+
+
+@pytest.mark.usefixtures("gpus_way")
+@FEW
+@given(
+    sizes=TRITON_SIZES,
+    start=st.sampled_from(STARTS),
+    dtype=st.sampled_from(DTYPES),
+    zeros=st.sampled_from([0.0, 0.01, 1.0]),
+    sigma=st.sampled_from([None, 0.5]),
+    seed=st.sampled_from([0, 2**32 - 1, 2**64 - 1]),
+)
+def test_triton_cast(
+    sizes: list[int], start: int, dtype: torch.dtype, zeros: float, sigma: float | None, seed: int
+) -> None:
+    slots, width = slots_of(sizes, [start + 7 * i for i in range(len(sizes))], 1)
+    options = request(dither=sigma and Dither("pre", torch.tensor(sigma)), seed=seed, step=torch.tensor(2**32 + 7))
+    generator = torch.Generator().manual_seed(1)
+    grads = []
+    for size in sizes:
+        g = torch.randn(size, generator=generator, dtype=torch.float64)
+        g[torch.rand(size, generator=generator) < zeros] = 0
+        if size > 3:
+            g[1], g[2], g[3] = torch.inf, -torch.inf, torch.nan
+        grads.append(g.to(dtype))
+    results = []
+    for cast, device in ((bits.cast, DEVICE), (bits.reference_cast, CPU)):
+        words = torch.full((width,), 77, device=device)
+        there = [g.to(device) for g in grads]
+        starts = [s.segment.start for s in slots]
+        cast(Tensors(there, there, [], [], [], list(range(len(slots))), starts), options, words, slots)
+        results.append(words.cpu())
+    assert torch.equal(*results)
+
+
+@pytest.mark.usefixtures("gpus_way")
+@FEW
+@given(
+    workers=st.sampled_from([1, 2, 3, 4, 9]),
+    sizes=TRITON_SIZES,
+    start=st.sampled_from(STARTS),
+    absent=st.integers(0, 9),
+    mark=st.booleans(),
+    seed=st.sampled_from([0, 2**63 + 1]),
+)
+def test_triton_count(workers: int, sizes: list[int], start: int, absent: int, mark: bool, seed: int) -> None:
+    slots, width = slots_of(sizes, [start + 7 * i for i in range(len(sizes))], 1)
+    voters = [max(0, workers - absent % (i + 2)) for i in range(len(sizes))]
+    ballots = torch.randint(-(2**63), 2**63 - 1, (workers, width + 2), generator=torch.Generator().manual_seed(workers))
+    results: list[list[Tensor]] = []
+    for count, device in ((bits.count, DEVICE), (bits.reference_count, CPU)):
+        ties = torch.full((width,), -1, device=device) if mark else None
+        rows = ballots.to(device)[:, :width]
+        counted = count(rows, voters, slots, seed=seed, step=torch.tensor(5), ties=ties)
+        results.append([x.cpu() for x in (counted, ties) if x is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.usefixtures("gpus_way")
+@FEW
+@given(sizes=TRITON_SIZES, dtype=st.sampled_from(DTYPES), tied=st.booleans(), wanted=st.booleans())
+def test_triton_spread(sizes: list[int], dtype: torch.dtype, tied: bool, wanted: bool) -> None:
+    slots, width = slots_of(sizes, gap=1)
+    generator = torch.Generator().manual_seed(1)
+    words, marks = torch.randint(-(2**63), 2**63 - 1, (2, width), generator=generator)
+    before = [torch.randn(s, generator=generator).to(dtype) for s in sizes]
+    results: list[list[Tensor]] = []
+    for spread, device in ((bits.spread, DEVICE), (bits.reference_spread, CPU)):
+        outs = [b.clone().to(device) for b in before]
+        sums = torch.full((len(sizes), 2), 7.0, dtype=torch.float64, device=device) if wanted else None
+        spread(words.to(device), marks.to(device) if tied else None, slots, outs, sums)
+        results.append([x.cpu() for x in (*outs, sums) if x is not None])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12 if a.dtype == torch.float64 else 0, atol=0)

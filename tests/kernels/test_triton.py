@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import (
+    DEVICE,
     DITHERS,
     RAGGED,
     Dither,
@@ -29,10 +30,10 @@ from engine_cases import (
     request,
 )
 from torch import Tensor
-from triton_cases import DEVICE, ON_GPU, compiled_kernel, engine, tl, triton, triton_steps_cpu_tensors
+from triton_cases import ON_GPU, compiled_kernel, engine, tl, triton, triton_steps_cpu_tensors
 
 from signstep import HybridSignSGD, SignSGD
-from signstep.kernels import fused, native, reference
+from signstep.kernels import fused, native, reference, triton_bits
 from signstep.kernels.engine import Options, Tensors
 from signstep.kernels.reference import Segment
 from signstep.kernels.triton_noise import erf, noise_bytes, normal, uniform
@@ -223,6 +224,24 @@ def compile_kind(kind: dict[str, Any], target: Any) -> None:
         assert ".local" not in code, kind
 
 
+def compile_ballots(target: Any) -> None:
+    numbers = dict.fromkeys(["rows", "stride", "voters", "size", "start"], "i64")
+    types = {"words": "*i64", "ballots": "*i64", "majority": "*i64", "seed": "u64", "step": "u32", "ordinal": "u32"}
+    cases: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
+        (triton_bits._pack_kernel, {"direction": "*fp32"}, {"step_at": None, "WIDE": tl.float32}),
+        (triton_bits._pack_kernel, {"direction": "*bf16", "step_at": "*i64"}, {"WIDE": tl.float32}),
+        (triton_bits._pack_kernel, {"direction": "*fp64"}, {"step_at": None, "WIDE": tl.float64}),
+        (triton_bits._count_kernel, {}, {"step_at": None, "ties": None}),
+        (triton_bits._count_kernel, {"ties": "*i64"}, {"step_at": None}),
+        (triton_bits._spread_kernel, {"out": "*fp32", "ties": "*i64"}, {"OUT": tl.float32}),
+        (triton_bits._spread_kernel, {"out": "*bf16"}, {"OUT": tl.bfloat16, "ties": None}),
+        (triton_bits._spread_kernel, {"out": "*fp64"}, {"OUT": tl.float64, "ties": None}),
+    ]
+    for kernel, own, constants in cases:
+        made = compiled_kernel(kernel, numbers | types | own, constants | {"N": triton_bits.WORDS}, target, 4)
+        assert target.backend != "cuda" or ".local" not in made.asm["ptx"]
+
+
 def compile_all() -> None:
     """Every kind for CUDA, some for ROCm; run without the interpreter, by the test below."""
     from triton.backends.compiler import GPUTarget
@@ -231,6 +250,7 @@ def compile_all() -> None:
     for target, kinds in ((GPUTarget("cuda", 90, 32), KINDS), (GPUTarget("hip", "gfx942", 64), KINDS[2:5])):
         for kind in kinds:
             compile_kind(kind, target)
+        compile_ballots(target)
         constants = {"SUMS": True, "RELATIVE": True, "ROWS": engine.ROWS, "COLUMNS": engine._COLUMNS, "WIDTH": 4096}
         types = {"table": "*i64", "partials": "*fp32", "totals": "*fp64"}
         compiled_kernel(engine._reduce_kernel, types, constants, target, 8)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from engine_cases import DEVICE
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+ON_GPU = DEVICE.type == "cuda"
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 

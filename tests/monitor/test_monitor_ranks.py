@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gang import gang
+from gang import gang, on_ranks
 from measured import KeepingSink, micro_gradients
 from signstep import Monitor, SignSGD
 from signstep.distributed import MajorityVote
@@ -115,15 +115,12 @@ def test_a_watched_ddp_run_ends_with_the_same_bits_on_all_ranks() -> None:
     assert gang(2).run(_ddp_buffers, True) == gang(2).run(_ddp_buffers, False)
 
 
-def _ddp_static() -> Any:
+@on_ranks(2)
+def test_static_graph_is_refused() -> None:
     model = DistributedDataParallel(nn.Linear(6, 1), static_graph=True)
     monitor = Monitor(model, SignSGD(model.parameters(), lr=1e-3))
     with pytest.raises(ValueError, match="static_graph=True"):
         monitor.measure(lambda x: model(x).mean(), torch.randn(8, 6), parts=4)
-
-
-def test_static_graph_is_refused() -> None:
-    gang(2).run(_ddp_static)
 
 
 def _ddp_measure() -> Any:

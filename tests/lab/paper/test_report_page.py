@@ -1,7 +1,6 @@
 """The report's page in a browser, where there is one."""
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,22 +8,6 @@ from typing import Any
 import pytest
 
 from signstep.lab.paper.experiments import Experiment
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the browser test needs the package playwright")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    executable = next((path for name in names if (path := shutil.which(name))), None)
-    if executable is None:
-        pytest.skip(f"the browser test needs one of {', '.join(names)} on the PATH")
-    quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=executable, args=["--no-sandbox", "--disable-gpu", "--disable-sync", *quiet]
-        )
-        yield started
-        started.close()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import html
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -266,22 +265,6 @@ def test_svg_files_stand_alone_and_are_reproducible(page: Path, records: list[di
 
 
 # --------------------------------------------------------------------------------------------------------- browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the browser test needs the package playwright")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    executable = next((path for name in names if (path := shutil.which(name))), None)
-    if executable is None:
-        pytest.skip(f"the browser test needs one of {', '.join(names)} on the PATH")
-    quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=executable, args=["--no-sandbox", "--disable-gpu", "--disable-sync", *quiet]
-        )
-        yield started
-        started.close()
 
 
 # Text that sticks out of the window, cells that are not to be seen, words of a drawing that lie on each other.

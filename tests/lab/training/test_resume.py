@@ -1,5 +1,6 @@
 """A run that was killed, stopped or started twice ends as if nothing had happened."""
 
+import functools
 import multiprocessing
 import os
 import random
@@ -14,6 +15,7 @@ from typing import Any
 
 import filelock
 import pytest
+import tiny_runs
 import torch
 
 from signstep.lab.output.files import replacing
@@ -25,23 +27,9 @@ from signstep.lab.training.loop import train
 from signstep.lab.training.run import TrainingRun
 from signstep.lab.training.workers import StopRequest
 
-TINY: dict[str, Any] = {
-    "dataset": "digits",
-    "subset": 96,
-    "crop": 1,
-    "flip": False,
-    "model": "resnet8",
-    "width": 0.25,
-    "epochs": 3,
-    "batch_size": 32,
-    "lr": 0.01,
-}
+tiny = functools.partial(tiny_runs.tiny, epochs=3)
 # What leaves the most behind: momentum, dither, both phases, a running calibration.
 HYBRID: dict[str, Any] = {"optimizer": "hybrid", "lr": 2e-3, "switch": 0.6, "dither": 0.1, "sgd_momentum": 0.5}
-
-
-def tiny(**changes: Any) -> RunConfig:
-    return RunConfig(**(TINY | changes))
 
 
 def run_alone(config: RunConfig, out: Path, **options: Any) -> None:
@@ -393,3 +381,4 @@ def test_two_workers_go_on_with_the_run_of_one(tmp_path: Path) -> None:
     assert codes(two_workers(config, tmp_path, said)) == [0, 0], said.read_text()
     run = runs.read_run(tmp_path / f"{config.hash}.jsonl")
     assert [e["step"] for e in run.epochs] == [3, 6, 9]
+    assert run.end is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import tiny
 
 from signstep.lab.errors import BadInput
 from signstep.lab.training.config import RunConfig
@@ -19,22 +20,7 @@ from signstep.monitor.sinks import read
 WATCHING = Watching(every=2, micro_batches=8, images=64)
 
 
-def tiny(**changes: Any) -> RunConfig:
-    values: dict[str, Any] = {
-        "dataset": "digits",
-        "subset": 96,
-        "crop": 1,
-        "flip": False,
-        "model": "resnet8",
-        "width": 0.25,
-        "epochs": 2,
-        "batch_size": 32,
-        "optimizer": "hybrid",
-        "lr": 2e-3,
-        "switch": 0.6,
-        "dither": 0.1,
-    }
-    return RunConfig(**(values | changes))
+HYBRID: dict[str, Any] = {"optimizer": "hybrid", "lr": 2e-3, "switch": 0.6, "dither": 0.1}
 
 
 def weights(config: RunConfig, out: Path) -> dict[str, torch.Tensor]:
@@ -51,7 +37,7 @@ def records(config: RunConfig, out: Path) -> list[dict[str, Any]]:
 
 
 def test_a_watched_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    config = tiny()
+    config = tiny(**HYBRID)
     assert train(config, tmp_path / "bare", device="cpu", progress=False) == "done"
     assert train(config, tmp_path / "watched", device="cpu", progress=False, watching=WATCHING) == "done"
     bare, watched = weights(config, tmp_path / "bare"), weights(config, tmp_path / "watched")
@@ -64,7 +50,7 @@ def test_a_watched_run_ends_with_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_a_stopped_run_goes_on_with_its_records(tmp_path: Path) -> None:
-    config = tiny()
+    config = tiny(**HYBRID)
     train(config, tmp_path / "whole", device="cpu", progress=False, watching=WATCHING)
     options: dict[str, Any] = {"device": "cpu", "progress": False, "watching": WATCHING}
     statuses = []
@@ -95,7 +81,7 @@ def test_two_workers_share_the_micro_batches(tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_ended_unwatched_is_not_called_watched(tmp_path: Path) -> None:
-    config = tiny()
+    config = tiny(**HYBRID)
     train(config, tmp_path, device="cpu", progress=False)
     with pytest.raises(BadInput, match="of a run that has ended: delete it"):
         train(config, tmp_path, device="cpu", progress=False, watching=WATCHING)
@@ -112,4 +98,4 @@ def test_a_run_that_has_ended_unwatched_is_not_called_watched(tmp_path: Path) ->
 )
 def test_what_cannot_be_shared_out_is_refused(tmp_path: Path, watching: Watching, said: str) -> None:
     with pytest.raises(BadInput, match=said):
-        train(tiny(), tmp_path, device="cpu", progress=False, watching=watching)
+        train(tiny(**HYBRID), tmp_path, device="cpu", progress=False, watching=watching)

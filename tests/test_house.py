@@ -31,6 +31,7 @@ def test_import_takes_torch_alone() -> None:
     assert "signstep" in ours
 
 
+@pytest.mark.slow
 def test_core_does_not_import_the_lab() -> None:
     code = "import sys, signstep.optim, signstep.kernels.reference; print(*sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -97,6 +97,7 @@ CASES: dict[str, tuple[Options, Options, Options, Options]] = {
 }
 
 
+@pytest.mark.slow
 def test_takes_the_steps_of_ddp() -> None:
     gang(4).run(_follow_all, list(CASES), 2)
 
@@ -177,6 +178,7 @@ def test_calibration_goes_by_what_takes_part_in_the_step() -> None:
         assert_equal(model, ddp.module, step)
 
 
+@pytest.mark.slow
 @on_ranks(4)
 def test_replicas_vote_as_workers_of_ddp_with_both_batches() -> None:
     """A replica's gradient is the mean of its two ranks': DDP over the replicas accumulates half of each."""

@@ -148,6 +148,7 @@ def test_a_gradient_that_is_not_finite(replicas: bool) -> None:
         assert all(x != x for x in second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [False, True])
 @on_ranks(4)
 def test_a_saved_run_goes_on_as_if_it_had_not_stopped(replicas: bool) -> None:

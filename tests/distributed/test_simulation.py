@@ -133,6 +133,7 @@ CASES: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "optimizer", "options", "attacks"), CASES)
 def test_steps_are_those_of_real_processes(
     size: int, optimizer: str, options: dict[str, Any], attacks: dict[int, Attack]

@@ -57,6 +57,7 @@ def test_hybrid_in_both_phases(engine: Engine, dither: str, calibration: str, op
     check_equal(engine, HybridSignSGD, options, make, steps=2 * switch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibration", ["paper", "applied"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_calibration_sums(engine: Engine, dtype: torch.dtype, calibration: str) -> None:
@@ -77,6 +78,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.data(),

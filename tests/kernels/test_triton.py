@@ -53,6 +53,7 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 # --- One call of the engine -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_decisions_are_the_references() -> None:
     """At all |m| / sigma from 1e-4 to 6, no more than one in 10^6 may differ."""
     size = 1 << (24 if ON_GPU else 18)
@@ -123,6 +124,7 @@ def test_a_missing_or_old_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         engine.step(Tensors([], [], [], [], [], [], []), request())
 
 
+@pytest.mark.slow
 def test_the_engine_imports_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None; from signstep.kernels import triton; "
@@ -307,6 +309,7 @@ def compiled_equals_eager(
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cls", "options"), COMPILED)
 def test_compiled_equals_eager(cls: type[SignSGD], options: dict[str, Any]) -> None:
     compiled_equals_eager(cls, options, "aot_eager")

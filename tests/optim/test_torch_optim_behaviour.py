@@ -958,6 +958,7 @@ def compiled_against_eager(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (9 if options.get("switch_step") else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "options"),
     [

@@ -55,6 +55,7 @@ def coverage(g: Tensor, n: int, repetitions: int, noise: Callable[[tuple[int, ..
     return {name: count / repetitions for name, count in inside.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "signal", ["0", "3", "0 to 3", *(pytest.param(one, marks=pytest.mark.long) for one in ("0.1", "0.3"))]
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from compressor_cases import SHAPES, SIMULATED, Given, Simulated, gradients_of, in_memory, means
@@ -128,6 +129,7 @@ def minimise(restarts: Sequence[int]) -> tuple[float, float, Tensor]:
     return first, float(function(torch.zeros(1))), function.x.detach()
 
 
+@pytest.mark.slow
 def test_one_bit_adam_comes_near_the_optimum_also_after_restarts() -> None:
     (first, last, x), (_, _, other) = gang(2).run(minimise, ())
     assert last < 0.01 * first

@@ -134,6 +134,7 @@ def without_cockpit(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_cockpit")
 def test_without_cockpit_the_others_run_and_it_is_said(tmp_path: Path) -> None:
     found = MonitorResult("net", 1, 1)

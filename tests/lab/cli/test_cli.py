@@ -172,6 +172,7 @@ except SystemExit:
     assert loaded & heavy == set()
 
 
+@pytest.mark.slow
 def test_the_options_of_train_need_torch_and_nothing_heavier() -> None:
     # torch: the table of optimizers has their classes.
     code = (

@@ -81,6 +81,7 @@ def test_ids_are_unique_and_references_resolve(page: Path) -> None:
     assert {name for names in used for name in names if name} <= set(ids)
 
 
+@pytest.mark.slow
 def test_svg_files_stand_alone_and_are_reproducible(page: Path, table1: Experiment, tmp_path: Path) -> None:
     for path in page.parent.glob("*.svg"):
         text = path.read_text(encoding="utf-8")

@@ -50,6 +50,7 @@ _LOOK = """() => {
 }"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("script", [True, False])
@@ -70,6 +71,7 @@ def test_the_page_in_a_browser(opened: Any, table1: Experiment, width: int, sche
     assert (int(re.findall(r"\d+", look["background"])[0]) > 200) == (scheme == "light")
 
 
+@pytest.mark.slow
 def test_values_under_the_pointer_and_toggling(opened: Any) -> None:
     tab = opened(viewport={"width": 1280, "height": 900})
     figure = tab.locator("figure.curves").first

@@ -32,6 +32,7 @@ def _one_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(byzantine, "GRID", {"signsgd": (0.01,), "sgd": (0.5,)})
 
 
+@pytest.mark.slow
 def test_study_is_resumable_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = ByzantineStudy(out=tmp_path, **SMALL)
     assert study.run() == 0

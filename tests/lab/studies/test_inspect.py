@@ -108,6 +108,7 @@ def alike(a: Any, b: Any) -> bool:
     return bool(a == pytest.approx(b, rel=1e-5) if isinstance(a, float) else a == b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -161,6 +162,7 @@ def _train_voting(out: Path) -> str:
     return train(config, out, device="cpu", progress=False)
 
 
+@pytest.mark.slow
 def test_of_a_vote_signs_and_noise_are_measured_and_the_rest_is_said(tmp_path: Path) -> None:
     assert gang(2).run(_train_voting, tmp_path) == ["done", "done"]
     (path,) = tmp_path.glob("*.pt")

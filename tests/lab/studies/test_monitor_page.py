@@ -307,6 +307,7 @@ def shown(
     return write_runs(runs, tmp_path_factory.mktemp("page"), title=request.param, command=COMMAND)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
 @pytest.mark.parametrize("shown", ["run", "one record", "alarms", "several"], indirect=True)
 def test_the_page_in_a_browser(browser: Any, shown: Path, width: int, scheme: str) -> None:

@@ -135,6 +135,7 @@ def wait_for_checkpoint(config: RunConfig, out: Path, process: ForkServerProcess
     return time.monotonic()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -158,6 +159,7 @@ def test_stopped_after_every_step(changes: dict[str, Any], tmp_path: Path, one_t
     assert_same_bits(outcome(config, tmp_path / "parts"), outcome(config, tmp_path / "whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_with_a_checkpoint(number: signal.Signals, tmp_path: Path, one_thread: None) -> None:
     config = tiny(subset=480, epochs=8, **HYBRID)
@@ -307,6 +309,7 @@ def test_a_run_belongs_to_one_process(tmp_path: Path) -> None:
     assert train(config, tmp_path, progress=False) == "done"
 
 
+@pytest.mark.slow
 def test_a_killed_process_gives_its_run_free(tmp_path: Path) -> None:
     config = tiny(subset=480, epochs=8)
     process = start(config, tmp_path, checkpoint_minutes=0)

@@ -60,6 +60,7 @@ def test_the_loop_is_the_plain_one(tmp_path: Path) -> None:
     assert last["calibrated_lr"] == pytest.approx(optimizer.calibrated_lr, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -270,6 +271,7 @@ def test_bf16_where_the_processor_dies_of_it(tmp_path: Path, monkeypatch: pytest
     recipe.require_bf16_on_cpu.cache_clear()
 
 
+@pytest.mark.slow
 def test_bf16(tmp_path: Path) -> None:
     half, full = tiny(precision="bf16"), tiny()
     try:

@@ -49,6 +49,7 @@ def test_a_watched_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert [r["calibration"]["groups"][0]["phase"] for r in found] == ["sign", "sign", "sgd"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_its_records(tmp_path: Path) -> None:
     config = tiny(**HYBRID)
     train(config, tmp_path / "whole", device="cpu", progress=False, watching=WATCHING)
@@ -65,6 +66,7 @@ def test_a_stopped_run_goes_on_with_its_records(tmp_path: Path) -> None:
     assert records(config, tmp_path / "parts") == records(config, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_micro_batches(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "signstep", "train", "--dataset", "digits", "--subset", "96", "--crop", "1", "--no-flip"]

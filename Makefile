@@ -25,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 test: $(STAMP) browser ## the tests, lint among them (ten minutes on two cores)
 	$(PYTEST) --durations 30 -m 'not long'
 
-test-fast: $(STAMP) ## while you work: the tests that take less than two seconds each (two minutes)
+test-fast: $(STAMP) ## while you work: all but the tests that are marked slow or long (two minutes)
 	$(PYTEST) -m 'not long and not slow'
 
 test-long: $(STAMP) ## what `make test` leaves out: the same laws at greater length, before an issue is closed

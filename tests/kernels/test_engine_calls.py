@@ -99,6 +99,7 @@ def test_wide_seeds_and_steps(engine: Engine, step: int, seed: int) -> None:
     assert torch.equal(actual, directions(m, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projected", Projected)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_and_mean_squares(

@@ -53,7 +53,8 @@ def test_ddp_gathers_the_micro_batches_of_all_ranks(vote: bool) -> None:
     assert first[0]["reliability"]["alignment"] == pytest.approx([float(v) for v in vars(estimate).values()], rel=1e-4)
 
 
-def _ddp_uneven() -> Any:
+@on_ranks(2)
+def test_rows_of_uneven_ranks_have_the_mean_of_the_steps_gradient() -> None:
     """4 micro-batches on rank 0 and 12 on rank 1, each loss divided by 8: the step's gradient is their mean."""
     model = DistributedDataParallel(nn.Linear(6, 1, bias=False))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -67,15 +68,11 @@ def _ddp_uneven() -> Any:
     optimizer.step()
     assert monitor.last is not None
     assert model.module.weight.grad is not None
-    return monitor.last["rows"], model.module.weight.grad.flatten().tolist()
+    assert monitor.last["rows"] == pytest.approx(model.module.weight.grad.flatten().tolist(), rel=1e-4)
 
 
-def test_rows_of_uneven_ranks_have_the_mean_of_the_steps_gradient() -> None:
-    for rows, gradient in gang(2).run(_ddp_uneven):
-        assert rows == pytest.approx(gradient, rel=1e-4)
-
-
-def _ddp_join() -> Any:
+@on_ranks(2)
+def test_ranks_that_join_are_not_waited_for() -> None:
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(6, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -88,11 +85,7 @@ def _ddp_join() -> Any:
                     model(torch.randn(4, 6)).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-    return [r["micro_batches"] for r in sink.records]
-
-
-def test_ranks_that_join_are_not_waited_for() -> None:
-    assert gang(2).run(_ddp_join) == [[4] * 6, []]
+    assert [r["micro_batches"] for r in sink.records] == ([4] * 6 if dist.get_rank() == 0 else [])
 
 
 def _ddp_buffers(watched: bool) -> Any:

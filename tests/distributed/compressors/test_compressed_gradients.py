@@ -25,7 +25,7 @@ from compressor_cases import (
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gang import gang
+from gang import gang, on_ranks
 from signstep.distributed import CollectiveError
 from signstep.distributed.compressors import COMPRESSORS, CompressedGradients, EFSign, OneBitSGD, base, one_bit_adam
 from signstep.distributed.compressors.blocks import BLOCK, own_blocks
@@ -43,7 +43,7 @@ def run_all_methods(steps: int) -> dict[str, Any]:
     return out
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+@pytest.mark.parametrize("workers", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_all_ranks_get_the_mean_of_the_papers(workers: int) -> None:
     """Several buckets, rebuilt after the first step; ranks agree bit for bit, and with the simulation to rounding."""
     steps = 2
@@ -236,7 +236,8 @@ def test_a_gradient_that_is_not_finite_raises_on_all_ranks(key: str, value: floa
         assert kept
 
 
-def run_options() -> list[list[dict[str, Tensor]]]:
+@on_ranks(2)
+def test_how_ddp_keeps_gradients_changes_nothing() -> None:
     """The same gradients in DDP's various ways to keep them."""
     out = []
     for options in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}, {"find_unused_parameters": True}):
@@ -249,11 +250,7 @@ def run_options() -> list[list[dict[str, Tensor]]]:
     model({name: -g for name, g in gradients_of(0, dist.get_rank()).items()}).backward()
     out.append([{name: p.grad for name, p in model.module.named_parameters()}])
     hook.close()
-    return out
-
-
-def test_how_ddp_keeps_gradients_changes_nothing() -> None:
-    plain, *others = gang(2).run(run_options)[0]
+    plain, *others = out
     for other in others:
         for a, b in zip(plain, other, strict=False):
             for name in SHAPES:

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from signstep.lab.errors import BadInput
 
-__all__ = ["check_folder", "check_minutes", "parse_shard"]
-
 
 def check_minutes(value: float | None) -> None:
     """Refuse a --max-minutes that is not above 0; None means no limit.

@@ -12,8 +12,6 @@ from matplotlib.ticker import Locator, NullLocator
 from signstep.lab.bench.spread import Spread, number
 from signstep.lab.output import figures
 
-__all__ = ["draw_bars", "draw_legend", "name_bars"]
-
 
 def draw_bars(
     axes: Axes,

@@ -9,8 +9,6 @@ from pathlib import Path
 from signstep.lab.arguments import check_minutes
 from signstep.lab.output.command import command_line
 
-__all__ = ["BenchComm"]
-
 
 @dataclass(frozen=True)
 class BenchComm:

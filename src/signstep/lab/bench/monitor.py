@@ -11,8 +11,6 @@ from typing import Literal
 from signstep.lab.errors import BadInput
 from signstep.lab.output.command import command_line
 
-__all__ = ["BenchMonitor"]
-
 
 @dataclass(frozen=True)
 class BenchMonitor:

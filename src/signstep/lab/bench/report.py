@@ -17,8 +17,6 @@ from rich.table import Table
 
 from signstep.lab.output.machine import environment
 
-__all__ = ["machine", "now", "print_table", "progress"]
-
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str], None]]:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from signstep.lab.errors import UserError
 
-__all__ = ["BenchError", "Spread", "number"]
-
 
 class BenchError(UserError, RuntimeError):
     """What is timed does not do what it should, so there are no numbers to report."""

@@ -10,8 +10,6 @@ from signstep.lab.bench.workloads import STEP_WORKLOADS, StepWorkload
 from signstep.lab.errors import BadInput
 from signstep.lab.output.command import command_line
 
-__all__ = ["BenchStep"]
-
 
 @dataclass(frozen=True)
 class BenchStep:

@@ -7,8 +7,6 @@ from typing import Any
 
 from signstep.lab.bench.spread import Spread, number
 
-__all__ = ["TARGETS_HEAD", "Target"]
-
 TARGETS_HEAD = ("target", "limit", "measured", "verdict")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-__all__ = ["STEP_WORKLOADS", "StepWorkload", "gpt2_shapes", "shapes_of"]
-
 StepWorkload = Literal["resnet18", "50m", "gpt2"]
 STEP_WORKLOADS: tuple[StepWorkload, ...] = ("resnet18", "50m", "gpt2")
 

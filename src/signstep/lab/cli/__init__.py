@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from signstep.lab.cli.commands import Commands
 from signstep.lab.errors import UserError
 
-__all__ = ["COMMANDS", "main"]
-
 _BAD_INPUT = 2
 _INTERRUPTED = 130
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from signstep.lab.cli.commands import Commands
 
-__all__ = ["BENCHMARKS"]
-
 BENCHMARKS = Commands(
     "signstep bench",
     "Measure what a step costs in computation (step) or communication (comm), a training over links (train), and what\n"

@@ -14,8 +14,6 @@ from typing import Protocol, TypeVar
 
 from signstep import __version__
 
-__all__ = ["Commands", "Runnable", "parse"]
-
 
 class Runnable(Protocol):
     """A dataclass of options."""

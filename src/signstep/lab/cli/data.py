@@ -13,8 +13,6 @@ from signstep.lab.arguments import check_folder
 from signstep.lab.errors import BadInput
 from signstep.lab.training.config import Dataset
 
-__all__ = ["Data", "say_where"]
-
 
 @dataclass(frozen=True)
 class Data:

@@ -10,8 +10,6 @@ from signstep.lab.arguments import check_folder
 from signstep.lab.cli.reproduce import Reproduce
 from signstep.lab.training.config import Dataset
 
-__all__ = ["Demo"]
-
 
 @dataclass(frozen=True)
 class Demo:

@@ -18,8 +18,6 @@ from signstep.lab.paper import experiments
 from signstep.lab.paper.experiments import Experiment, Name, Recipe, Scale
 from signstep.lab.training.config import Dataset
 
-__all__ = ["ExperimentOptions", "TrainingOptions"]
-
 
 @dataclass(frozen=True)
 class ExperimentOptions:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from signstep.lab.errors import BadInput
 
-__all__ = ["Plan"]
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from signstep.lab.cli.experiments import ExperimentOptions
 from signstep.lab.errors import BadInput
 
-__all__ = ["Report"]
-
 
 @dataclass(frozen=True)
 class Report(ExperimentOptions):

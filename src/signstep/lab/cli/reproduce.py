@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from signstep.lab.cli.experiments import TrainingOptions
 
-__all__ = ["Reproduce"]
-
 
 @dataclass(frozen=True)
 class Reproduce(TrainingOptions):

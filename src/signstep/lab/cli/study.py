@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from signstep.lab.cli.commands import Commands
 
-__all__ = ["STUDIES"]
-
 STUDIES = Commands(
     "signstep study",
     "Measure what a vote is worth, against Byzantine workers (byzantine) and by dither (vote-curve), and how far\n"

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from signstep.lab.cli.experiments import TrainingOptions
 
-__all__ = ["Sweep"]
-
 
 @dataclass(frozen=True)
 class Sweep(TrainingOptions):

@@ -18,8 +18,6 @@ from signstep.lab.paper.experiments import Name, Recipe, Scale
 from signstep.lab.training.config import Dataset, Reduce, RunConfig
 from signstep.lab.training.optimizers import OPTIMIZERS, OptimizerName
 
-__all__ = ["Train", "default_config", "main"]
-
 _INTERRUPTED = 130
 _DIVERGED = 1
 

@@ -7,8 +7,6 @@ import shlex
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["command_line", "option_words"]
-
 
 def option_words(options: Any, *, omit: Collection[str] = (), everything: bool = False) -> list[str]:
     """The words of a command line that give a dataclass of options its values.

@@ -19,24 +19,6 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = [
-    "GRID",
-    "INK",
-    "MUTED",
-    "SWITCH",
-    "add_heading",
-    "add_plot",
-    "annotate",
-    "blank",
-    "method_id",
-    "palette_css",
-    "png",
-    "shade",
-    "single_plot",
-    "spread_out",
-    "svg",
-]
-
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "{http://www.w3.org/1999/xlink}href"
 _METHOD = "method:"

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["replacing", "write_all", "write_bytes", "write_json", "write_text"]
-
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:

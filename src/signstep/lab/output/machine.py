@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["environment"]
-
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """What a run ran on: versions, processor, device, threads per process, processes, and the checkout's commit."""

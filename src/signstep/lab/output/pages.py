@@ -11,8 +11,6 @@ from markupsafe import Markup
 
 from signstep.lab.output import figures, stats
 
-__all__ = ["render"]
-
 
 def render(template: str, context: Mapping[str, Any], filters: Mapping[str, Callable[..., Any]] | None = None) -> str:
     """The text of a page.

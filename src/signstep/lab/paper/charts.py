@@ -21,19 +21,6 @@ from signstep.lab.paper.experiments import Row
 from signstep.lab.paper.results import Results
 from signstep.lab.training.records import Run
 
-__all__ = [
-    "Curve",
-    "Dot",
-    "by_accuracy",
-    "colour",
-    "curve_values",
-    "curves",
-    "difference_dots",
-    "dots",
-    "draw_curves",
-    "draw_dots",
-]
-
 _COLOURS = {
     "sgd": "black",
     "adam": "grey",

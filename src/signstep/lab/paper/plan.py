@@ -10,8 +10,6 @@ from signstep.lab.paper.experiments import Experiment, Row
 from signstep.lab.paper.tuned import Choices, learning_rate
 from signstep.lab.training.config import RunConfig
 
-__all__ = ["PlannedRun", "cells", "first_seeds", "plan"]
-
 
 @dataclass(frozen=True)
 class PlannedRun:

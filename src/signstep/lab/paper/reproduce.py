@@ -14,8 +14,6 @@ from signstep.lab.paper.tuned import Choices
 from signstep.lab.training.records import is_done, read_runs
 from signstep.lab.training.series import train_run
 
-__all__ = ["reproduce", "write_reports"]
-
 
 def reproduce(
     experiments: Sequence[Experiment],

@@ -19,8 +19,6 @@ from signstep.lab.paper.tuned import Choices, learning_rate
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.records import Run
 
-__all__ = ["BASELINES", "Cell", "Difference", "Results"]
-
 BASELINES = ("sgd", "adam", "signsgd")
 """Keys of the rows that every other one is compared with, seed by seed."""
 

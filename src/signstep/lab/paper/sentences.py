@@ -9,8 +9,6 @@ from signstep.lab.output import stats
 from signstep.lab.paper.experiments import Row
 from signstep.lab.paper.results import Results
 
-__all__ = ["Sentences", "listed", "plural"]
-
 
 class Sentences:
     """The sentences of a report."""

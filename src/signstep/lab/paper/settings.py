@@ -12,8 +12,6 @@ from signstep.lab.paper.sentences import plural
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.display import duration
 
-__all__ = ["environment", "own_settings", "plain", "shared_settings"]
-
 
 def shared_settings(results: Results) -> dict[str, str]:
     """Fields of `RunConfig` that all runs have in common."""

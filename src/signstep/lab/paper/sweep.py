@@ -23,8 +23,6 @@ from signstep.lab.training.config import RunConfig
 from signstep.lab.training.records import Run, read_runs
 from signstep.lab.training.series import train_run
 
-__all__ = ["MAX_EXTENSIONS", "Search", "Trial", "search", "sweep"]
-
 MAX_EXTENSIONS = 2
 
 

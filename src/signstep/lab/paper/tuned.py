@@ -11,8 +11,6 @@ from signstep.lab.errors import BadInput
 from signstep.lab.output.files import write_text
 from signstep.lab.paper.experiments import Row
 
-__all__ = ["Choices", "learning_rate", "read_tuned", "write_tuned"]
-
 Choices = Mapping[str, Mapping[str, Any]]
 """By data set, then by row: the chosen `lr`, its `accuracy` in percent, and the `trials`."""
 

@@ -27,8 +27,6 @@ from signstep.lab.studies.byzantine_training import REDUCTION_OF, ByzantineRun, 
 from signstep.lab.training.config import Dataset, RunConfig
 from signstep.lab.training.workers import Workers
 
-__all__ = ["GRID", "AttackName", "ByzantineStudy"]
-
 AttackName = Literal["flip", "collude", "flip-10", "random"]
 GRID: Mapping[str, tuple[float, ...]] = {"signsgd": (1e-3, 3e-3, 1e-2), "sgd": (0.3, 1.0, 3.0)}
 """Learning rates tried without attackers, on held-out training images."""

@@ -19,8 +19,6 @@ from signstep.lab.output.stats import Estimate, estimate, with_interval
 from signstep.lab.output.tables import markdown_table
 from signstep.lab.studies.byzantine_training import ATTACK_TITLES, REDUCTION_OF
 
-__all__ = ["Point", "draw_accuracy", "points", "read_runs", "write_report"]
-
 _TITLE = "Accuracy against the share of Byzantine workers"
 _SHADES = {"flip": "blue", "collude": "vermillion", "random": "green", "flip-10": "pink"}
 """Palette colours, by attack."""

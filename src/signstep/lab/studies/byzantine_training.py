@@ -33,8 +33,6 @@ from signstep.lab.training.recipe import build_model, build_optimizer, lr_factor
 from signstep.lab.training.workers import Workers
 from signstep.optim import SignSGD
 
-__all__ = ["ATTACK_TITLES", "REDUCTION_OF", "ByzantineRun", "train_byzantine"]
-
 REDUCTION_OF = {"signsgd": "vote", "sgd": "mean"}
 """How gradients are reduced, by optimizer."""
 ATTACK_TITLES = {

@@ -41,8 +41,6 @@ from signstep.monitor import Monitor
 from signstep.monitor.sinks import plain, read
 from signstep.optim import HybridSignSGD
 
-__all__ = ["InspectRun", "Inspected", "measure", "show"]
-
 _FEWEST = 4
 _WIDTH = 180
 _CHOICES = ("momentum", "dither", "dither_decay", "dither_position", "dither_scale", "switch", "calibration")

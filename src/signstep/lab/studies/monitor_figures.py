@@ -22,20 +22,6 @@ from signstep.lab.studies.monitor_numbers import RULE_LABELS, Record, at, below_
 from signstep.monitor.reliability import SNR_EDGES
 from signstep.theory.bounds import CRITICAL_SNR
 
-__all__ = [
-    "RULE_COLOURS",
-    "LabelledRun",
-    "NothingToDraw",
-    "calibration_rules",
-    "colour",
-    "dither_meters",
-    "noise_histograms",
-    "rate",
-    "samples",
-    "snr_distribution",
-    "violations",
-]
-
 LabelledRun = tuple[str, Sequence[Record]]
 
 _SERIES = ("blue", "vermillion", "green", "violet", "orange", "pink", "olive", "brown", "black", "grey")

@@ -12,21 +12,6 @@ from typing import Any
 from signstep.monitor.calibration_panel import RATE_RULES
 from signstep.theory.bounds import PAPER_CONSTANT
 
-__all__ = [
-    "Instrument",
-    "Layers",
-    "NumberRow",
-    "Record",
-    "at",
-    "by_step",
-    "headline",
-    "layers",
-    "number",
-    "parts",
-    "ratio",
-    "share",
-]
-
 Record = Mapping[str, Any]
 
 NONE = "—"

@@ -21,8 +21,6 @@ from signstep.lab.studies import monitor_figures, monitor_numbers
 from signstep.lab.studies.monitor_figures import LabelledRun, NothingToDraw, colour
 from signstep.lab.studies.monitor_numbers import Instrument, Layers, Record, at, by_step, count, number, sentences
 
-__all__ = ["PAGE_FILE", "scope", "write", "write_runs"]
-
 PAGE_FILE = "monitor.html"
 
 _NOTES = {

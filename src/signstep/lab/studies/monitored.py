@@ -32,8 +32,6 @@ from signstep.lab.training.series import train_run
 from signstep.lab.training.watch import Watching
 from signstep.monitor.sinks import read
 
-__all__ = ["WATCHED_METHODS", "MonitorStudy", "WatchedRun"]
-
 WATCHED_METHODS: dict[str, tuple[Name, str]] = {
     "sgd": ("table1", "SGD"),
     "signsgd": ("table1", "SignSGD-M"),

@@ -24,8 +24,6 @@ from signstep.lab.output.stats import Estimate
 from signstep.lab.output.tables import markdown_table
 from signstep.lab.training.single_votes import RATIOS, MeasuredVote, formula_vote, measure_vote
 
-__all__ = ["VoteCurveStudy"]
-
 WORKERS = (1, 3, 4, 7, 15, 31, 101)
 _TITLE = "Expected vote against m / σ"
 _SHADES = dict(zip(WORKERS, ("black", "orange", "pink", "olive", "green", "blue", "violet"), strict=True))

@@ -23,8 +23,6 @@ from signstep.lab.training.run import NotFinite, TrainingRun
 from signstep.lab.training.watch import Watch, Watching
 from signstep.lab.training.workers import StopRequest, Workers
 
-__all__ = ["Status", "train"]
-
 Status = Literal["done", "diverged", "stopped", "interrupted"]
 
 

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-__all__ = ["OPTIMIZERS", "KnownOptimizer", "OptimizerName"]
-
 
 @dataclass(frozen=True)
 class KnownOptimizer:

@@ -27,8 +27,6 @@ from signstep.lab.training.watch import Watch
 from signstep.lab.training.workers import Workers
 from signstep.optim import HybridSignSGD
 
-__all__ = ["NotFinite", "TrainingRun"]
-
 
 class NotFinite(Exception):
     """A loss is infinite or not a number."""

@@ -10,8 +10,6 @@ from signstep.lab.training.config import RunConfig
 from signstep.lab.training.loop import train
 from signstep.lab.training.watch import Watching
 
-__all__ = ["train_run"]
-
 
 def train_run(
     config: RunConfig,

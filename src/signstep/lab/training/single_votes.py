@@ -18,8 +18,6 @@ from signstep.distributed.simulation import SimulatedVote
 from signstep.optim import SignSGD
 from signstep.theory.vote import expected_vote
 
-__all__ = ["RATIOS", "MeasuredVote", "dithered_votes", "formula_vote", "measure_vote"]
-
 RATIOS = tuple(k / 10 for k in range(11)) + tuple(k / 4 for k in range(5, 9))
 """The values of m / sigma that `measure_vote` takes."""
 

@@ -8,21 +8,13 @@ from signstep.lab.errors import BadInput
 
 
 def check_minutes(value: float | None) -> None:
-    """Refuse a --max-minutes that is not above 0; None means no limit.
-
-    Raises:
-        BadInput: see above.
-    """
+    """Raise BadInput for a --max-minutes that is not above 0; None means no limit."""
     if value is not None and not value > 0:
         raise BadInput(f"--max-minutes {value}: expected a number above 0")
 
 
 def check_folder(folder: Path | None) -> None:
-    """Refuse a --data that is no folder; None means that the option was left out.
-
-    Raises:
-        BadInput: see above.
-    """
+    """Raise BadInput for a --data that is no folder; None means that the option was left out."""
     if folder is not None and not folder.is_dir():
         raise BadInput(f"--data {folder}: there is no such folder; make it, or leave the option out")
 

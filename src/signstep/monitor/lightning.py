@@ -46,12 +46,7 @@ class MonitorCallback(MonitorHolder, _LightningCallback):  # type: ignore[misc]
     """
 
     def __init__(
-        self,
-        *,
-        loss: Callable[[Any, Any], Tensor] | None = None,
-        parts: int = 8,
-        optimizer: int = 0,
-        **options: Any,
+        self, *, loss: Callable[[Any, Any], Tensor] | None = None, parts: int = 8, optimizer: int = 0, **options: Any
     ) -> None:
         if _LightningCallback is object:
             raise ImportError("MonitorCallback: Lightning is not installed: pip install pytorch-lightning")

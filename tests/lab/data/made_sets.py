@@ -50,7 +50,7 @@ def make_cifar(name: str, folder: Path, *, binary: bool, protocol: int = 2) -> P
     return Pixels(x, labels)
 
 
-def pack(folder: Path, layout: cifar.Layout, *, prefix: str = "", leave_out: str = "") -> Path:
+def pack(folder: Path, layout: cifar.CifarLayout, *, prefix: str = "", leave_out: str = "") -> Path:
     """Turn an unpacked set into its official archive, and remove the unpacked one."""
     archive = folder / layout.archive
     with tarfile.open(archive, "w:gz") as tar:

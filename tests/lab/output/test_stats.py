@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from signstep.lab.output.stats import (
-    Estimate,
+    MeanEstimate,
     against_paper,
     claim_verdict,
     estimate,
@@ -40,7 +40,7 @@ def test_estimate_is_the_t_interval(values: list[float]) -> None:
 @given(accuracy)
 def test_one_value_has_no_interval(value: float) -> None:
     e = estimate([value])
-    assert e == Estimate(1, value, None)
+    assert e == MeanEstimate(1, value, None)
     assert e.low is None
     assert e.high is None
     assert e.contains(value) is None
@@ -83,22 +83,22 @@ def test_paired_difference_uses_common_seeds_only(ours: dict[int, float], base: 
 def test_pairing_removes_what_the_seeds_share() -> None:
     shared = {0: 60.0, 1: 70.0, 2: 80.0}
     found = paired_difference({seed: value + 1 for seed, value in shared.items()}, shared)
-    assert found == Estimate(3, 1.0, 0.0)
+    assert found == MeanEstimate(3, 1.0, 0.0)
 
 
 @pytest.mark.parametrize(
     ("difference", "claimed", "verdict"),
     [
-        (Estimate(3, 1.0, 0.5), 0.8, "same sign"),
-        (Estimate(3, -1.0, 0.5), -12.0, "same sign"),
-        (Estimate(3, -1.0, 0.5), 0.8, "opposite sign"),
-        (Estimate(3, 1.0, 1.0), 0.8, "undecided"),
-        (Estimate(3, 0.0, 0.0), 0.8, "undecided"),
-        (Estimate(1, 30.0, None), 0.8, "undecided"),
-        (Estimate(3, 1.0, 0.5), 0.0, "undecided"),
+        (MeanEstimate(3, 1.0, 0.5), 0.8, "same sign"),
+        (MeanEstimate(3, -1.0, 0.5), -12.0, "same sign"),
+        (MeanEstimate(3, -1.0, 0.5), 0.8, "opposite sign"),
+        (MeanEstimate(3, 1.0, 1.0), 0.8, "undecided"),
+        (MeanEstimate(3, 0.0, 0.0), 0.8, "undecided"),
+        (MeanEstimate(1, 30.0, None), 0.8, "undecided"),
+        (MeanEstimate(3, 1.0, 0.5), 0.0, "undecided"),
     ],
 )
-def test_claim_verdict(difference: Estimate, claimed: float, verdict: str) -> None:
+def test_claim_verdict(difference: MeanEstimate, claimed: float, verdict: str) -> None:
     assert claim_verdict(difference, claimed) == verdict
 
 
@@ -111,11 +111,11 @@ def test_numbers_read_back(value: float, digits: int) -> None:
 
 
 def test_words() -> None:
-    assert with_interval(Estimate(3, 71.0, 2.484)) == "71.00 ± 2.48"
-    assert with_interval(Estimate(3, 0.5, 0.25), sign=True) == "+0.50 ± 0.25"
+    assert with_interval(MeanEstimate(3, 71.0, 2.484)) == "71.00 ± 2.48"
+    assert with_interval(MeanEstimate(3, 0.5, 0.25), sign=True) == "+0.50 ± 0.25"
     assert (paper_number(77.0), paper_number(91.38)) == ("77", "91.38")
-    assert against_paper(Estimate(3, 92.0, 1.0), 91.38) == (
+    assert against_paper(MeanEstimate(3, 92.0, 1.0), 91.38) == (
         "higher than the paper's number by 0.62; the interval includes it"
     )
-    assert against_paper(Estimate(1, 91.38, None), 91.38) == "equal to the paper's number; one seed, no interval"
-    assert against_paper(Estimate(2, 90.0, 0.1), 91.38).startswith("lower than the paper's number by 1.38")
+    assert against_paper(MeanEstimate(1, 91.38, None), 91.38) == "equal to the paper's number; one seed, no interval"
+    assert against_paper(MeanEstimate(2, 90.0, 0.1), 91.38).startswith("lower than the paper's number by 1.38")

@@ -37,7 +37,6 @@ class BenchComm:
     """Folder to write bench-comm.json, .md and figures to, after every cell."""
 
     def run(self) -> int:
-        """Measure, show and write; the exit code."""
         from rich.console import Console
 
         from signstep.distributed.reductions import REDUCTIONS

@@ -28,7 +28,6 @@ class BenchMonitor:
     """Folder to write bench-monitor.json and .md to."""
 
     def run(self) -> int:
-        """Measure, show and write; the exit code."""
         from signstep.lab.bench import monitor_report
         from signstep.lab.bench.monitor_loops import PARTS, measure_network
         from signstep.lab.bench.report import progress

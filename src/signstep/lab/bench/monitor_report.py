@@ -113,7 +113,6 @@ def markdown(results: Sequence[MonitorResult], record: Mapping[str, Any]) -> str
 
 
 def show(results: Sequence[MonitorResult], record: Mapping[str, Any]) -> None:
-    """Print the tables."""
     console = Console()
     for result in results:
         title = _title(result, record["batch"])

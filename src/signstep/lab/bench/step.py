@@ -29,7 +29,6 @@ class BenchStep:
     """Folder to write bench-step.json, .md, .png and .svg to."""
 
     def run(self) -> int:
-        """Measure, show and write; the exit code."""
         from rich.console import Console
 
         from signstep.lab.bench import step_report

@@ -75,7 +75,6 @@ class CopyLoop:
         self.bytes_moved = 5 * 2 * size * params[0].element_size()
 
     def step(self) -> None:
-        """Copy."""
         for i in range(5):
             self._targets[i % 3].copy_(self._sources[i % 3])
 
@@ -92,7 +91,6 @@ class PlainDither:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take one step."""
         self._call([p.detach() for p in self._params], [p.grad for p in self._params], self._averages)
 
 

@@ -36,7 +36,6 @@ class Target:
         return (self.text, f"{'≥' if self.at_least else '≤'} {self.limit:g}", measured, self.verdict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its record."""
         return {
             "target": self.text,
             "limit": self.limit,

@@ -110,7 +110,6 @@ class BenchTrain:
         return self.out / "runs" / f"{self.rate}-{self.ranks}"
 
     def run(self) -> int:
-        """Train, show and write; the exit code."""
         check_folder(self.data)
         options = replace(self, methods=tuple(dict.fromkeys(self.methods)) or tuple(TRAIN_METHODS))
         # End as after Ctrl-C, so that namespaces and processes are taken down.
@@ -259,7 +258,6 @@ def rows(samples: Sequence[TrainSample]) -> list[tuple[str, ...]]:
 
 
 def write(samples: Sequence[TrainSample], options: BenchTrain) -> list[Path]:
-    """Write bench-train.json and .md."""
     command = command_line(["bench", "train"], options, omit=["data"], everything=True)
     first = read_run(min(options.runs.glob("*.jsonl")))
     record = {

@@ -26,7 +26,6 @@ class Data:
     """Folder to look in first."""
 
     def run(self) -> int:
-        """List or get; the exit code."""
         from signstep.lab.data import listing, load
 
         check_folder(self.data)

@@ -25,7 +25,6 @@ class Demo:
     """Runs of every row."""
 
     def run(self) -> int:
-        """Train and report; the exit code."""
         from signstep.lab.data import demo_dataset
 
         check_folder(self.data)

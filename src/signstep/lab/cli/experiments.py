@@ -36,11 +36,9 @@ class ExperimentOptions:
 
     @property
     def folder(self) -> Path:
-        """Where the results are."""
         return self.out / f"{self.scale}-{self.recipe}"
 
     def load(self) -> tuple[Experiment, ...]:
-        """The experiments."""
         return experiments.load_all(
             self.experiment, scale=self.scale, recipe=self.recipe, datasets=self.dataset or None
         )

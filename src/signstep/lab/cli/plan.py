@@ -26,7 +26,6 @@ class Plan:
     """Instead, compare the model with this bench-comm.json of signstep bench comm."""
 
     def run(self) -> int:
-        """Predict and print; the exit code."""
         from rich.console import Console
 
         from signstep.distributed.plan import Cost, bits_per_second

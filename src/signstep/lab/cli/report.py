@@ -17,7 +17,6 @@ class Report(ExperimentOptions):
     """Seeds 0 to this less one are counted."""
 
     def run(self) -> int:
-        """Write; the exit code."""
         from signstep.lab.paper.plan import first_seeds, plan
         from signstep.lab.paper.tuned import read_tuned
 

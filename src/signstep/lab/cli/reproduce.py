@@ -15,7 +15,6 @@ class Reproduce(TrainingOptions):
     """Runs of every row, with seeds 0, 1, ..."""
 
     def run(self) -> int:
-        """Train what is missing and write; the exit code."""
         from signstep.lab.paper.reproduce import reproduce
         from signstep.lab.paper.tuned import read_tuned
 

@@ -15,7 +15,6 @@ class Sweep(TrainingOptions):
     """Points of every method's learning rate grid."""
 
     def run(self) -> int:
-        """Do the trials that are missing; the exit code."""
         from signstep.lab.paper.sweep import sweep
 
         chosen, shard = self.begin()

@@ -141,6 +141,5 @@ def default_config(arguments: Sequence[str]) -> RunConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; the exit code."""
     default = Train(config=default_config(arguments))
     return parse(Train, arguments, prog="signstep train", default=default).run()

@@ -23,7 +23,7 @@ _PIXELS = 3 * 32 * 32
 
 
 @dataclass(frozen=True)
-class Layout:
+class CifarLayout:
     """One of the two ways in which one of the two sets is stored."""
 
     folder: str
@@ -50,20 +50,20 @@ _CIFAR10_LABELS = ((b"labels", 10),)
 _CIFAR100_LABELS = ((b"coarse_labels", 20), (b"fine_labels", 100))
 _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 
-LAYOUTS: dict[str, tuple[Layout, ...]] = {
+LAYOUTS: dict[str, tuple[CifarLayout, ...]] = {
     "cifar10": (
-        Layout(
+        CifarLayout(
             "cifar-10-batches-bin",
             "cifar-10-binary.tar.gz",
             tuple(f"{batch}.bin" for batch in _BATCHES),
             "test_batch.bin",
             _CIFAR10_LABELS,
         ),
-        Layout("cifar-10-batches-py", "cifar-10-python.tar.gz", _BATCHES, "test_batch", _CIFAR10_LABELS),
+        CifarLayout("cifar-10-batches-py", "cifar-10-python.tar.gz", _BATCHES, "test_batch", _CIFAR10_LABELS),
     ),
     "cifar100": (
-        Layout("cifar-100-binary", "cifar-100-binary.tar.gz", ("train.bin",), "test.bin", _CIFAR100_LABELS),
-        Layout("cifar-100-python", "cifar-100-python.tar.gz", ("train",), "test", _CIFAR100_LABELS),
+        CifarLayout("cifar-100-binary", "cifar-100-binary.tar.gz", ("train.bin",), "test.bin", _CIFAR100_LABELS),
+        CifarLayout("cifar-100-python", "cifar-100-python.tar.gz", ("train",), "test", _CIFAR100_LABELS),
     ),
 }
 
@@ -193,7 +193,7 @@ def _read_archive(
 
 
 def _parse_binary(
-    raw: bytes, layout: Layout, records: int, where: str
+    raw: bytes, layout: CifarLayout, records: int, where: str
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     if len(raw) != records * layout.record:
         raise DataError(
@@ -207,7 +207,7 @@ def _parse_binary(
 
 
 def _parse_pickle(
-    raw: bytes, layout: Layout, records: int, where: str
+    raw: bytes, layout: CifarLayout, records: int, where: str
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     content = load_dict(raw, where)
     data: Any = content.get(b"data")

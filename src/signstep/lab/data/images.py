@@ -54,7 +54,6 @@ class Images:
 
     @property
     def channels(self) -> int:
-        """Number of colour channels."""
         return self.train_x.shape[1]
 
     @property
@@ -64,7 +63,6 @@ class Images:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
         return len(self.classes)
 
     @property

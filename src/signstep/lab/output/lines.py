@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from signstep.lab.output import figures
-from signstep.lab.output.stats import Estimate
+from signstep.lab.output.stats import MeanEstimate
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Line:
     colour: str
     """A name of the palette of `figures`."""
     x: tuple[float, ...]
-    y: tuple[Estimate, ...]
+    y: tuple[MeanEstimate, ...]
     dashed: bool = False
     marks: bool = True
     """A mark at each value."""

@@ -22,7 +22,7 @@ Verdict = Literal["same sign", "opposite sign", "undecided"]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanEstimate:
     """A mean over n independent values and, from n = 2 on, its 95% interval."""
 
     n: int
@@ -50,7 +50,7 @@ def _t_factor(n: int) -> float:
     return float(scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) / math.sqrt(n)
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float]) -> MeanEstimate:
     """Mean and 95% interval t(n-1) s / sqrt(n), s the sample standard deviation, of independent values.
 
     Raises ValueError if there is no value or one is not finite.
@@ -68,10 +68,10 @@ def estimate(values: Sequence[float]) -> Estimate:
         raise ValueError(f"values {list(values)!r}: expected finite numbers, leave out or replace what is not measured")
     n = len(array)
     half_width = _t_factor(n) * float(array.std(ddof=1)) if n > 1 else None
-    return Estimate(n, float(array.mean()), half_width)
+    return MeanEstimate(n, float(array.mean()), half_width)
 
 
-def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> MeanEstimate | None:
     """Mean of values - baseline over the seeds that both have, with the 95% interval of the paired t-test.
 
     Args:
@@ -81,13 +81,13 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     Returns None if no seed is common. `n` of the result is the number of common seeds.
 
     >>> paired_difference({0: 71.0, 1: 72.0, 2: 70.0}, {0: 70.0, 1: 71.0, 7: 10.0})
-    Estimate(n=2, mean=1.0, half_width=0.0)
+    MeanEstimate(n=2, mean=1.0, half_width=0.0)
     """
     seeds = sorted(values.keys() & baseline.keys())
     return estimate([values[s] - baseline[s] for s in seeds]) if seeds else None
 
 
-def claim_verdict(difference: Estimate, claimed: float) -> Verdict:
+def claim_verdict(difference: MeanEstimate, claimed: float) -> Verdict:
     """Whether a measured difference has the sign of a claimed one.
 
     "same sign" and "opposite sign" need an interval that excludes 0; all else, one seed included, is "undecided".
@@ -115,7 +115,7 @@ def signed(value: float, digits: int = 2) -> str:
     return f"+{text}" if float(text.replace("−", "-")) > 0 else text
 
 
-def with_interval(e: Estimate, *, sign: bool = False) -> str:
+def with_interval(e: MeanEstimate, *, sign: bool = False) -> str:
     """'71.00 ± 2.48', or the mean alone where there is no interval."""
     mean = signed(e.mean) if sign else number(e.mean)
     return mean if e.half_width is None else f"{mean} ± {number(e.half_width)}"
@@ -126,12 +126,12 @@ def paper_number(value: float) -> str:
     return f"{value:g}".replace("-", "−")
 
 
-def against_paper(e: Estimate, paper: float) -> str:
+def against_paper(e: MeanEstimate, paper: float) -> str:
     """One phrase that sets a measured mean beside the paper's single number.
 
-    >>> against_paper(Estimate(3, 92.5, 0.2), 91.4)
+    >>> against_paper(MeanEstimate(3, 92.5, 0.2), 91.4)
     "higher than the paper's number by 1.10; the interval excludes it"
-    >>> against_paper(Estimate(1, 90.0, None), 91.4)
+    >>> against_paper(MeanEstimate(1, 90.0, None), 91.4)
     "lower than the paper's number by 1.40; one seed, no interval"
     """
     shift = e.mean - paper

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from signstep.lab.output import figures, stats
-from signstep.lab.output.stats import MIN_SEEDS, Estimate, number, signed
+from signstep.lab.output.stats import MIN_SEEDS, MeanEstimate, number, signed
 from signstep.lab.paper.experiments import Row
 from signstep.lab.paper.results import Results
 from signstep.lab.training.records import Run
@@ -54,7 +54,7 @@ class Curve:
     method: str
     label: str
     epochs: tuple[int, ...]
-    estimates: tuple[Estimate, ...]
+    estimates: tuple[MeanEstimate, ...]
     runs: tuple[Mapping[int, float], ...] = ()
     """Accuracy by epoch of each seed."""
     own: bool = False
@@ -71,7 +71,7 @@ class Dot:
 
     method: str
     label: str
-    estimate: Estimate | None
+    estimate: MeanEstimate | None
     values: tuple[float, ...]
     """One value per seed."""
     paper: float | None

@@ -62,13 +62,7 @@ def _drawings(results: Results) -> Iterator[_Drawing]:
                     for d in dots
                 ]
                 draw = partial(charts.draw_dots, dots, axis=unit if zero else f"{what}, {unit}", zero=zero)
-                yield _Drawing(
-                    dataset,
-                    kind,
-                    title,
-                    f"{title}, {unit}: {'; '.join(words)}.",
-                    draw,
-                )
+                yield _Drawing(dataset, kind, title, f"{title}, {unit}: {'; '.join(words)}.", draw)
 
 
 def write(
@@ -180,7 +174,7 @@ def to_dict(results: Results, commands: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _estimate_dict(e: stats.Estimate | None) -> dict[str, Any]:
+def _estimate_dict(e: stats.MeanEstimate | None) -> dict[str, Any]:
     if e is None:
         return {"n": 0, "mean": None, "low": None, "high": None}
     return {"n": e.n, "mean": e.mean, "low": e.low, "high": e.high}

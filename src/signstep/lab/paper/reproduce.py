@@ -74,12 +74,7 @@ def reproduce(
 
 
 def write_reports(
-    experiments: Sequence[Experiment],
-    folder: Path,
-    *,
-    seeds: int,
-    tuned: Choices,
-    commands: Sequence[str],
+    experiments: Sequence[Experiment], folder: Path, *, seeds: int, tuned: Choices, commands: Sequence[str]
 ) -> list[Path]:
     """Write each experiment's table, figures and report into `folder` from its finished runs; returns the reports.
 

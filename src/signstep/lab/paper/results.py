@@ -42,7 +42,7 @@ class Cell:
         return bool(self.accuracies) and len(self.diverged) == len(self.accuracies)
 
     @cached_property
-    def estimate(self) -> stats.Estimate | None:
+    def estimate(self) -> stats.MeanEstimate | None:
         """None without a finished run, and where all diverged: chance is no measurement."""
         return stats.estimate(list(self.accuracies.values())) if self.accuracies and not self.all_diverged else None
 
@@ -77,7 +77,7 @@ class Difference:
     dataset: str
     row: Row
     baseline: Row
-    estimate: stats.Estimate | None
+    estimate: stats.MeanEstimate | None
     paper: float | None
     """The same difference of the paper's numbers."""
 

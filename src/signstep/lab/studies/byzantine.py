@@ -67,7 +67,6 @@ class ByzantineStudy:
 
     @property
     def command(self) -> str:
-        """The command that does the same runs."""
         return command_line(["study", "byzantine"], self, omit=("out", "data", "max_minutes"))
 
     def run(self) -> int:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from signstep.lab.output import figures
 from signstep.lab.output.files import write_all
 from signstep.lab.output.lines import Line, lines
-from signstep.lab.output.stats import Estimate, estimate, with_interval
+from signstep.lab.output.stats import MeanEstimate, estimate, with_interval
 from signstep.lab.output.tables import markdown_table
 from signstep.lab.studies.byzantine_training import ATTACK_TITLES, REDUCTION_OF
 
@@ -41,7 +41,7 @@ class Point:
     """Number of seeds whose weights became non-finite."""
 
     @property
-    def estimate(self) -> Estimate:
+    def estimate(self) -> MeanEstimate:
         """In percent."""
         return estimate(self.accuracies)
 

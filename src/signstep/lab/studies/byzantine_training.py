@@ -69,11 +69,9 @@ class ByzantineRun:
 
     @property
     def reduction(self) -> str:
-        """Vote or mean."""
         return REDUCTION_OF[self.config.optimizer]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
         return {**dataclasses.asdict(self), "config": self.config.to_dict()}
 
     @property
@@ -174,7 +172,6 @@ class _AttackableMean(GradientHook):
         self.attach(model)
 
     def reduce(self, bucket: Bucket) -> None:
-        """All-reduce."""
         bucket.buffer.div_(self.world_size)
         dist.all_reduce(bucket.buffer, group=self.group)
 

@@ -83,7 +83,6 @@ class InspectRun:
 
     @property
     def command(self) -> str:
-        """The command that does the same."""
         return command_line(["inspect", *map(str, self.runs)], self, omit=("runs",))
 
     def run(self) -> int:

@@ -72,8 +72,7 @@ def noise_histograms(early: Record, late: Record | None = None, *, page: bool = 
     step, plot, below = 118.0, 66.0, 24.0
     cell = (width - 2 * margin - gap * groups * (across - 1) - between * (groups - 1)) / (groups * across)
     height = top + rows * step + below
-    figure = Figure(figsize=(width / 72, height / 72))
-    figure.patch.set_alpha(0)
+    figure = figures.blank(width, height)
     for place, key in enumerate(coordinates):
         row, group = divmod(place, groups)
         left = margin + group * (across * cell + (across - 1) * gap + between)
@@ -217,8 +216,7 @@ def violations(runs: Sequence[LabelledRun], *, page: bool = False) -> Figure:
         (680.0, 430.0, 190.0 if named else 16.0, 70.0) if not page else (400.0, 360.0, 14.0, 22.0)
     )
     lower, upper = (88.0, height - top - 40.0 - 88.0 - 36.0)
-    figure = Figure(figsize=(width / 72, height / 72))
-    figure.patch.set_alpha(0)
+    figure = figures.blank(width, height)
     above = figures.add_plot(figure, 40, height - top - upper, width - 40 - right, upper)
     below = figures.add_plot(figure, 40, 40, width - 40 - right, lower)
     ends: list[tuple[str, str, float, float]] = []
@@ -369,20 +367,9 @@ def dither_meters(runs: Sequence[LabelledRun], *, page: bool = False) -> Figure:
     axes.set_yscale("log")
     axes.set_ylim(min(values) / 4, max(values) * 4)
     _log(axes)
-    for y, words, place in (
-        (MATCH, "dither changes next to no sign", "bottom"),
-        (1 / MATCH, "steps are random", "top"),
-    ):
-        figures.annotate(
-            axes,
-            words,
-            (1, y),
-            ("axes fraction", "data"),
-            (-3, 2 if place == "bottom" else -2),
-            fontsize=9,
-            va=place,
-            ha="right",
-        )
+    where, style = ("axes fraction", "data"), {"fontsize": 9, "ha": "right"}
+    figures.annotate(axes, "dither changes next to no sign", (1, MATCH), where, (-3, 2), va="bottom", **style)
+    figures.annotate(axes, "steps are random", (1, 1 / MATCH), where, (-3, -2), va="top", **style)
     _finish(axes, "step", "rms(m) / σ")
     if not page:
         _name_ends(axes, ends, plot)

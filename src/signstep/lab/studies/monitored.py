@@ -110,7 +110,6 @@ class MonitorStudy:
 
     @property
     def command(self) -> str:
-        """The command that makes the same figures."""
         return command_line(["study", "monitor"], self, omit=("data", "shard"))
 
     def run(self) -> int:

@@ -20,7 +20,7 @@ from signstep.lab.output.command import command_line
 from signstep.lab.output.files import write_all
 from signstep.lab.output.lines import Line, lines
 from signstep.lab.output.machine import environment
-from signstep.lab.output.stats import Estimate
+from signstep.lab.output.stats import MeanEstimate
 from signstep.lab.output.tables import markdown_table
 from signstep.lab.training.single_votes import RATIOS, MeasuredVote, formula_vote, measure_vote
 
@@ -79,8 +79,8 @@ def draw_curves(measured: Sequence[MeasuredVote]) -> Figure:
             continue
         label = f"M = {m.workers}, σ√M" if scaled else f"M = {m.workers}"
         fine = tuple(RATIOS[-1] * k / 100 for k in range(101))
-        formula = tuple(Estimate(1, formula_vote(ratio, m.workers, scaled=scaled), None) for ratio in fine)
-        votes = tuple(Estimate(1, vote, None) for vote in m.votes)
+        formula = tuple(MeanEstimate(1, formula_vote(ratio, m.workers, scaled=scaled), None) for ratio in fine)
+        votes = tuple(MeanEstimate(1, vote, None) for vote in m.votes)
         drawn.append(Line("", _SHADES[m.workers], fine, formula, dashed=scaled, marks=False))
         drawn.append(Line(label, _SHADES[m.workers], RATIOS, votes, joined=False))
     heading = (_TITLE, 'dots: measured through the kernels; lines: the formula; dashed: dither_workers="scaled"')

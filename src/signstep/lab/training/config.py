@@ -157,7 +157,6 @@ class RunConfig:
                 raise BadInput(f"{name}={getattr(self, name)!r}: optimizer {self.optimizer} has no such option")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
 
     @classmethod

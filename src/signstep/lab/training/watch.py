@@ -100,5 +100,4 @@ class Watch:
         self._monitor.measure(lambda x, y: run.loss(run.logits(run.network, x), y), x, y, parts=self._parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """For the run's checkpoint."""
         return self._monitor.state_dict()

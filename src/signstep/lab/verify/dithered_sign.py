@@ -9,11 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from signstep import SignSGD
-from signstep.lab.verify.measures import (
-    LINEAR_GAIN,
-    sign_score,
-    step_on,
-)
+from signstep.lab.verify.measures import LINEAR_GAIN, sign_score, step_on
 from signstep.lab.verify.registry import FAILS, LIMIT, Finding, check, when
 from signstep.optim.dither import dither_std, expected_sign
 

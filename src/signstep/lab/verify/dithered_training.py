@@ -12,11 +12,7 @@ from torch import Generator, Tensor, nn
 
 from signstep import SignSGD
 from signstep.lab.verify.dithered_sign import ALPHA, DECAY, directions, law, sigma
-from signstep.lab.verify.measures import (
-    LINEAR_GAIN,
-    scalar_mean_error,
-    train_resnet8,
-)
+from signstep.lab.verify.measures import LINEAR_GAIN, scalar_mean_error, train_resnet8
 from signstep.lab.verify.registry import FAILS, LIMIT, Finding, check, when
 
 PARAMETERS = 11_173_962
@@ -148,7 +144,6 @@ class _NoisySGD:
         self.m = torch.zeros_like(x)
 
     def step(self) -> None:
-        """Move x."""
         assert self.x.grad is not None
         self.m.lerp_(self.x.grad, 0.1)
         coins = torch.randint(2, self.x.shape, generator=self.rng).to(self.x.dtype) * 2 - 1

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 from signstep.lab.output.lines import Line, lines
-from signstep.lab.output.stats import Estimate
+from signstep.lab.output.stats import MeanEstimate
 from signstep.theory import bounds, noise
 
 _LAWS = {
@@ -24,8 +24,8 @@ _LAWS = {
 }
 
 
-def _estimates(values: Sequence[float]) -> tuple[Estimate, ...]:
-    return tuple(Estimate(1, value, None) for value in values)
+def _estimates(values: Sequence[float]) -> tuple[MeanEstimate, ...]:
+    return tuple(MeanEstimate(1, value, None) for value in values)
 
 
 def laws() -> Figure:

@@ -13,10 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from signstep.lab.verify.measures import (
-    digits_data,
-    mean_error,
-)
+from signstep.lab.verify.measures import digits_data, mean_error
 from signstep.lab.verify.registry import FAILS, LIMIT, Finding, check, when
 from signstep.monitor.symmetry import benjamini_hochberg, symmetry
 from signstep.theory import bounds, noise, stationarity

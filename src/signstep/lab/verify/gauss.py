@@ -12,10 +12,7 @@ import scipy.stats
 import torch
 from torch import Generator, Tensor
 
-from signstep.lab.verify.measures import (
-    ROUNDING,
-    symmetric_unimodal,
-)
+from signstep.lab.verify.measures import ROUNDING, symmetric_unimodal
 from signstep.lab.verify.registry import BETTER, FAILS, LIMIT, Finding, check, when
 from signstep.theory import bounds, noise
 from signstep.theory.noise import Law

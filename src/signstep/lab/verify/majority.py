@@ -13,10 +13,7 @@ from torch import Generator, Tensor
 
 from signstep.distributed.attacks import Attack, SignFlip
 from signstep.lab.training.single_votes import RATIOS, MeasuredVote, dithered_votes, formula_vote, measure_vote
-from signstep.lab.verify.measures import (
-    ROUNDING,
-    symmetric_unimodal,
-)
+from signstep.lab.verify.measures import ROUNDING, symmetric_unimodal
 from signstep.lab.verify.registry import BETTER, LIMIT, Finding, check, when
 from signstep.theory import vote
 

@@ -11,13 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from signstep import HybridSignSGD
-from signstep.lab.verify.measures import (
-    LINEAR_GAIN,
-    mean_error,
-    scalar_mean_error,
-    step_on,
-    train_resnet8,
-)
+from signstep.lab.verify.measures import LINEAR_GAIN, mean_error, scalar_mean_error, step_on, train_resnet8
 from signstep.lab.verify.registry import FAILS, LIMIT, Finding, check, when
 from signstep.optim import calibration
 

@@ -9,11 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, nn
 
-from signstep.lab.verify.measures import (
-    mean_error,
-    scalar_mean_error,
-    step_on,
-)
+from signstep.lab.verify.measures import mean_error, scalar_mean_error, step_on
 from signstep.lab.verify.projection_rate import BETA, agreement, averaged, hybrid, rates
 from signstep.lab.verify.registry import FAILS, LIMIT, Finding, check, when
 from signstep.optim import calibration
@@ -152,10 +148,7 @@ def lognormal(rng: Generator) -> Finding:
 
 
 @check(
-    "projection.swats",
-    "The rate follows SWATS",
-    source="paper, Sec. V, Motivation: 'Following SWATS'",
-    expected=FAILS,
+    "projection.swats", "The rate follows SWATS", source="paper, Sec. V, Motivation: 'Following SWATS'", expected=FAILS
 )
 def swats(rng: Generator) -> Finding:
     net = agreement()

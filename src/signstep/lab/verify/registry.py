@@ -61,7 +61,6 @@ class Check:
 
     @property
     def group(self) -> str:
-        """The first part of the name."""
         return self.name.partition(".")[0]
 
 
@@ -80,7 +79,6 @@ class CheckOutcome:
 
     @property
     def verdict(self) -> str:
-        """The verdict in words."""
         condition = self.result.condition
         return f"fails under {condition}" if self.result.verdict == FAILS and condition else self.result.verdict
 

@@ -11,10 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from signstep.lab.verify.chains import Descent, descend, pools
-from signstep.lab.verify.measures import (
-    ROUNDING,
-    mean_error,
-)
+from signstep.lab.verify.measures import ROUNDING, mean_error
 from signstep.lab.verify.registry import BETTER, FAILS, LIMIT, Finding, check, when
 from signstep.theory import bounds, noise, problems
 from signstep.theory.problems import Problem
@@ -203,11 +200,7 @@ def sharp(rng: Generator) -> Finding:
     )
 
 
-@check(
-    "theorem.slope",
-    "Avg Phi falls as K^(-1/2)",
-    source="paper, Sec. III, Discussion",
-)
+@check("theorem.slope", "Avg Phi falls as K^(-1/2)", source="paper, Sec. III, Discussion")
 def slope(rng: Generator) -> Finding:
     quadratics = theorem_runs()[:2]
     mean, error = mean_error(torch.stack([log_slopes(runs.descent.phi[:3], runs.steps[:3]) for runs in quadratics]))
@@ -356,12 +349,7 @@ def floor_free(rng: Generator) -> Finding:
     )
 
 
-@check(
-    "theorem.floor-constant",
-    "|a| <= min(|a|, a^2/s) + s",
-    source="paper, below eq. (8)",
-    expected=BETTER,
-)
+@check("theorem.floor-constant", "|a| <= min(|a|, a^2/s) + s", source="paper, below eq. (8)", expected=BETTER)
 def floor_constant(rng: Generator) -> Finding:
     a = torch.linspace(0, 10, 100_001, dtype=torch.float64)
     s = 2.0

@@ -11,11 +11,7 @@ from torch import Generator
 
 from signstep import SignSGD
 from signstep.lab.verify.chains import Descent, descend, pool, pools
-from signstep.lab.verify.measures import (
-    ROUNDING,
-    mean_error,
-    scalar_mean_error,
-)
+from signstep.lab.verify.measures import ROUNDING, mean_error, scalar_mean_error
 from signstep.lab.verify.registry import FAILS, LIMIT, Finding, check, when
 from signstep.lab.verify.theorem_bounds import CHAINS, LAW_NAMES, STEPS, log_slopes, theorem_runs
 from signstep.theory import bounds, noise, problems

@@ -51,7 +51,6 @@ class VerifyStatements:
 
     @property
     def command(self) -> str:
-        """The command that does the same."""
         return command_line(["verify", *self.names], self, omit=("names",))
 
     def run(self) -> int:

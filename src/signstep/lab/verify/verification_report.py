@@ -74,7 +74,6 @@ def summary(outcomes: Sequence[CheckOutcome]) -> str:
 
 
 def grouped(outcomes: Sequence[CheckOutcome]) -> dict[str, list[CheckOutcome]]:
-    """By group, in their order."""
     groups: dict[str, list[CheckOutcome]] = {}
     for each in outcomes:
         groups.setdefault(each.check.group, []).append(each)
@@ -152,7 +151,6 @@ def to_json(record: Mapping[str, Any]) -> str:
 
 
 def markdown(outcomes: Sequence[CheckOutcome], record: Mapping[str, Any]) -> str:
-    """The tables as Markdown."""
     made = record["environment"]
     lines = [
         "# What was verified",

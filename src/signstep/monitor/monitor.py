@@ -344,8 +344,7 @@ class Monitor:
 
 
 def _without_compile(model: nn.Module) -> nn.Module:
-    inner: nn.Module = getattr(model, "_orig_mod", model)
-    return inner
+    return getattr(model, "_orig_mod", model)
 
 
 def _rounded(x: Any) -> Any:

@@ -24,13 +24,8 @@ def draw_bars(
 ) -> None:
     """Draw one bar below the other, from `start` to the median, with a line from the 10th to the 90th percentile.
 
-    Args:
-        axes: a plot of `figures.add_plot`.
-        title: above it.
-        bars: each one's colour, a name of the palette, and its value; None: its place stays empty.
-        start: where bars begin.
-        span: the ends of the axis.
-        ticks: of the axis.
+    Each bar has a colour, which is a name of the palette, and a value; where that is None, its place stays empty.
+    `span` has the ends of the axis.
     """
     axes.tick_params(labelsize=9)
     axes.set_xscale("log")

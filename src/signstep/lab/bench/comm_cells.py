@@ -235,12 +235,7 @@ class Ranks:
         return trial
 
     def ask(self, commands: Sequence[dict[str, Any]], deadline: float) -> dict[str, Any]:
-        """Give each rank its command and return rank 0's answer, when all have answered.
-
-        Args:
-            commands: one per rank.
-            deadline: of time.monotonic().
-        """
+        """Give each rank its command and return rank 0's answer, when all have; `deadline` is of time.monotonic()."""
         for rank, (process, command) in enumerate(zip(self.processes, commands, strict=True)):
             assert process.stdin is not None
             try:

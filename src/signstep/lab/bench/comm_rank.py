@@ -151,12 +151,7 @@ def _without_collector() -> Iterator[None]:
 
 
 class Timing:
-    """Rounds of every method at one rate.
-
-    Args:
-        runners: by key.
-        rate: of the links in bits per second; None: not limited.
-    """
+    """Rounds of every method at one `rate` of the links, in bits per second; None: not limited."""
 
     def __init__(self, runners: dict[str, CommRunner], rate: float | None) -> None:
         self._runners = runners

@@ -18,11 +18,11 @@ from signstep.lab.bench import netns
 from signstep.lab.bench.bars import draw_bars, draw_legend, name_bars
 from signstep.lab.bench.comm_cells import LOOPBACK, UNSHAPED, CommCell, CommPlan, CommResult, CommWorkload
 from signstep.lab.bench.comm_methods import PEER
-from signstep.lab.bench.report import now, print_table
+from signstep.lab.bench.report import print_table
 from signstep.lab.bench.spread import number
 from signstep.lab.output import figures
 from signstep.lab.output.files import write_all
-from signstep.lab.output.machine import environment
+from signstep.lab.output.machine import environment, now
 from signstep.lab.output.tables import markdown_table
 
 NAME = "bench-comm"
@@ -187,11 +187,7 @@ def draw(result: CommResult, workload: CommWorkload, heading: tuple[str, str]) -
 
 
 def write(result: CommResult, out: Path, command: str) -> list[Path]:
-    """Write what there is so far into `out`, made where there is none, each file atomically, and return their paths.
-
-    Raises:
-        OSError: `out` cannot be written.
-    """
+    """Write what there is so far into `out`, made where there is none, each file atomically, and return their paths."""
     record = to_dict(result, command)
     made = record["machine"]
     contents: dict[str, Any] = {f"{NAME}.json": record, f"{NAME}.md": markdown(result, record)}

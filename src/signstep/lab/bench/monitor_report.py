@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 
 from signstep.lab.bench.monitor_loops import EVERY, PARTS, MonitorResult
-from signstep.lab.bench.report import machine, now, print_table
+from signstep.lab.bench.report import machine, print_table
 from signstep.lab.bench.targets import TARGETS_HEAD
 from signstep.lab.output.files import write_all
+from signstep.lab.output.machine import now
 from signstep.lab.output.tables import markdown_table
 
 NAME = "bench-monitor"
@@ -125,9 +126,5 @@ def show(results: Sequence[MonitorResult], record: Mapping[str, Any]) -> None:
 
 
 def write(results: Sequence[MonitorResult], record: Mapping[str, Any], out: Path) -> list[Path]:
-    """Write the record and its tables into `out`, made where there is none.
-
-    Raises:
-        OSError: `out` cannot be written.
-    """
+    """Write the record and its tables into `out`, made where there is none."""
     return write_all(out, {f"{NAME}.json": record, f"{NAME}.md": markdown(results, record)})

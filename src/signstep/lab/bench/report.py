@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import importlib.metadata
 import platform
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,15 +28,7 @@ def progress() -> Iterator[Callable[[str], None]]:
 def print_table(
     console: Console, title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, width: int
 ) -> None:
-    """Print a table; all columns but the first hold numbers.
-
-    Args:
-        console: where.
-        title: above the table.
-        head: the titles of the columns.
-        rows: the cells.
-        width: in characters, at least, where the output is not a terminal; a pipe has no width of its own.
-    """
+    """Print a table; all columns but the first hold numbers. A pipe has no width of its own, so it gets `width`."""
     console.width = console.width if console.is_terminal else max(console.width, width)
     table = Table(*head, title=escape(title), box=rich.box.SIMPLE, title_justify="left")
     for column in table.columns[1:]:
@@ -45,11 +36,6 @@ def print_table(
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
-
-
-def now() -> str:
-    """Date and time of a record."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def machine(device: torch.device, packages: Collection[str]) -> dict[str, Any]:

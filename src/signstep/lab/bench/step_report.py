@@ -13,13 +13,14 @@ from matplotlib.ticker import FixedLocator
 from rich.console import Console
 
 from signstep.lab.bench.bars import draw_bars, draw_legend, name_bars
-from signstep.lab.bench.report import machine, now, print_table
+from signstep.lab.bench.report import machine, print_table
 from signstep.lab.bench.step_contestants import COPY
 from signstep.lab.bench.step_targets import step_targets
 from signstep.lab.bench.step_timing import StepEntry, StepResult
 from signstep.lab.bench.targets import TARGETS_HEAD
 from signstep.lab.output import figures
 from signstep.lab.output.files import write_all
+from signstep.lab.output.machine import now
 from signstep.lab.output.tables import markdown_table
 
 NAME = "bench-step"
@@ -162,11 +163,7 @@ def draw(results: Sequence[StepResult], heading: tuple[str, str]) -> Figure:
 
 
 def write(results: Sequence[StepResult], out: Path, *, dtype: str, device: torch.device, command: str) -> list[Path]:
-    """Write the four files into `out`, made where there is none, and return their paths.
-
-    Raises:
-        OSError: `out` cannot be written.
-    """
+    """Write the four files into `out`, made where there is none, and return their paths."""
     record = to_dict(results, dtype=dtype, device=device, command=command)
     made = record["machine"]
     title = f"Time of a step over {results[0].entries[results[0].peer].label}"

@@ -148,17 +148,8 @@ def _train(network: netns.Network, config: RunConfig, options: BenchTrain, minut
     """Train a run to its end, and return the bytes that a rank has sent, on average."""
     ranks, folder = options.ranks, options.runs
     before = _sent(network, ranks)
-    command = [
-        sys.executable,
-        "-m",
-        "signstep",
-        "train",
-        *option_words(config),
-        "--out",
-        str(folder),
-        "--device",
-        "cpu",
-    ]
+    command = [sys.executable, "-m", "signstep", "train", *option_words(config)]
+    command += ["--out", str(folder), "--device", "cpu"]
     command += [] if options.data is None else ["--data", str(options.data)]
     processes = []
     try:

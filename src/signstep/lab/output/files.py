@@ -56,6 +56,9 @@ def write_all(folder: Path, contents: Mapping[str, Any]) -> list[Path]:
 
     Returns:
         The paths.
+
+    Raises:
+        OSError: a file cannot be written; the others are whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import shutil
@@ -11,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def now() -> str:
+    """Date and time of a record, in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:

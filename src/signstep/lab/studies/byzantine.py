@@ -74,9 +74,6 @@ class ByzantineStudy:
 
         Under torchrun the runs in processes are done, otherwise the simulated ones; the report has both.
 
-        Returns:
-            The exit code, 0.
-
         Raises:
             BadInput: options that do not fit each other, or a `data` that is no folder.
         """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from signstep.lab.output import figures
 from signstep.lab.output.files import write_all
 from signstep.lab.output.lines import Line, lines
+from signstep.lab.output.machine import now
 from signstep.lab.output.stats import MeanEstimate, estimate, with_interval
 from signstep.lab.output.tables import markdown_table
 from signstep.lab.studies.byzantine_training import ATTACK_TITLES, REDUCTION_OF
@@ -81,7 +81,7 @@ def write_report(out: Path, command: str) -> list[Path]:
     final, tuned = points(measured, "final"), points(measured, "tune")
     record = {
         "commands": sorted({record["command"] for record in measured.values()} | {command}),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "environment": next(iter(measured.values()))["environment"],
         "final": [dataclasses.asdict(p) for p in final],
         "learning_rates": [dataclasses.asdict(p) for p in tuned],

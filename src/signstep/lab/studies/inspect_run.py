@@ -8,7 +8,6 @@ of dither and calibration belong to this step.
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from signstep.lab.arguments import check_folder
 from signstep.lab.errors import BadInput
 from signstep.lab.output.command import command_line
 from signstep.lab.output.files import write_json
-from signstep.lab.output.machine import environment
+from signstep.lab.output.machine import environment, now
 from signstep.lab.studies import monitor_numbers, monitor_page
 from signstep.lab.studies.monitor_numbers import Record, at, by_step, number
 from signstep.lab.training import checkpoint
@@ -87,9 +86,6 @@ class InspectRun:
 
     def run(self) -> int:
         """Inspect the runs, print what is found, and write it into `out` if there is one.
-
-        Returns:
-            The exit code, 0.
 
         Raises:
             BadInput: an option or a file that cannot be used.
@@ -160,7 +156,7 @@ class InspectRun:
         )
         record = {
             "command": self.command,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "date": now(),
             "environment": environment(Workers.join(self.device).device, 1),
             "runs": [
                 {

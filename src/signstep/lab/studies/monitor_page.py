@@ -127,17 +127,8 @@ def write_runs(
 ) -> Path:
     """As `write`, for several runs beside each other; `name` begins the names of the Markdown file and the figures.
 
-    Args:
-        runs: labels, empty for a single run, and records.
-        out: as in `write`.
-        title: as in `write`.
-        command: as in `write`.
-        name: begins the files' names; the page is always monitor.html.
-        about: a sentence on what was monitored, for each run; empty: the sentence of `scope`.
-
-    Raises:
-        ValueError: there is no run, or one without a record with a step.
-        OSError: as `write`.
+    The page is always monitor.html. A single run has an empty label. `about` has a sentence for each run on what was
+    monitored; where it is empty, that is the sentence of `scope`.
     """
     ordered = [(label, by_step(records)) for label, records in runs]
     if not ordered or not all(records for _, records in ordered):

@@ -67,8 +67,7 @@ class WatchedRun:
     @property
     def accuracy(self) -> float:
         """Test accuracy of a run that has ended, in percent."""
-        accuracy: float = read_run(self._path).final_accuracy
-        return accuracy
+        return read_run(self._path).final_accuracy
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -114,9 +113,6 @@ class MonitorStudy:
 
     def run(self) -> int:
         """Train what is missing of this shard; once all runs are there, draw the figures and write the pages.
-
-        Returns:
-            The exit code, 0.
 
         Raises:
             BadInput: a method that there is not, or records in `out` that other options have made.

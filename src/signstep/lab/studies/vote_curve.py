@@ -5,7 +5,6 @@ The measurement is `signstep.lab.training.single_votes`; this file has the optio
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from signstep.lab.output import figures
 from signstep.lab.output.command import command_line
 from signstep.lab.output.files import write_all
 from signstep.lab.output.lines import Line, lines
-from signstep.lab.output.machine import environment
+from signstep.lab.output.machine import environment, now
 from signstep.lab.output.stats import MeanEstimate
 from signstep.lab.output.tables import markdown_table
 from signstep.lab.training.single_votes import RATIOS, MeasuredVote, formula_vote, measure_vote
@@ -52,7 +51,7 @@ class VoteCurveStudy:
                 print(f"{dither_workers}, M={workers}: at most {votes.worst:.1f} standard errors from the formula")
         record = {
             "command": command_line(["study", "vote-curve"], self),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "date": now(),
             "environment": environment(torch.device("cpu"), 1),
             "votes_per_ratio": self.elements * self.steps,
             "ratios": RATIOS,

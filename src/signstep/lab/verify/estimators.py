@@ -287,8 +287,7 @@ def mean_median(x: Tensor) -> Tensor:
     median = (ordered[:, (n - 1) // 2] + ordered[:, n // 2]) / 2
     spread = math.sqrt(math.pi / 2) * (x - median[:, None]).abs().mean(1)
     t = (math.sqrt(n / (math.pi / 2 - 1)) * (x.mean(1) - median) / spread).nan_to_num()
-    p: Tensor = torch.erfc(t.abs() / math.sqrt(2))
-    return p
+    return torch.erfc(t.abs() / math.sqrt(2))
 
 
 @check(

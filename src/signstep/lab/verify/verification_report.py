@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 from collections import Counter
@@ -19,7 +18,7 @@ from rich.table import Table
 
 from signstep.lab.output import figures, pages
 from signstep.lab.output.files import write_all
-from signstep.lab.output.machine import environment
+from signstep.lab.output.machine import environment, now
 from signstep.lab.output.tables import markdown_table
 from signstep.lab.verify import drawings
 from signstep.lab.verify.registry import BETTER, FAILS, GROUPS, HOLDS, Check, CheckOutcome
@@ -119,7 +118,7 @@ def to_dict(outcomes: Sequence[CheckOutcome], *, command: str) -> dict[str, Any]
     """All that was measured."""
     return {
         "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "environment": environment(torch.device("cpu"), 1),
         "summary": summary(outcomes),
         "as_expected": all(each.as_expected for each in outcomes),
@@ -204,10 +203,6 @@ def _page(outcomes: Sequence[CheckOutcome], record: Mapping[str, Any]) -> str:
 
 
 def write(outcomes: Sequence[CheckOutcome], record: Mapping[str, Any], out: Path) -> list[Path]:
-    """Write the three files into `out`, a folder, and return their paths.
-
-    Raises:
-        OSError: `out` cannot be written. Each file is there whole or as it was.
-    """
+    """Write the three files into `out`, a folder, and return their paths."""
     contents = {"html": _page(outcomes, record), "md": markdown(outcomes, record), "json": to_json(record)}
     return write_all(out, {f"verify.{suffix}": text for suffix, text in contents.items()})

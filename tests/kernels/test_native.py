@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(nat
 
 def forget_the_library() -> None:
     native._load.cache_clear()
-    engines._missing.cache_clear()
+    engines._missing_once.cache_clear()
 
 
 native_directions = functools.partial(directions, engine_step=native.step)

@@ -106,9 +106,9 @@ def test_capturable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def unknown_engines() -> Iterator[None]:
     """Whether there are fused kernels is asked anew, in the test and after it."""
-    fused._missing.cache_clear()
+    fused._missing_once.cache_clear()
     yield
-    fused._missing.cache_clear()
+    fused._missing_once.cache_clear()
 
 
 @pytest.mark.usefixtures("unknown_engines")
@@ -326,7 +326,7 @@ def test_compiled_by_inductor_equals_eager(cls: type[SignSGD], options: dict[str
 def test_native_step_compiled_equals_eager(
     cls: type[SignSGD], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "_engine", lambda device_type: native)
+    monkeypatch.setitem(fused._ENGINES, "cpu", native.__name__)
     compiled_equals_eager(cls, options, "aot_eager", torch.device("cpu"))
 
 

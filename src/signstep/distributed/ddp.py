@@ -168,7 +168,7 @@ class MajorityVote(GradientHook):
         if self.optimizer.calibrates:
             if self.world_size > 1 and self._voted:  # by all ranks alike
                 dist.all_reduce(self._sums, group=self.group)
-            self._vote.receive_sums(self._sums)
+            self._vote.receive_means(self._sums / self.world_size)
         if not self._spoiled:
             self._vote.count_votes(self._voted, joined=joined)
         self._start_round()

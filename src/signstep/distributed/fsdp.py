@@ -354,11 +354,10 @@ class FSDPMajorityVote:
             for then, sums in unit.sums.values():
                 if then == steps:
                     total += sums
-        if self.world_size > 1:
-            dist.all_reduce(total, group=self.group)
+        total = mean_over(self.group, total)
         if not self._among_shards and self._shards > 1:
             dist.all_reduce(total, group=self._shard_group)
-        self._vote.receive_sums(total)
+        self._vote.receive_means(total)
 
     def _hand_over(self, averaged: Sequence[Reduced]) -> None:
         for part in (r.part for r in averaged if r.part.name in self.worker.groups):

@@ -186,7 +186,7 @@ class SimulatedVote(_Simulation):
             ValueError: not as many as workers, or of other parameters.
             CollectiveError: a gradient is not finite, under ``nonfinite="raise"``.
         """
-        self._vote.begin()
+        self._vote.number_votes()
         everyone = self._entries(gradients)
         present = [any(e.present for e in column) for column in zip(*everyone, strict=True)]
         voting = [self.workers[0].votes(name) for name in self.params]
@@ -217,7 +217,8 @@ class SimulatedVote(_Simulation):
                 break
         vote.count_votes(outcomes[0].voted)
         if self.optimizer.calibrates:
-            vote.receive_sums(sum((o.sums for o in outcomes), vote.no_sums(result.device)))
+            sums = sum((o.sums for o in outcomes), vote.no_sums(result.device))
+            vote.receive_means(sums / self.world_size)
 
     def _mean_of_all(self, momenta: list[Tensor]) -> Tensor:
         mean = momenta[0] / self.world_size

@@ -95,14 +95,18 @@ class Vote:
         steps = [int(group["step"]) for group in groups]
         for index, (group, taken, known) in enumerate(zip(groups, steps, self.first.steps, strict=True)):
             least = -1 if self.counted else 0
-            if not least <= taken - known <= 1 and self.optimizer.is_sign_step(group, taken):
+            if not least <= taken - known <= 1 and self.optimizer.in_sign_phase(group):
                 votes = f"{known} votes" if self.counted else f"the last vote was before step {known}"
                 raise RuntimeError(
                     f"param_group {index} has taken {taken} steps and {votes}: load vote.state_dict() together with "
                     f"the optimizer's, after {self.owner} was made, and step once per backward"
                 )
+        self.number_votes()
+
+    def number_votes(self) -> None:
+        """Take the optimizer's step counts as those of the workers."""
         for worker in self.workers:
-            worker.steps = list(steps)
+            worker.steps = [int(group["step"]) for group in self.optimizer.param_groups]
 
     def no_sums(self, device: torch.device) -> Tensor:
         """What `Outcome.sums` are added to, zeros."""
@@ -221,9 +225,9 @@ class Vote:
                 out.fill_(torch.nan)
         return Outcome(voted, by_group, spoiled)
 
-    def receive_sums(self, total: Tensor) -> None:
-        """Give the optimizer what it calibrates on: the sum of all workers' `Outcome.sums` in a step, as their mean."""
-        self.optimizer.receive_voted_sums((total / self.first.world_size).unbind())
+    def receive_means(self, means: Tensor) -> None:
+        """Give the optimizer what it calibrates on: the mean over all workers of their `Outcome.sums` in a step."""
+        self.optimizer.receive_voted_sums(means.unbind())
 
     def count_votes(self, voted: Iterable[int], *, joined: bool = False) -> None:
         """Count a round in these param_groups.
@@ -307,6 +311,8 @@ def cast(worker: Worker, gradients: Sequence[Gradient], flags: list[int]) -> Bal
 def cast_entries(worker: Worker, entries: Sequence[Entry], *, finite: bool) -> Ballot:
     """`flag_gradients` and `cast` for whole parameters."""
     flags = flag_gradients([e.flat for e in entries], [e.present for e in entries], finite=finite)
+    # Under DDP a gradient that backward has not reached says nothing, whatever it is.
+    flags = [flag if e.present else ABSENT for flag, e in zip(flags, entries, strict=True)]
     return cast(worker, [Gradient(e.name, in_memory_order(e.param), e.flat) for e in entries], flags)
 
 

@@ -6,9 +6,10 @@ Inside torch.compile the step is one operator, `signstep::step`, which the compi
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -20,39 +21,32 @@ from signstep.kernels.engine import Direction, Options, Projected, Tensors, real
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@functools.cache
-def _engine(device_type: str) -> ModuleType | None:
-    """The module that steps tensors on this type of device; None if there is none."""
-    if device_type == "cpu":
-        return native
-    if device_type == "cuda":  # ROCm is cuda to torch
-        # Imported on use: Triton is not installed everywhere, and importing it is slow.
-        from signstep.kernels import triton
-
-        return triton
-    return None
+_ENGINES = {"cpu": "signstep.kernels.native", "cuda": "signstep.kernels.triton"}  # ROCm is cuda to torch
+"""The module that steps tensors on a type of device. Imported on use: Triton is not installed everywhere."""
 
 
 def missing(params: Sequence[Tensor]) -> str | None:
     """Why these parameters cannot be stepped by fused kernels, one sentence; None if they can."""
-    kinds = frozenset((type(p), p.device.type, p.dtype) for p in params)
-    return _missing(kinds, torch.compiler.is_compiling())
+    return _missing(frozenset((type(p), p.device.type, p.dtype) for p in params))
 
 
-@functools.cache
-def _missing(kinds: frozenset[tuple[type, str, torch.dtype]], tracing: bool) -> str | None:
+def _missing(kinds: frozenset[tuple[type, str, torch.dtype]]) -> str | None:
     odd = {kind for kind, _, _ in kinds} - {Tensor, torch.nn.Parameter}
     if odd:
         return f"there are no fused kernels for tensors of type {', '.join(sorted(t.__name__ for t in odd))}"
     for device_type in {device_type for _, device_type, _ in kinds}:
-        engine = _engine(device_type)
-        if engine is None:
+        if device_type not in _ENGINES:
             return f"there are no fused kernels for {device_type} tensors"
         # Not while tracing: the compiler would trace the search for a library.
-        if not tracing and (reason := engine.unavailable()) is not None:
-            return str(reason)
+        if not torch.compiler.is_compiling():
+            reason = importlib.import_module(_ENGINES[device_type]).unavailable()
+            if reason is not None:
+                return str(reason)
     strange = next((d for _, _, d in kinds if d.is_floating_point and d not in _DTYPES), None)
     return None if strange is None else f"there are no fused kernels for {strange}"
+
+
+_missing_once = functools.cache(_missing)
 
 
 def by_default(tensors: Tensors) -> bool:
@@ -66,7 +60,7 @@ def by_default(tensors: Tensors) -> bool:
         return False
     if torch.is_grad_enabled() and any(p.requires_grad for p in params):
         return False
-    reason = _missing(frozenset((type(p), p.device.type, p.dtype) for p in params), False)
+    reason = _missing_once(frozenset((type(p), p.device.type, p.dtype) for p in params))
     if reason is not None and reason == native.unavailable():
         _warn_once(reason)
     return reason is None
@@ -97,8 +91,7 @@ def step(tensors: Tensors, options: Options) -> None:
         tensors = real_tensors(tensors)
     devices = {p.device for p in tensors.params}
     for device in devices:
-        engine = _engine(device.type)
-        assert engine is not None
+        engine = importlib.import_module(_ENGINES[device.type])
         if len(devices) > 1:
             engine.step(select(tensors, [i for i, p in enumerate(tensors.params) if p.device == device]), options)
         else:
@@ -107,8 +100,10 @@ def step(tensors: Tensors, options: Options) -> None:
 
 # --- the operator ----------------------------------------------------------------------------------------------------
 
-# The operator's arguments are the fields of Tensors and Options, in their order. A field that may be a float or a
-# tensor is passed as a tensor. The seed, an unsigned 64-bit number, is passed as the signed one with the same bits.
+# The operator's arguments are the fields of Tensors and Options, in their order. A field that may be a float or a tensor
+# is passed as both; the tensor counts if there is one. The seed, an unsigned 64-bit number, is passed as the signed one
+# with the same bits.
+_NUMBERS = ("rate", "decay")
 _ARGUMENTS: dict[str, str] = {
     "params": "Tensor(a!)[]",
     "grads": "Tensor[]",
@@ -118,8 +113,10 @@ _ARGUMENTS: dict[str, str] = {
     "ordinals": "int[]",
     "offsets": "int[]",
     "step": "Tensor",
-    "rate": "Tensor",
-    "decay": "Tensor",
+    "rate": "float",
+    "rate_tensor": "Tensor?",
+    "decay": "float",
+    "decay_tensor": "Tensor?",
     "coupled_weight_decay": "float",
     "momentum": "float",
     "state_dtype": "ScalarType?",
@@ -135,33 +132,28 @@ library.define("signstep::step", f"({', '.join(f'{kind} {name}' for name, kind i
 
 def _call_operator(tensors: Tensors, options: Options) -> None:
     """One step of all tensors, in place, by the operator."""
-    changed: dict[str, Any] = {
-        "rate": _tensor(options.rate),
-        "decay": _tensor(options.decay),
-        "seed": options.seed - (1 << 64) if options.seed >> 63 else options.seed,
-        "direction": int(options.direction),
-        "projected": int(options.projected),
-    }
-    values = [changed.get(name, value) for name, value in zip(Options._fields, options, strict=True)]
+    values: list[Any] = []
+    value: Any
+    for name, value in zip(Options._fields, options, strict=True):
+        if name in _NUMBERS:
+            values += [0.0, value] if isinstance(value, Tensor) else [value, None]
+        elif name == "seed":
+            values.append(value - (1 << 64) if value >> 63 else value)
+        else:
+            values.append(int(value) if isinstance(value, IntEnum) else value)
     torch.ops.signstep.step(*tensors, *values)
-
-
-def _tensor(x: float | Tensor) -> Tensor:
-    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
 
 
 @library.impl("signstep::step", "CompositeExplicitAutograd")
 def _run_operator(*arguments: Any) -> None:
-    count = len(Tensors._fields)
-    options = Options(*arguments[count:])
-    step(
-        Tensors(*arguments[:count]),
-        options._replace(
-            seed=options.seed % (1 << 64),
-            direction=Direction(options.direction),
-            projected=Projected(options.projected),
-        ),
-    )
+    values = dict(zip(_ARGUMENTS, arguments, strict=True))
+    for name in _NUMBERS:
+        number = values.pop(f"{name}_tensor")
+        values[name] = values[name] if number is None else number
+    tensors = Tensors(*(values.pop(name) for name in Tensors._fields))
+    values |= {"seed": values["seed"] % (1 << 64)}
+    values |= {"direction": Direction(values["direction"]), "projected": Projected(values["projected"])}
+    step(tensors, Options(**values))
 
 
 library.register_fake("signstep::step", lambda *arguments: None)

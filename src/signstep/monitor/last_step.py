@@ -85,7 +85,7 @@ def phase(optimizer: Optimizer, group: dict[str, Any]) -> str:
     """What the next step of a param_group is: "sign" or "sgd", or "" for an optimizer that is not signstep's."""
     if not isinstance(optimizer, SignSGD):
         return ""
-    return "sign" if optimizer.is_sign_step(group, int(group["step"])) else "sgd"
+    return "sign" if optimizer.in_sign_phase(group) else "sgd"
 
 
 def is_sharded(p: Tensor) -> bool:

@@ -124,9 +124,13 @@ class HybridSignSGD(SignSGD):
         """Take what a vote measured, see `SignSGD.receive_voted_sums`."""
         self._voted_sums = list(sums)
 
+    def in_sign_phase(self, group: dict[str, Any]) -> bool:
+        """Whether a param_group has not switched to SGD."""
+        return bool(group["phase"] == "sign")
+
     def is_sign_step(self, group: dict[str, Any], step: int) -> bool:
         """Whether step number `step` of a param_group, counted from 0, takes the sign of its momentum."""
-        return group["phase"] == "sign" and (group["switch_step"] is None or step < group["switch_step"])
+        return self.in_sign_phase(group) and (group["switch_step"] is None or step < group["switch_step"])
 
     def switch(self) -> None:
         """Go to the SGD phase now: every group that has taken a sign step switches, a group that has not goes on

@@ -84,17 +84,17 @@ HYBRID_OPTIONS: Mapping[str, Option] = {
 """The options that `HybridSignSGD` adds."""
 
 
-def check_options(options: Mapping[str, Option], values: Mapping[str, Any]) -> None:
+def check_options(values: Mapping[str, Any]) -> None:
     """Raise a TypeError or ValueError that names the first bad option, its value and what is allowed.
 
     Args:
-        options: those of the optimizer.
-        values: a param_group, or the optimizer's defaults; other keys are not looked at.
+        values: a param_group, or an optimizer's defaults; keys that are no options are not looked at.
     """
-    for name, option in options.items():
-        if name not in values:
+    options = {**SIGNSGD_OPTIONS, **HYBRID_OPTIONS}
+    for name, value in values.items():
+        if name not in options:
             continue
-        value = values[name]
+        option = options[name]
         if isinstance(value, Tensor) and name == "lr" and value.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(value.shape)}")
         if not isinstance(value, option.types) or (isinstance(value, bool) and bool not in option.types):

@@ -123,8 +123,8 @@ class SignSGD(Optimizer):
 
     def _init(self, params: ParamsT, values: Mapping[str, Any]) -> None:
         """Construct from the arguments of a constructor, which are the options and others."""
-        defaults = {name: values[name] for name in self.OPTIONS}
-        check_options(self.OPTIONS, defaults)
+        defaults = {name: value for name, value in values.items() if name in self.OPTIONS}
+        check_options(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ class SignSGD(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_options(self.OPTIONS, group)
+            check_options(group)
             if group["fused"]:
                 fused_engines.require(group["params"])
         except (TypeError, ValueError, RuntimeError):
@@ -173,6 +173,10 @@ class SignSGD(Optimizer):
             sums: for each param_group, [<v, g>, ||g||^2] of the votes v, shape (2,): means over the workers.
         """
         raise TypeError(f"{type(self).__name__} does not calibrate a learning rate")
+
+    def in_sign_phase(self, group: dict[str, Any]) -> bool:
+        """Whether a param_group has not switched to SGD."""
+        return True
 
     def is_sign_step(self, group: dict[str, Any], step: int) -> bool:
         """Whether step number `step` of a param_group, counted from 0, takes the sign of its momentum."""
@@ -309,7 +313,7 @@ class SignSGD(Optimizer):
             if batch.params:
                 batches.append((group, batch))
                 # The model may have moved since the group was made.
-                if group["capturable"] or self.calibrates:
+                if group["capturable"] or self.calibrates or group["step"].device.type != "cpu":
                     self._follow_parameters(group)
         for group, batch in batches:
             if not (stateless and self._changes_nothing(group, batch)):

@@ -100,7 +100,7 @@ def step(tensors: Tensors, options: Options) -> None:
 
 # --- the operator ----------------------------------------------------------------------------------------------------
 
-# The operator's arguments are the fields of Tensors and Options, in their order. A field that may be a float or a tensor
+# The operator takes the fields of Tensors and Options, in their order. A field that may be a float or a tensor
 # is passed as both; the tensor counts if there is one. The seed, an unsigned 64-bit number, is passed as the signed one
 # with the same bits.
 _NUMBERS = ("rate", "decay")

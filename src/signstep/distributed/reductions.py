@@ -164,8 +164,8 @@ def _power_sgd_payload(gradients: Gradients, workers: int) -> float:
 def _compressed(offer: Offer) -> Reduction:
     compressor = offer.make()
 
-    def attach_compressor(model: DistributedDataParallel, _: Optimizer) -> None:
-        CompressedGradients(model, offer.make())
+    def attach_compressor(model: DistributedDataParallel, _: Optimizer) -> Stateful:
+        return CompressedGradients(model, offer.make())
 
     return Reduction(
         offer.label,

@@ -349,9 +349,10 @@ def codes(workers: list[ForkServerProcess]) -> list[int | None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reduce", [{}, {"reduce": "vote", "workers": 2}], ids=["mean", "vote"])
-def test_two_workers(reduce: dict[str, Any], tmp_path: Path) -> None:
-    config, said = tiny(subset=480, epochs=4, **HYBRID, **reduce), tmp_path / "said"
+@pytest.mark.parametrize("reduce", ["mean", "vote", "ef-sign-two-sided", pytest.param("qsgd", marks=pytest.mark.long)])
+def test_two_workers(reduce: Any, tmp_path: Path) -> None:
+    workers = None if reduce == "mean" else 2
+    config, said = tiny(subset=480, epochs=4, **HYBRID, reduce=reduce, workers=workers), tmp_path / "said"
     assert codes(two_workers(config, tmp_path / "whole", said)) == [0, 0], said.read_text()
     run = runs.read_run(tmp_path / "whole" / f"{config.hash}.jsonl")
     assert run.config == config

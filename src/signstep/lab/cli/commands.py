@@ -74,7 +74,10 @@ class Commands:
         words = list(arguments)
         if not words and self.default is not None:
             words = [self.default]
-        name: str = self._parser().parse_args(words[:1]).command
+        parser = self._parser()
+        if words and words[0].startswith("-") and words[0] not in ("-h", "--help", *(["--version"] * self.version)):
+            parser.error(f"unrecognized option: {words[0]}; a command comes first")
+        name: str = parser.parse_args(words[:1]).command
         module, _, attribute = self.entries[name][0].partition(":")
         target = getattr(importlib.import_module(module), attribute)
         if isinstance(target, type):

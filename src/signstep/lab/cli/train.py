@@ -15,8 +15,8 @@ from signstep.lab.cli.commands import parse
 from signstep.lab.cli.data import say_where
 from signstep.lab.paper import experiments
 from signstep.lab.paper.experiments import Name, Recipe, Scale
-from signstep.lab.training.config import Dataset, Reduce, RunConfig
-from signstep.lab.training.optimizers import OPTIMIZERS, OptimizerName
+from signstep.lab.training.config import Dataset, RunConfig
+from signstep.lab.training.optimizers import OPTIMIZERS
 
 _INTERRUPTED = 130
 _DIVERGED = 1
@@ -104,12 +104,16 @@ Train.__doc__ = str(Train.__doc__).replace("RATES", _RATES)
 
 
 @dataclass(frozen=True)
-class _Chosen(Preset):
-    """The options that the defaults of the others depend on."""
+class _Chosen:
+    """The options that the defaults of the others depend on. Whether their values are allowed, `Train` says."""
 
-    dataset: Dataset = "cifar10"
-    optimizer: OptimizerName | None = None
-    reduce: Reduce = "mean"
+    vote: bool = False
+    preset: str | None = None
+    scale: str = "cpu"
+    recipe: str = "strong"
+    dataset: str = "cifar10"
+    optimizer: str = ""
+    reduce: str = "mean"
 
 
 def default_config(arguments: Sequence[str]) -> RunConfig:
@@ -129,11 +133,10 @@ def default_config(arguments: Sequence[str]) -> RunConfig:
     config = RunConfig()
     if chosen.preset is not None:
         name, _, key = chosen.preset.partition("/")
-        experiment = experiments.load(
-            cast(Name, name), scale=chosen.scale, recipe=chosen.recipe, datasets=[chosen.dataset]
-        )
-        config = experiment.row(key).config(chosen.dataset)
-    if chosen.optimizer is not None and chosen.optimizer != config.optimizer:
+        scale, recipe, dataset = cast(Scale, chosen.scale), cast(Recipe, chosen.recipe), cast(Dataset, chosen.dataset)
+        experiment = experiments.load(cast(Name, name), scale=scale, recipe=recipe, datasets=[dataset])
+        config = experiment.row(key).config(dataset)
+    if chosen.optimizer in OPTIMIZERS and chosen.optimizer != config.optimizer:
         config = replace(config, lr=OPTIMIZERS[chosen.optimizer].lr)
     if (chosen.vote or chosen.reduce != "mean") and "WORLD_SIZE" in os.environ:
         config = replace(config, workers=int(os.environ["WORLD_SIZE"]))

@@ -38,7 +38,7 @@ def option_words(options: Any, *, omit: Collection[str] = (), everything: bool =
             words.append(f"--{option}" if value else f"--no-{option}")
             continue
         values = value if isinstance(value, tuple) else (value,)
-        words += [f"--{option}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
+        words += [f"--{option}", *(repr(v).removesuffix(".0") if isinstance(v, float) else str(v) for v in values)]
     return words
 
 

@@ -42,9 +42,9 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
+    """Write a value as indented JSON, atomically; without `allow_nan` a number that is not finite is a ValueError."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n")
 
 
 def write_all(folder: Path, contents: Mapping[str, Any]) -> list[Path]:

@@ -94,7 +94,7 @@ class ByzantineStudy:
             if record is None:
                 record = self._train(run, workers)
                 if workers.rank == 0:
-                    write_json(path, record)
+                    write_json(path, record, allow_nan=False)
                     print(f"{run}: {record['accuracy']:.2f} %, {record['cpu_seconds']} s", flush=True)
             measured[run.key] = record
         if workers.rank == 0 and measured:

@@ -168,7 +168,7 @@ class InspectRun:
                 for each in found
             ],
         }
-        write_json(out / "inspect.json", record)
+        write_json(out / "inspect.json", record, allow_nan=False)
         return page
 
 

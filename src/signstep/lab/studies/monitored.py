@@ -27,8 +27,8 @@ from signstep.lab.paper.tuned import learning_rate, read_tuned
 from signstep.lab.studies import monitor_figures, monitor_page
 from signstep.lab.studies.monitor_numbers import at
 from signstep.lab.training.config import Dataset, RunConfig
+from signstep.lab.training.loop import train
 from signstep.lab.training.records import is_done, read_run
-from signstep.lab.training.series import train_run
 from signstep.lab.training.watch import Watching
 from signstep.monitor.sinks import read
 
@@ -126,7 +126,8 @@ class MonitorStudy:
                 continue
             print(f"{each.dataset}, {each.label}: {each.config.hash}", flush=True)
             watching = Watching(self.every, self.micro_batches, self.micro_batches * self.micro_batch_size)
-            train_run(each.config, each.folder, data=self.data, watching=watching)
+            if train(each.config, each.folder, data=self.data, watching=watching) == "interrupted":
+                raise KeyboardInterrupt
         missing = [each for each in planned if not each.done]
         if missing:
             print(f"{len(missing)} of {len(planned)} runs are still missing: no figures yet")

@@ -1,4 +1,4 @@
-"""One run out of many, as a sweep, a table or a study trains them one after the other."""
+"""One run out of many, as a sweep or a table trains them one after the other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Literal
 from signstep.lab.training.checkpoint import RunBusy
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.loop import train
-from signstep.lab.training.watch import Watching
 
 
 def train_run(
@@ -18,7 +17,6 @@ def train_run(
     data: Path | None = None,
     device: str = "auto",
     max_minutes: float | None = None,
-    watching: Watching | None = None,
 ) -> Literal["done", "diverged", "stopped", "busy"]:
     """Train one run, or go on with it; arguments as of `signstep.lab.training.loop.train`.
 
@@ -29,7 +27,7 @@ def train_run(
         KeyboardInterrupt: a signal has stopped the run, which has its checkpoint; the series is to stop as well.
     """
     try:
-        status = train(config, out, data=data, device=device, max_minutes=max_minutes, watching=watching)
+        status = train(config, out, data=data, device=device, max_minutes=max_minutes)
     except RunBusy:
         return "busy"
     if status == "interrupted":

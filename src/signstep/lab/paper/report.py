@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from signstep.lab.output import figures, pages, stats
-from signstep.lab.output.files import write_bytes, write_text
+from signstep.lab.output.files import write_bytes, write_json, write_text
 from signstep.lab.paper import charts
 from signstep.lab.paper.experiments import Experiment
 from signstep.lab.paper.results import Cell, Results
@@ -124,7 +123,7 @@ def write(
         "commands": commands,
     }
     filters = {"plain": plain, "colour": charts.colour}
-    write_text(out / f"{name}.json", json.dumps(to_dict(results, commands), indent=1, ensure_ascii=False) + "\n")
+    write_json(out / f"{name}.json", to_dict(results, commands))
     write_text(out / f"{name}.md", pages.render("report.md", context, filters))
     page = out / f"{name}.html"
     write_text(page, pages.render("report.html", context, filters))

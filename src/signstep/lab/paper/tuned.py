@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from signstep.lab.errors import BadInput
-from signstep.lab.output.files import write_text
+from signstep.lab.output.files import write_json
 from signstep.lab.paper.experiments import Row
 
 Choices = Mapping[str, Mapping[str, Any]]
@@ -41,8 +41,7 @@ def read_tuned(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
 def write_tuned(folder: Path, about: Mapping[str, Any], choices: Choices) -> None:
     """Write the choices, after what there is to say `about` the sweep, to `<folder>/tuned.json`."""
     ordered = {dataset: dict(sorted(choices[dataset].items())) for dataset in sorted(choices)}
-    text = json.dumps({**about, "choices": ordered}, indent=1, ensure_ascii=False)
-    write_text(folder / _NAME, text + "\n")
+    write_json(folder / _NAME, {**about, "choices": ordered})
 
 
 def learning_rate(row: Row, dataset: str, tuned: Choices) -> float:

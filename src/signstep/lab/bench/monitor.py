@@ -17,7 +17,7 @@ class BenchMonitor:
     """Time a training with a Monitor, beside Cockpit if it is installed, and compare with the targets."""
 
     width: float = 0.25
-    """Of ResNet-18: 1 is 64 to 512 channels."""
+    """The width of ResNet-18: 1 is 64 to 512 channels."""
     batch: int = 128
     """Images in a step, a multiple of 8."""
     rounds: int = 9

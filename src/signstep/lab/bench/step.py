@@ -16,9 +16,9 @@ class BenchStep:
     """Time a step beside other optimizers and the speed of memory, in one process, and compare with the targets."""
 
     workload: tuple[StepWorkload, ...] = STEP_WORKLOADS
-    """Whose parameters."""
+    """The networks whose parameters are stepped."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of parameters and gradients."""
+    """The dtype of parameters and gradients."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     rounds: int = 9

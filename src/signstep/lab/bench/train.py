@@ -88,13 +88,13 @@ class BenchTrain:
     methods: tuple[str, ...] = ()
     """Which ones; default: all."""
     rate: str = "100mbit"
-    """Of the links."""
+    """The rate of the links."""
     ranks: int = 4
     """Processes that train a run together."""
     seeds: int = 3
     """Runs of each method."""
     epochs: int = 6
-    """Of each run."""
+    """Epochs of each run."""
     subset: int = 10_000
     """Training images."""
     target: float = 45.0

@@ -17,11 +17,11 @@ class Plan:
     workers: int = 16
     """Workers that train it together."""
     bandwidth: str = "100mbit"
-    """Of each worker's link, each way."""
+    """The rate of each worker's link, each way."""
     step_ms: float = 80.0
     """Milliseconds of a step without communication."""
     latency_ms: float = 0.0
-    """Of one collective, in milliseconds."""
+    """Latency of one collective, in milliseconds."""
     check: Path | None = None
     """Instead, compare the model with this bench-comm.json of signstep bench comm."""
 

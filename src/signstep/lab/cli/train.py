@@ -23,27 +23,21 @@ _DIVERGED = 1
 
 
 @dataclass(frozen=True)
-class Preset:
-    """Where a run's options come from."""
-
-    vote: bool = False
-    """Short for --reduce vote: workers that torchrun has started vote with one bit per weight."""
-    preset: str | None = None
-    """Start from a row of an experiment, as in table1/pre-0.1."""
-    scale: Scale = "cpu"
-    """Of the preset."""
-    recipe: Recipe = "strong"
-    """Of the preset."""
-
-
-@dataclass(frozen=True)
-class Train(Preset):
+class Train:
     """Train one run; the same command again goes on with it.
 
     Options of the run override those of --preset. Without --lr each optimizer has a learning rate of its own: RATES. An
     option that is None has the optimizer's own default.
     """
 
+    vote: bool = False
+    """Short for --reduce vote: workers that torchrun has started vote with one bit per weight."""
+    preset: str | None = None
+    """Start from a row of an experiment, as in table1/pre-0.1."""
+    scale: Scale = "cpu"
+    """The preset's scale."""
+    recipe: Recipe = "strong"
+    """The preset's recipe."""
     out: Path = Path("runs")
     """Folder of the run's files, which are named by the hash of its configuration."""
     data: Path | None = None

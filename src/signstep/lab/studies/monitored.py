@@ -89,7 +89,7 @@ class MonitorStudy:
     """Train the paper's methods at the cpu scale under the monitor, and draw what it saw."""
 
     datasets: tuple[Dataset, ...] = ("cifar10", "cifar100")
-    """On which images."""
+    """The data sets to train on."""
     methods: tuple[str, ...] = tuple(WATCHED_METHODS)
     """Rows of the experiments."""
     micro_batches: int = 64

@@ -16,7 +16,7 @@ from engine_cases import RAGGED, Dither, directions, give_gradients, parameters,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from signstep import SignSGD
+from signstep import SignSGD, kernels
 from signstep.kernels import fused as engines
 from signstep.kernels import momentum, native, reference
 from signstep.kernels.engine import Tensors
@@ -31,11 +31,6 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(nat
 
 
 # --- One call of the engine -------------------------------------------------------------------------------------------
-
-
-def forget_the_library() -> None:
-    native._load.cache_clear()
-    engines._missing_once.cache_clear()
 
 
 native_directions = functools.partial(directions, engine_step=native.step)
@@ -202,32 +197,39 @@ def test_tensor_subclasses_take_plain_torch() -> None:
         SignSGD([p], fused=True)
 
 
-def test_a_missing_library_is_said_and_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_library_that_cannot_be_loaded_is_said_once_and_done_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     params = parameters([(4,)], torch.float32)
-    forget_the_library()
-    monkeypatch.setattr(native, "_candidates", lambda: [tmp_path / "libsignstep.so"])
-    try:
-        with pytest.raises(
-            RuntimeError, match=r"Invalid fused: True, signstep's native library was not built: install"
-        ):
+    (whole,) = (p for folder in kernels.__path__ for p in Path(folder).glob("libsignstep.*"))
+    path = tmp_path / whole.name
+    monkeypatch.setattr(kernels, "__path__", [str(tmp_path)])
+
+    def reason() -> str:
+        native._load.cache_clear()
+        engines._missing_once.cache_clear()
+        with pytest.raises(RuntimeError, match="Invalid fused: True") as error:
             SignSGD(params, fused=True)
+        return str(error.value)
+
+    try:
+        assert "signstep's native library was not built: install a C++17 compiler" in reason()
+        path.write_bytes(b"not a library")
+        assert f"signstep's native library {path} cannot be loaded (" in reason()
+        path.write_bytes(whole.read_bytes()[:-4096])
+        assert f"signstep's native library {path} cannot be loaded (the file is cut short): install" in reason()
         give_gradients(params, 0)
         engines._warn_once.cache_clear()
-        with pytest.warns(
-            UserWarning, match="native library was not built: install .* until then the step is plain torch"
-        ):
+        with pytest.warns(UserWarning, match=f"{path} .*cut short.*: install .* until then the step is plain torch"):
             SignSGD(params, fused=None).step()
         with warnings.catch_warnings(action="error"):  # once, and not to those who asked for plain torch
             SignSGD(params, fused=None).step()
             engines._warn_once.cache_clear()
             SignSGD(params, fused=False).step()
-        (tmp_path / "libsignstep.so").write_bytes(b"not a library")
-        forget_the_library()
-        with pytest.raises(RuntimeError, match=r"native library cannot be loaded \(.*\): install"):
-            SignSGD(params, fused=True)
     finally:
         monkeypatch.undo()
-        forget_the_library()
+        native._load.cache_clear()
+        engines._missing_once.cache_clear()
     SignSGD(params, fused=True)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import sys
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from signstep.kernels import shared_library
 from signstep.kernels.engine import Options, Slot, Tensors
 from signstep.kernels.layout import laid_out
 from signstep.kernels.momentum import BLOCK
@@ -49,28 +49,13 @@ class _Options(ctypes.Structure):
     ]
 
 
-def _candidates() -> list[Path]:
-    """Paths at which the library may be: beside this file, or where an editable install keeps what it built."""
-    name = "libsignstep.dylib" if sys.platform == "darwin" else "libsignstep.so"
-    return [Path(__file__).with_name(name), *(Path(p) / "signstep" / "kernels" / name for p in sys.path)]
-
-
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none."""
-    path = next((p for p in _candidates() if p.exists()), None)
     try:
-        if path is None:
-            raise OSError
-        library = ctypes.CDLL(str(path))
+        library = shared_library.load(_ABI)
     except OSError as error:
-        why = "was not built" if path is None else f"cannot be loaded ({error})"
-        return None, (
-            f"signstep's native library {why}: install a C++17 compiler (GCC or Clang), then signstep again from its "
-            "source folder (pip install --force-reinstall --no-deps --no-cache-dir .)"
-        )
-    if library.signstep_abi() != _ABI:
-        return None, f"signstep's native library {path} is of another version: install signstep again"
+        return None, str(error)
     address, number, options = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Options)
     library.signstep_step.argtypes = [address, number, options, address]
     library.signstep_count.argtypes = [address, number, number, address, number, options, address, address]

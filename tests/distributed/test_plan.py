@@ -100,8 +100,10 @@ def test_the_command_shows_every_method(capsys: pytest.CaptureFixture[str]) -> N
     ("arguments", "message"),
     [
         (["--bandwidth", "fast"], "--bandwidth fast: expected a rate such as 100mbit or 1gbit"),
-        (["--params", "0"], "--params 0: out of range; see signstep plan --help"),
-        (["--params", "nan"], "--params nan: out of range; see signstep plan --help"),
+        *(
+            (["--params", bad], f"--params {bad}: expected a whole number from 1 to 1e15, such as 4e6, 250K or 11M")
+            for bad in ("0", "nan", "many", "11X", "1e16", "-3", "0.5")
+        ),
         (["--workers", "0"], "--workers 0: out of range; see signstep plan --help"),
         (["--step-ms", "-1"], "--step-ms -1: out of range; see signstep plan --help"),
         (["--latency-ms", "inf"], "--latency-ms inf: out of range; see signstep plan --help"),

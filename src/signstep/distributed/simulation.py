@@ -139,7 +139,7 @@ class SimulatedVote(_Simulation):
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> optimizer = SignSGD(model.parameters(), lr=0.1, momentum=0.0)
+        >>> optimizer = SignSGD(model.parameters(), lr=1e-3, momentum=0.0)
         >>> sim = SimulatedVote(model, optimizer, world_size=3)
         >>> sim.vote([{"weight": torch.tensor([[g, -g]])} for g in (0.5, 0.1, -9.0)])
         >>> model.weight.grad

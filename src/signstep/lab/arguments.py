@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
 from pathlib import Path
 
 from signstep.lab.errors import BadInput
@@ -17,6 +19,29 @@ def check_folder(folder: Path | None) -> None:
     """Raise BadInput for a --data that is no folder; None means that the option was left out."""
     if folder is not None and not folder.is_dir():
         raise BadInput(f"--data {folder}: there is no such folder; make it, or leave the option out")
+
+
+_THOUSANDS = {"": 0, "k": 1, "m": 2, "b": 3, "g": 3, "t": 4}
+
+
+def parse_count(text: str, *, least: int = 1) -> int:
+    """A number of things as people write it: 4000000, 4e6, 250K, 11M, 1.5B.
+
+    Args:
+        text: a whole number, with an exponent or with K, M, B (or G) or T after it.
+        least: the smallest that is allowed; the largest is 1e15.
+
+    Raises:
+        ValueError: another text, or out of range.
+
+    >>> parse_count("11M"), parse_count("1.5B"), parse_count("4e6")
+    (11000000, 1500000000, 4000000)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\+?\d{1,2})?)([kmbgt]?)", text.strip().lower().replace("_", ""))
+    value = Decimal(found[1]) * 1000 ** _THOUSANDS[found[2]] if found else Decimal(0)
+    if not (least <= value <= 10**15 and value == int(value)):
+        raise ValueError(f"{text}: expected a whole number from {least} to 1e15, such as 4e6, 250K or 11M")
+    return int(value)
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from signstep.kernels import fused as fused_engines
 from signstep.kernels.engine import Direction, Options, Tensors, real
 from signstep.kernels.momentum import check_momentum, mean_square, new_momentum, read_momentum
 from signstep.kernels.plain import multi_tensor_step, single_tensor_step
+from signstep.optim import step_length
 from signstep.optim.dither import dither_std
 from signstep.optim.options import SIGNSGD_OPTIONS, Option, check_options
 
@@ -47,8 +48,8 @@ class SignSGD(Optimizer):
 
     Args:
         params: parameters, (name, parameter) pairs or param_groups; a group may override every option below.
-        lr (float or 1-element Tensor): delta, how far every coordinate moves per step, in units of the parameter.
-        (default: 1e-3)
+        lr (float or 1-element Tensor): delta, how far every coordinate moves per step, in units of the parameter: near
+            AdamW's, far below SGD's. Above 0.03 the constructor warns, once. (default: 1e-3)
         momentum: beta in [0, 1); at 0 no momentum buffer is kept. (default: 0.9)
         dither: alpha of eq. (9), the noise's variance at step 0, in squared units of the momentum; 0 is no noise. A
             fixed alpha must match the momentum's scale, which changes over training: see ``dither_scale``. (default: 0)
@@ -98,6 +99,7 @@ class SignSGD(Optimizer):
     """The optimizer measures its steps against the gradient, so a vote must call `receive_voted_sums`."""
 
     _driver: Literal["step", "backward", "vote"] = "step"
+    _step_length_said = False
 
     def __init__(
         self,
@@ -143,6 +145,10 @@ class SignSGD(Optimizer):
             self.param_groups.pop()
             raise
         self._place_group_state(group)
+        said = step_length.advice(group["lr"])
+        if said is not None and not self._step_length_said:
+            self._step_length_said = True
+            step_length.warn(f"{type(self).__name__}: {said}")
 
     # What can move the parameters in place of `step`: `attach_to_backward`, and the votes of `signstep.distributed`.
 

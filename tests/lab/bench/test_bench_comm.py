@@ -332,8 +332,14 @@ def test_cells_that_would_take_minutes_or_all_memory_are_left_out(monkeypatch: p
         (["--ranks", "1"], "--ranks 1: expected from 2 to 250"),
         (["--ranks"], "--ranks: expected at least one"),
         (["--methods", "best"], f"--methods best: expected some of {', '.join(REDUCTIONS)}"),
-        (["--params", "few"], "--params few: expected resnet18 or a number of parameters from 1000, such as 4e6"),
-        (["--params", "inf"], "--params inf: expected resnet18 or a number of parameters from 1000, such as 4e6"),
+        (
+            ["--params", "few"],
+            "--params few: expected a whole number from 1000 to 1e15, such as 4e6, 250K or 11M; or resnet18",
+        ),
+        (
+            ["--params", "inf"],
+            "--params inf: expected a whole number from 1000 to 1e15, such as 4e6, 250K or 11M; or resnet18",
+        ),
         (["--params"], "--params: expected at least one"),
         (["--rounds", "2"], "--rounds 2: expected at least 3"),
         (["--max-minutes", "0"], "--max-minutes 0.0: expected a number above 0"),

@@ -8,15 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
 import signstep
 from signstep.lab.cli import COMMANDS, main
-from signstep.lab.cli.commands import Commands
+from signstep.lab.cli.commands import _ELSEWHERE, Commands, _option_names
 from signstep.lab.cli.data import say_where
-from signstep.lab.cli.train import default_config
+from signstep.lab.cli.train import Train, default_config
 from signstep.lab.paper.experiments import load
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.optimizers import OPTIMIZERS
@@ -183,6 +184,40 @@ def test_the_options_of_train_need_torch_and_nothing_heavier() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "signstep: error: there is no command trian: did you mean train?"),
+        (["bench", "stpe"], "signstep bench: error: there is no command stpe: did you mean step?"),
+        (["study", "votecurve"], "there is no command votecurve: did you mean vote-curve?"),
+        (["xyz"], "there is no command xyz: the commands are data, train, runs, "),
+        (["--verison"], "unrecognized option: --verison; did you mean --version?"),
+        (["--lr", "1", "train"], "unrecognized option: --lr; a command comes first"),
+        (["train", "--learning-rate", "0.1"], "--learning-rate: did you mean --lr?"),
+        (["train", "--learning_rate=0.1"], "--learning_rate: did you mean --lr?"),
+        (["train", "--wd", "0.1"], "--wd: did you mean --weight-decay?"),
+        (["sweep", "--output", "here"], "--output: did you mean --out?"),
+        (["train", "--optimiser", "sgd"], "--optimizer {sgd,adam,adamw,signsgd,hybrid}"),
+    ],
+)
+def test_a_word_that_is_not_ours_gets_the_one_that_is(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_only_options_that_a_command_has_are_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "--learning-rate", "0.1") == 2
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_what_other_programs_call_an_option_is_none_of_train() -> None:
+    names = set(_option_names(Train(config=RunConfig())))
+    assert names >= set(_ELSEWHERE.values())
+    assert not names & _ELSEWHERE.keys()
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     assert capsys.readouterr().out == f"signstep {signstep.__version__}\n"
@@ -261,12 +296,46 @@ def test_train_from_a_preset_writes_the_run_that_the_experiment_has(
     before = path.read_bytes()
     assert run(*arguments, "--out", str(tmp_path)) == 0
     assert path.read_bytes() == before
+    first, last, how = capsys.readouterr().out.splitlines()
+    assert first == "nothing was trained: this run has ended before"
+    assert re.fullmatch(rf"done: [\d.]+ % accuracy after the last epoch; see {path}", last)
+    saved = path.with_suffix(".pt")
+    assert how == f"to train it anew, delete {path} and {saved}; or choose another --seed or --out"
+    path.unlink()
+    saved.unlink()
+    assert run(*arguments, "--out", str(tmp_path)) == 0
+    assert "nothing was trained" not in capsys.readouterr().out
+    assert len(path.read_bytes().splitlines()) == len(before.splitlines())
 
 
 def test_a_diverged_run_is_reported_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "--dataset", "digits", *TINY, "--epochs", "3", "--lr", "1e30", "--out", str(tmp_path)]
     assert run(*arguments) == 1
     assert "diverged: the loss of step" in capsys.readouterr().out
+    assert run(*arguments) == 1
+    again = capsys.readouterr().out.splitlines()
+    assert again[0] == "nothing was trained: this run has ended before"
+    assert again[1].startswith("diverged: the loss of step")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--optimizer", "signsgd", "--lr", "0.1"], ["signsgd: lr=0.1 moves every weight by 0.1 in each step, "]),
+        (["--optimizer", "sgd", "--lr", "0.1"], []),
+        (["--optimizer", "signsgd"], []),
+    ],
+)
+def test_a_learning_rate_meant_for_sgd_is_said_once_and_not_as_a_warning(
+    options: list[str], said: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert run("train", "--dataset", "digits", *TINY, *options, "--out", str(tmp_path)) == 0
+    assert not [each for each in caught if "lr=" in str(each.message)]
+    found = [line for line in capsys.readouterr().err.splitlines() if "every weight" in line]
+    assert len(found) == len(said)
+    assert all(line.startswith(start) for line, start in zip(found, said, strict=True))
 
 
 def test_a_damaged_record_or_tuned_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

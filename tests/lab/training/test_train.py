@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from signstep.lab.data import load, normalise, split
 from signstep.lab.training import display, models, recipe
 from signstep.lab.training import records as runs
 from signstep.lab.training.batches import Batches
+from signstep.lab.training.config import RunConfig
 from signstep.lab.training.loop import train
 from signstep.lab.training.workers import Workers
 from signstep.optim import HybridSignSGD
@@ -152,7 +154,8 @@ def test_a_line_per_epoch_where_there_is_no_terminal(tmp_path: Path, capfd: pyte
     train(tiny(), tmp_path)
     lines = capfd.readouterr().err.splitlines()
     assert [line.split("epoch ")[1].split()[0] for line in lines] == ["1/2", "2/2"]
-    for word in ("loss", "accuracy", "eval", "images/s", " s left"):
+    assert re.match(r"epoch 1/2  accuracy [\d.]+%, eval [\d.]+%  loss ", lines[0]), "what 40 columns show"
+    for word in ("images/s", " s left", "digits sgd lr"):
         assert word in lines[0]
     train(tiny(seed=1), tmp_path, progress=False)
     assert capfd.readouterr() == ("", "")
@@ -172,6 +175,16 @@ def test_a_bar_on_a_terminal_and_a_clock_that_stands_still(tmp_path: Path, monke
     assert "images/s" in screen.getvalue()
     assert "eval " in screen.getvalue()
     assert "…" not in screen.getvalue()
+
+
+def test_forty_columns_show_epoch_and_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(display, "Console", lambda **_: Console(file=screen, force_terminal=True, width=40))
+    config = RunConfig(epochs=200)
+    with display.Display(config, 2999, 4000, show=True, quiet=False, board=None) as shown:
+        shown._evaluated = ", eval 45.1%"
+        shown.step(3000, torch.ones(3), torch.full((3,), 0.456))
+    assert "epoch 151/200 accuracy 45.6%, eval 45" in screen.getvalue()
 
 
 def test_going_on_says_from_where(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ class BenchComm:
     methods: tuple[str, ...] = ()
     """Which ones; default: all. Ratios need ddp-fp32."""
     params: tuple[str, ...] = ("4e6", "resnet18")
-    """The gradients that are sent: those of resnet18, or of so many parameters in six tensors."""
+    """The gradients that are sent: those of resnet18, or of so many parameters (4e6, 11M) in six tensors."""
     rounds: int = 9
     """Times that every method is timed, in turn, at most; slow cells have fewer, at least 3."""
     seconds: float = 20.0

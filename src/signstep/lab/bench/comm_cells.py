@@ -26,6 +26,7 @@ from typing import Any
 
 from signstep.distributed.plan import Cost, bits_per_second, predict
 from signstep.distributed.reductions import REDUCTIONS, Gradients
+from signstep.lab.arguments import parse_count
 from signstep.lab.bench import netns
 from signstep.lab.bench.comm_methods import PEER
 from signstep.lab.bench.comm_rank import LEAST_ROUNDS, CommWindow
@@ -68,11 +69,9 @@ class CommWorkload:
             title, shapes = shapes_of("resnet18")
         else:
             try:
-                count = int(float(text))
-            except (ValueError, OverflowError):
-                count = 0
-            if count < 1000:
-                raise BadInput(f"--params {text}: expected resnet18 or a number of parameters from 1000, such as 4e6")
+                count = parse_count(text, least=1000)
+            except ValueError as error:
+                raise BadInput(f"--params {error}; or resnet18") from error
             side = math.isqrt((count - 1) // 5)
             title, shapes = f"{count / 1e6:g} M in six tensors", [(side, side)] * 5 + [(count - 5 * side * side,)]
         return cls(text, title, Gradients(tuple(shapes)))

@@ -26,13 +26,23 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 def print_table(
-    console: Console, title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, width: int
+    console: Console,
+    title: str,
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    width: int,
+    left: Sequence[int] = (0,),
 ) -> None:
-    """Print a table; all columns but the first hold numbers. A pipe has no width of its own, so it gets `width`."""
+    """Print a table. A pipe has no width of its own, so it gets `width`.
+
+    `left` has the numbers of the columns that are aligned left; the others hold numbers.
+    """
     console.width = console.width if console.is_terminal else max(console.width, width)
     table = Table(*head, title=escape(title), box=rich.box.SIMPLE, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
+    for number, column in enumerate(table.columns):
+        column.justify = "left" if number in left else "right"
+        column.no_wrap = number > 0
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)

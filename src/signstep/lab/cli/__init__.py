@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from collections.abc import Sequence
 
 from signstep.lab.cli.commands import Commands
@@ -20,6 +21,7 @@ _DESCRIPTION = """One-bit optimizers, and the experiments that prove or refute w
 
     signstep data get cifar10
     signstep train --dataset cifar10 --optimizer signsgd --lr 1e-3
+    signstep runs
     signstep sweep table1 --scale cpu
     signstep reproduce all --scale cpu --seeds 3 --max-minutes 60
 
@@ -33,6 +35,7 @@ COMMANDS = Commands(
     {
         "data": ("signstep.lab.cli.data:Data", "List the data sets and where each was found, or get one."),
         "train": ("signstep.lab.cli.train:main", "Train one run; the same command again goes on with it."),
+        "runs": ("signstep.lab.cli.runs:Runs", "List the runs of a folder: what they are, how good, and how far."),
         "sweep": (
             "signstep.lab.cli.sweep:Sweep",
             "Tune every method's learning rate with the same number of trials on held-out training images.",
@@ -84,7 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Labels have Greek letters and arrows; a pipe is to see every line when it is printed.
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
-        code = COMMANDS(sys.argv[1:] if arguments is None else arguments)
+        with warnings.catch_warnings():
+            # `train` says it in its own words; sweeps and statements take such steps on purpose.
+            warnings.filterwarnings("ignore", message=".*moves every weight by", category=UserWarning)
+            code = COMMANDS(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         code = _INTERRUPTED

@@ -7,10 +7,13 @@ command has been chosen. What there is to choose from is a `Commands`, one line 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeVar
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from signstep import __version__
 
@@ -24,6 +27,26 @@ class Runnable(Protocol):
 
 
 OptionsT = TypeVar("OptionsT")
+
+_ELSEWHERE = {
+    "learning-rate": "lr",
+    "wd": "weight-decay",
+    "decay": "weight-decay",
+    "bs": "batch-size",
+    "bsz": "batch-size",
+    "arch": "model",
+    "net": "model",
+    "opt": "optimizer",
+    "beta": "momentum",
+    "gpu": "device",
+    "data-dir": "data",
+    "data-path": "data",
+    "output": "out",
+    "output-dir": "out",
+    "out-dir": "out",
+    "log-dir": "out",
+}
+"""What other programs call an option, where the name is too unlike ours for tyro to find."""
 
 
 def parse(options: type[OptionsT], arguments: Sequence[str], *, prog: str, default: OptionsT | None = None) -> OptionsT:
@@ -39,9 +62,33 @@ def parse(options: type[OptionsT], arguments: Sequence[str], *, prog: str, defau
 
     # Comments that group a dataclass's fields are not their help.
     config = (tyro.conf.HelptextFromCommentsOff,)
-    if default is None:
-        return tyro.cli(options, args=arguments, prog=prog, config=config)
-    return tyro.cli(options, args=arguments, prog=prog, config=config, default=default)
+    try:
+        if default is None:
+            return tyro.cli(options, args=arguments, prog=prog, config=config)
+        return tyro.cli(options, args=arguments, prog=prog, config=config, default=default)
+    except SystemExit as ended:
+        if ended.code:
+            names = set(_option_names(options if default is None else default))
+            for word in arguments:
+                known = _ELSEWHERE.get(word.partition("=")[0].removeprefix("--").replace("_", "-"))
+                if word.startswith("--") and known in names:
+                    print(f"{word.partition('=')[0]}: did you mean --{known}?", file=sys.stderr)
+        raise
+
+
+def _option_names(options: Any) -> Iterator[str]:
+    """The options of a dataclass, or of an instance with those of the dataclasses in it."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name, None)
+        if dataclasses.is_dataclass(value):
+            yield from _option_names(value)
+        else:
+            yield field.name.replace("_", "-")
+
+
+def _did_you_mean(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 class Commands:
@@ -75,8 +122,13 @@ class Commands:
         if not words and self.default is not None:
             words = [self.default]
         parser = self._parser()
-        if words and words[0].startswith("-") and words[0] not in ("-h", "--help", *(["--version"] * self.version)):
-            parser.error(f"unrecognized option: {words[0]}; a command comes first")
+        options = ["-h", "--help", *(["--version"] * self.version)]
+        if words and words[0].startswith("-") and words[0] not in options:
+            meant = _did_you_mean(words[0], options) or "a command comes first"
+            parser.error(f"unrecognized option: {words[0]}; {meant}")
+        if words and words[0] not in (*self.entries, *options):
+            meant = _did_you_mean(words[0], self.entries) or f"the commands are {', '.join(self.entries)}"
+            parser.error(f"there is no command {words[0]}: {meant}")
         name: str = parser.parse_args(words[:1]).command
         module, _, attribute = self.entries[name][0].partition(":")
         target = getattr(importlib.import_module(module), attribute)

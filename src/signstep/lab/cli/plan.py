@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from signstep.lab.arguments import parse_count
 from signstep.lab.errors import BadInput
 
 
@@ -12,8 +13,8 @@ from signstep.lab.errors import BadInput
 class Plan:
     """Predict bytes and time of a step over the network with every method, and what a vote is worth."""
 
-    params: float = 11e6
-    """Parameters of the model."""
+    params: str = "11M"
+    """Parameters of the model, as in 11M, 4e6 or 1.5B."""
     workers: int = 16
     """Workers that train it together."""
     bandwidth: str = "100mbit"
@@ -37,7 +38,6 @@ class Plan:
             plan_report.show_check(console, plan_report.check(self.check))
             return 0
         for option, good in (
-            ("params", 1 <= self.params <= 1e15),
             ("workers", 1 <= self.workers <= 1000),
             ("step-ms", 0 <= self.step_ms < float("inf")),
             ("latency-ms", 0 <= self.latency_ms < float("inf")),
@@ -46,11 +46,15 @@ class Plan:
                 value = getattr(self, option.replace("-", "_"))
                 raise BadInput(f"--{option} {value:g}: out of range; see signstep plan --help")
         try:
+            params = parse_count(self.params)
+        except ValueError as error:
+            raise BadInput(f"--params {error}") from error
+        try:
             bandwidth = bits_per_second(self.bandwidth)
         except ValueError as error:
             raise BadInput(f"--bandwidth {error}") from error
         cost = Cost(self.workers, bandwidth, self.step_ms / 1e3, self.latency_ms / 1e3)
-        plan_report.show_costs(console, Gradients.square(int(self.params)), cost)
+        plan_report.show_costs(console, Gradients.square(params), cost)
         plan_report.show_votes(console, self.workers)
         for note in plan_report.NOTES:
             console.print(note, highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,15 +60,20 @@ class Train:
     def run(self) -> int:
         """Train, and say how it ended; the exit code."""
         from signstep.lab.training.loop import train
-        from signstep.lab.training.records import read_run
+        from signstep.lab.training.records import is_done, read_run
         from signstep.lab.training.watch import Watching
+        from signstep.optim import step_length
 
         check_minutes(self.max_minutes)
         check_folder(self.data)
         config = replace(self.config, reduce="vote") if self.vote else self.config
         first = os.environ.get("RANK", "0") == "0"
-        if first:
+        path = self.out / f"{config.hash}.jsonl"
+        ended = first and is_done(path)
+        if first and not ended:
             say_where([config.dataset], self.data)
+            if OPTIMIZERS[config.optimizer].signs and (said := step_length.advice(config.lr)):
+                print(f"{config.optimizer}: {said}", file=sys.stderr)
         status = train(
             config,
             self.out,
@@ -80,17 +86,22 @@ class Train:
         )
         if not first:
             return 0
-        path = self.out / f"{config.hash}.jsonl"
         if status in ("stopped", "interrupted"):
             print(f"stopped; the same command goes on with {path}")
             return 0 if status == "stopped" else _INTERRUPTED
         run = read_run(path)
+        if ended:
+            print("nothing was trained: this run has ended before")
         if run.diverged:
             assert run.end is not None
             print(f"diverged: {run.end.get('reason', 'a loss was not finite')}; see {path}")
-            return _DIVERGED
-        print(f"done: {run.final_accuracy:.2f} % accuracy after the last epoch; see {path}")
-        return 0
+        else:
+            print(f"done: {run.final_accuracy:.2f} % accuracy after the last epoch; see {path}")
+        if ended:
+            saved = path.with_suffix(".pt")
+            files = f"{path} and {saved}" if saved.exists() else path
+            print(f"to train it anew, delete {files}; or choose another --seed or --out")
+        return _DIVERGED if run.diverged else 0
 
 
 _RATES = ", ".join(f"{name} {known.lr:g}" for name, known in OPTIMIZERS.items())

@@ -87,6 +87,17 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds `path` with `lock`."""
+    if not path.exists():
+        return False
+    try:
+        with filelock.FileLock(path).acquire(timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+
+
 @contextlib.contextmanager
 def lock(path: Path, over: Callable[[], bool]) -> Iterator[None]:
     """Hold `path` (a `.lock` file) for this process; released when the block ends or the process dies.

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TimeRemainingColumn
 from torch import Tensor
 
 from signstep.lab.training.config import RunConfig
@@ -48,11 +48,12 @@ class Display:
         # Not time.monotonic(), which on Windows stands still for 16 ms.
         self._began, self._began_at = time.perf_counter(), step
         self._lines = show and not self._console.is_terminal
+        title, numbers = "{task.description}", "{task.fields[numbers]}"
+        columns: list[str | ProgressColumn] = [title, BarColumn(bar_width=8), numbers, TimeRemainingColumn()]
+        if self._console.width < 80:  # where all columns are cut alike, and of one column the end
+            columns = [f"{title} {numbers}"]
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=8),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
+            *columns,
             console=self._console,
             disable=quiet or not show or self._lines,
         )
@@ -83,7 +84,7 @@ class Display:
         if self._progress.disable:
             return
         rate = (step - self._began_at) * self._batch_size / (time.perf_counter() - self._began)
-        numbers = f"{rate:,.0f} images/s  loss {losses.mean():.3f}  accuracy {accuracies.mean():.1%}{self._evaluated}"
+        numbers = f"accuracy {accuracies.mean():.1%}{self._evaluated}  loss {losses.mean():.3f}  {rate:,.0f} images/s"
         self._progress.update(self._task, completed=step, description=self._title(step), numbers=numbers)
 
     def epoch(self, line: dict[str, Any]) -> None:
@@ -94,9 +95,9 @@ class Display:
             each = (time.perf_counter() - self._began) / (line["step"] - self._began_at)
             left = duration(each * (self._steps - line["step"]))
             self._console.print(
-                f"{self._label}  epoch {line['epoch']}/{self._epochs}"
-                f"  loss {line['train_loss']:.3f}  accuracy {line['train_accuracy']:.1%}{self._evaluated}"
-                f"  {line['timing']['images_per_second']:,.0f} images/s  {left} left",
+                f"epoch {line['epoch']}/{self._epochs}  accuracy {line['train_accuracy']:.1%}{self._evaluated}"
+                f"  loss {line['train_loss']:.3f}  {line['timing']['images_per_second']:,.0f} images/s  {left} left"
+                f"  {self._label}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -1,6 +1,10 @@
 """CIFAR's files in both layouts: whole, cut, damaged, packed or not."""
 
+import gzip
 import pickle
+import subprocess
+import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,3 +165,70 @@ def test_the_folder_may_be_the_unpacked_set_itself(tmp_path: Path) -> None:
     assert load("cifar100", tmp_path / "cifar-100-binary").num_classes == 100
     (tmp_path / "cifar-100-binary").rename(tmp_path / "renamed")
     assert load("cifar100", tmp_path / "renamed").num_classes == 100
+
+
+def write_bomb(path: Path, header: tarfile.TarInfo | None, zeros: bytes = gzip.compress(bytes(1 << 22)) * 512) -> None:
+    """An archive of 2 MB that unpacks to 2 GB of zeros: the body of a member, or what comes after the last one."""
+    head = bytes(10_240) if header is None else header.tobuf(tarfile.GNU_FORMAT)
+    path.write_bytes(gzip.compress(head) + zeros)
+
+
+def member(name: str, size: int = 2 << 30, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info
+
+
+LITTLE_MEMORY = """
+import resource, sys, time
+from pathlib import Path
+from signstep.lab.data import DataError, cifar
+
+used = next(int(l.split()[1]) << 10 for l in Path("/proc/self/status").read_text().splitlines() if "VmSize" in l)
+resource.setrlimit(resource.RLIMIT_AS, (used + (450 << 20),) * 2)
+for folder in sys.argv[1:]:
+    started = time.process_time()
+    try:
+        cifar.read("cifar10", cifar.find("cifar10", Path(folder)))
+    except DataError as error:
+        print(f"{time.process_time() - started:.1f} {error}")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit on memory is Linux's")
+def test_a_file_that_unpacks_to_gigabytes_is_refused_in_little_memory(tmp_path: Path) -> None:
+    inside = "cifar-10-batches-py/data_batch_1"
+    headers = {
+        "a part": member(inside),
+        "a part whose size fits": member(inside, 40_000_000),
+        "another file": member("readme.html"),
+        "a name": member("x", kind=tarfile.GNUTYPE_LONGNAME),
+        "a header": member("x", kind=tarfile.XHDTYPE),
+        "a sparse part": member(inside, kind=tarfile.GNUTYPE_SPARSE),
+        "less than nothing": member(inside, -1),
+        "what comes after": None,
+    }
+    folders = []
+    for name, header in headers.items():
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        write_bomb(folders[-1] / "cifar-10-python.tar.gz", header)
+    folders.append(tmp_path / "cifar-10-batches-bin")
+    folders[-1].mkdir()
+    for file in (*cifar.LAYOUTS["cifar10"][0].train, "test_batch.bin"):
+        with (folders[-1] / file).open("wb") as sparse:
+            sparse.truncate(1 << 36)
+    command = [sys.executable, "-c", LITTLE_MEMORY, *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(folders)
+    for folder, line in zip(folders, lines, strict=True):
+        seconds, _, said = line.partition(" ")
+        assert float(seconds) < 3, line
+        assert said.startswith("cifar10: "), line
+        assert str(folder) in said, line
+    assert "has 2147483648 bytes, expected at most" in lines[0]
+    assert all("unpacks to more than the set has" in lines[i] for i in (2, 3, 4, 7)), lines
+    assert "has 68719476736 bytes, expected 30730000" in lines[-1]

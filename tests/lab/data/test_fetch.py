@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from made_sets import BLOCK, BODY, Server, archive_at, leftovers
 
-from signstep.lab.data import DataError
+from signstep.lab.data import DataError, fetch
 from signstep.lab.data.fetch import download
 
 
@@ -99,6 +99,14 @@ def test_a_wrong_checksum_falls_through_and_is_reported_with_both_sums(server: S
     assert hashlib.md5(BODY).hexdigest() in str(caught.value)
     assert hashlib.md5(server.files["forged"]).hexdigest() in str(caught.value)
     assert leftovers(tmp_path / "b") == set()
+
+
+def test_a_mirror_that_never_ends_is_left(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "_MOST", 3 * BLOCK)
+    server.files["set"] = BODY
+    with pytest.raises(DataError, match=rf"set: it sends more than {3 * BLOCK} bytes"):
+        download(archive_at(server.url + "set"), tmp_path)
+    assert leftovers(tmp_path) == set()
 
 
 def test_a_spoiled_beginning_makes_the_mirror_be_asked_for_all_of_it(server: Server, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Pickles that hold a batch of CIFAR are read, and nothing that a pickle asks for is run."""
 
 import contextlib
+import itertools
 import os
 import pickle
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,60 @@ def test_a_pickle_that_asks_for_anything_else_is_refused_and_not_run(
 def test_a_damaged_or_foreign_pickle_is_one_clear_error(raw: bytes, message: str) -> None:
     with pytest.raises(DataError, match=f"batch_7 .*{message}"):
         load_dict(raw, "batch_7")
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+DOUBLED = b"(t" + b"q\x00h\x00\x86" * 100  # ((), ()), then a pair of that, and so on: 2^100 leaves
+PAIRED_BY_COPY = b"(t" + b"2\x86" * 100
+DEEP = b")" + b"\x85" * 200_000
+EMPTY_ARRAY = b"cnumpy\nndarray\n)R"
+DTYPE = b"cnumpy\ndtype\n" + text("u1") + b"\x85R"
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"\x80\x04}" + DOUBLED + b"Ns.", "a key that is not text"),
+        (b"\x80\x04}(" + DOUBLED + b"Nu.", "a key that is not text"),
+        (b"\x80\x04(" + DOUBLED + b"Nd.", "a key that is not text"),
+        (b"\x80\x04}" + DEEP + b"Ns.", "a key that is not text"),
+        (b"\x80\x04}" + PAIRED_BY_COPY + b"Ns.", "the instruction DUP"),
+        (b"\x80\x04" + DOUBLED + b".", "holds a tuple"),
+        (b"\x80\x04" + DEEP + b".", "holds a tuple"),
+        # a shape, a type, bytes and a codec that are such tuples
+        (b"}X\1\0\0\0d" + EMPTY_ARRAY + b"(K\1" + DOUBLED + DTYPE + b"\x89C\0tbs.", "type 'u1' and shape unknown"),
+        (b"}X\1\0\0\0d" + EMPTY_ARRAY + b"(K\1)cnumpy\ndtype\n" + DOUBLED + b"\x85R\x89C\0tbs.", "type None"),
+        (b"}X\1\0\0\0d" + EMPTY_ARRAY + b"(K\1)" + DTYPE + b"\x89" + DOUBLED + b"tbs.", "expected bytes"),
+        (b"c_codecs\nencode\nX\1\0\0\0a" + DOUBLED + b"\x86R.", "encodes what is not text"),
+        # shapes that no array has
+        (b"}X\1\0\0\0d" + EMPTY_ARRAY + b"(K\1K\0\x8a\6" + b"\xff" * 5 + b"\0\x86" + DTYPE + b"\x89C\0tbs.", "filling"),
+        (b"}X\1\0\0\0d" + EMPTY_ARRAY + b"(K\1J\xff\xff\xff\xff\x85" + DTYPE + b"\x89C\4abcdtbs.", "filling its shape"),
+        # a number of instructions, of places, and of texts that no set needs
+        (b"N\x94" * 500_001 + b".", "more than 1,000,000 instructions"),
+        (
+            b"c_codecs\nencode\nq\0" + text("a" * 9000) + text("latin1") + b"\x86q\2](" + b"h\0h\2R" * 99 + b"e.",
+            "more text than bytes",
+        ),
+        # what our stand-ins for numpy must not let change
+        (b"c_codecs\nencode\n}X\1\0\0\0aNsb.", "changes what is no array"),
+        (b"}X\1\0\0\0d" + b"\x8bx\1\0\0" + b"\xff" * 376 + b"s.", "the instruction LONG4"),
+    ],
+    ids=itertools.count(),
+)  # fmt: skip
+def test_a_pickle_that_wants_all_of_the_machine_is_refused_at_once(raw: bytes, message: str) -> None:
+    started = time.process_time()
+    with pytest.raises(DataError, match=f"batch_7 .*{message}") as refused:
+        load_dict(raw, "batch_7")
+    assert time.process_time() - started < 4
+    assert len(str(refused.value)) < 500
+
+
+def test_a_key_that_is_no_unicode_is_read() -> None:
+    assert list(load_dict(b"\x80\x04}X\3\0\0\0\xed\xa0\x80Ns.", "batch_7")) == [b"?"]
 
 
 @settings(max_examples=200, deadline=None)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+import zipfile
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -246,7 +247,7 @@ def test_the_record_goes_back_to_the_checkpoint(tmp_path: Path, one_thread: None
 # Damage
 
 
-@pytest.mark.parametrize("damage", ["empty", "half", "flipped", "other", "list", "code"])
+@pytest.mark.parametrize("damage", ["empty", "half", "flipped", "other", "list", "code", "bomb"])
 def test_a_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
     config = tiny()
     train(config, tmp_path, max_minutes=0, progress=False)
@@ -265,11 +266,15 @@ def test_a_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
         path.write_bytes(b"not a checkpoint at all\n" * 100)
     elif damage == "list":
         torch.save([1, 2], path)
+    elif damage == "bomb":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", bytes(1 << 24))
     else:
         torch.save({"config": subprocess.Popen}, path)
     with pytest.raises(CheckpointError, match=rf"{path.name} is not a readable checkpoint \(.*\); delete it") as caught:
         train(config, tmp_path, progress=False)
     assert "\n" not in str(caught.value)
+    assert damage != "bomb" or "unpack to more bytes than it has" in str(caught.value)
     path.unlink()
     assert train(config, tmp_path, progress=False) == "done"
     assert len(runs.read_run(tmp_path / f"{config.hash}.jsonl").epochs) == 3

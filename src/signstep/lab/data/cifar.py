@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from signstep.lab.data.images import DataError, Images
 from signstep.lab.data.unpickle import load_dict
 
 _PIXELS = 3 * 32 * 32
+_BESIDE = 4 << 20
+"""Bytes that an archive may hold beside the parts that are read: its table, the names of the classes, a page."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,14 @@ class CifarLayout:
     def record(self) -> int:
         """Bytes in a binary record."""
         return len(self.labels) + _PIXELS
+
+    def records(self, file: str) -> int:
+        """Images in one of the files."""
+        return self.test_records if file == self.test else self.train_records // len(self.train)
+
+    def most_bytes(self, file: str) -> int:
+        """Bytes that one of the files can have at most: a pickle may spell a pixel with two, and name each image."""
+        return self.records(file) * self.record if self.binary else 65_536 + 2 * self.records(file) * (_PIXELS + 256)
 
 
 _CIFAR10_LABELS = ((b"labels", 10),)
@@ -142,18 +153,20 @@ def read(name: str, path: Path) -> Images:
     layout = next(lay for lay in LAYOUTS[name] if path.name == lay.archive or (path / lay.test).is_file())
     parse = _parse_binary if layout.binary else _parse_pickle
     parts: dict[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]] = {}
-    per_batch = layout.train_records // len(layout.train)
 
-    def take(file: str, raw: bytes) -> None:
+    def take(file: str, size: int, stream: IO[bytes]) -> None:
         where = f"{name}: {path / file}" if path.is_dir() else f"{name}: {file} in {path}"
-        parts[file] = parse(raw, layout, layout.test_records if file == layout.test else per_batch, where)
+        most = layout.most_bytes(file)
+        if not 0 <= size <= most:
+            raise DataError(f"{where} has {size} bytes, expected {'' if layout.binary else 'at most '}{most}")
+        parts[file] = parse(stream.read(size), layout, layout.records(file), where)
 
-    wanted = (*layout.train, layout.test)
     if path.is_dir():
-        for file in wanted:
-            take(file, (path / file).read_bytes())
+        for file in (*layout.train, layout.test):
+            with (path / file).open("rb") as stream:
+                take(file, os.fstat(stream.fileno()).st_size, stream)
     else:
-        _read_archive(name, path, layout.folder, wanted, take)
+        _read_archive(name, path, layout, take)
 
     def join(files: Sequence[str], column: int) -> Tensor:
         return torch.from_numpy(np.concatenate([parts[file][column] for file in files]))
@@ -169,27 +182,48 @@ def read(name: str, path: Path) -> Images:
     )
 
 
-def _read_archive(
-    name: str, path: Path, folder: str, wanted: Sequence[str], take: Callable[[str, bytes], None]
-) -> None:
-    """Give `take` the wanted members of a tar.gz in one pass; nothing is unpacked to disk."""
-    missing = set(wanted)
+class _Bounded:
+    """Reads a stream up to a number of bytes, `left`, which may be raised; more is a DataError."""
+
+    def __init__(self, stream: IO[bytes], left: int, excess: str) -> None:
+        self._stream, self.left, self._excess = stream, left, excess
+
+    def read(self, size: int) -> bytes:
+        found = self._stream.read(min(size, self.left + 1))
+        self.left -= len(found)
+        if self.left < 0:
+            raise DataError(self._excess)
+        return found
+
+
+def _read_archive(name: str, path: Path, layout: CifarLayout, take: Callable[[str, int, IO[bytes]], None]) -> None:
+    """Give `take` the layout's files of a tar.gz in one pass; nothing is unpacked to disk, and little that is not read.
+
+    A small file may unpack to any number of bytes, so they are counted.
+    """
+    missing = {*layout.train, layout.test}
+    excess = f"{name}: {path} unpacks to more than the set has; remove it and fetch it again"
     try:
-        with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as archive:
-            for member in archive:
-                parent, _, file = member.name.rpartition("/")
-                stream = archive.extractfile(member) if file in missing and parent.endswith(folder) else None
-                if stream is not None:
-                    take(file, stream.read())
-                    missing.remove(file)
-            while unzipped.read(1 << 20):  # gzip checks its checksum at the very end
+        with gzip.open(path) as unzipped:
+            bounded = _Bounded(cast(IO[bytes], unzipped), _BESIDE, excess)
+            with tarfile.open(fileobj=cast(IO[bytes], bounded), mode="r|") as archive:
+                for member in archive:
+                    parent, _, file = member.name.rpartition("/")
+                    stream = archive.extractfile(member) if file in missing and parent.endswith(layout.folder) else None
+                    if stream is not None:
+                        bounded.left += min(member.size, layout.most_bytes(file))
+                        take(file, member.size, stream)
+                        missing.remove(file)
+            while bounded.read(1 << 20):  # gzip checks its checksum at the very end
                 pass
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except DataError:
+        raise
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, LookupError, OverflowError) as error:
         raise DataError(
             f"{name}: {path} is not a whole tar.gz archive ({error}); remove it and fetch it again"
         ) from error
     if missing:
-        raise DataError(f"{name}: {path} lacks {', '.join(sorted(missing))} in {folder}/")
+        raise DataError(f"{name}: {path} lacks {', '.join(sorted(missing))} in {layout.folder}/")
 
 
 def _parse_binary(

@@ -27,6 +27,8 @@ _TIMEOUT = (10, 60)
 """Seconds to wait for a connection, and for the next bytes."""
 _PAUSE = 1.0
 """Seconds between two attempts at one mirror."""
+_MOST = 1 << 28
+"""Bytes that are taken from a mirror; the largest file has 170 million."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,9 @@ def _continue(url: str, part: Path, start: int, report: Callable[[int, int | Non
                     file.write(chunk)
                     done += len(chunk)
                     report(done, total)
+                    if done > _MOST:
+                        part.unlink()
+                        raise requests.RequestException(f"it sends more than {_MOST} bytes")
             finally:
                 file.flush()
                 os.fsync(file.fileno())

@@ -62,8 +62,11 @@ def read(path: Path) -> dict[str, Any]:
         CheckpointError: the file is damaged, or not a run's checkpoint.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums that torch.save writes
-            damaged = archive.testzip()
+        with zipfile.ZipFile(path) as archive:
+            # torch.save does not compress: a part that unpacks to more than the file has would fill the memory.
+            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its parts unpack to more bytes than it has")
+            damaged = archive.testzip()  # torch.load does not compare the checksums that torch.save writes
         if damaged is not None:
             raise ValueError(f"wrong checksum in its part {damaged}")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

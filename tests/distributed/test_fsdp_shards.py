@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_refused() -> None:
         FSDPMajorityVote(native, SignSGD(native.parameters()))
     columns: Any = fully_shard(nn.Linear(8, 8, bias=False), shard_placement_fn=lambda p: Shard(1))
     with pytest.raises(ValueError, match=re.escape("weight is sharded as (Shard(dim=1),)")):
-        FSDPMajorityVote(columns, SignSGD(columns.parameters()))
+        FSDPMajorityVote(columns, optimizer)
     with torch.device("meta"):
         empty: Any = nn.Linear(8, 8)
     fully_shard(empty)

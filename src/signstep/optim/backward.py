@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from signstep.optim.hybrid import HybridSignSGD
+from signstep.optim.shards import is_sharded
 from signstep.optim.signsgd import ENGINE_CHOICE, SignSGD, signsgd
 
 __all__ = ["attach_to_backward"]
@@ -35,11 +36,12 @@ def attach_to_backward(model: torch.nn.Module, optimizer_options: Mapping[str, A
     Raises:
         TypeError, ValueError: as the optimizer's constructor.
         RuntimeError: the model is wrapped in DistributedDataParallel, whose gradients are averaged after the hooks that
-            this uses; or, in backward, checkpointing is reentrant, so that backwards are nested.
+            this uses, or sharded by fully_shard; or, in backward, checkpointing is reentrant, so that backwards are
+            nested.
 
     What needs all gradients before the step cannot be had with it: gradient accumulation over several backwards,
-    clipping by the global norm, a GradScaler, differentiable or capturable steps, data parallelism (do not wrap the
-    model later either), parameters on several devices, and parameters that are added or unfrozen later.
+    clipping by the global norm, a GradScaler, differentiable or capturable steps, data parallelism (do not wrap or
+    shard the model later either), parameters on several devices, and parameters that are added or unfrozen later.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
@@ -59,6 +61,11 @@ def attach_to_backward(model: torch.nn.Module, optimizer_options: Mapping[str, A
                 f"Invalid {name}: True, a step inside backward cannot be so; call optimizer.step() instead"
             )
     params = [p for p in model.parameters() if p.requires_grad]
+    if any(map(is_sharded, params)):
+        raise RuntimeError(
+            "attach_to_backward: parameters are sharded (DTensor, as by fully_shard), and the ranks add up what a step "
+            "measures of them when all gradients are there; use optimizer.step() with them"
+        )
     if len(devices := {p.device for p in params}) > 1:
         raise ValueError(
             f"attach_to_backward: parameters on several devices, {', '.join(map(str, devices))}, cannot be stepped"

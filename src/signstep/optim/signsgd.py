@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import reduce
+from itertools import zip_longest
 from typing import Any, ClassVar, Literal, overload
 
 import torch
@@ -12,11 +13,12 @@ from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiab
 
 from signstep.kernels import fused as fused_engines
 from signstep.kernels.engine import Direction, Options, Tensors, real
-from signstep.kernels.momentum import check_momentum, mean_square, new_momentum, read_momentum
+from signstep.kernels.momentum import check_momentum
 from signstep.kernels.plain import multi_tensor_step, single_tensor_step
 from signstep.optim import step_length
 from signstep.optim.dither import dither_std
 from signstep.optim.options import SIGNSGD_OPTIONS, Option, check_options
+from signstep.optim.shards import Shards, add_up, check_sharding, mean_square, new_momentum, shards_of
 
 __all__ = ["ENGINE_CHOICE", "SignSGD", "rate_and_decay", "signsgd"]
 
@@ -78,12 +80,15 @@ class SignSGD(Optimizer):
     State:
         per parameter ``exp_avg`` if momentum > 0, with ``exp_avg_scale`` in 8 bits, and ``mean_square`` (0-dim float32)
         of the momentum if dither is relative; ``step`` per param_group, a 0-dim int64 tensor that counts its steps.
-        State that has a dtype of its own keeps it when it is loaded.
+        State that has a dtype of its own keeps it when it is loaded. Under `fully_shard` momentum is sharded as its
+        parameter is.
 
     Raises:
         TypeError: an option of the wrong type or an unknown one.
-        ValueError: an option out of range; the message names it, its value and the range.
-        RuntimeError: a sparse gradient, or ``fused=True`` where there is no kernel.
+        ValueError: an option out of range; the message names it, its value and the range. A parameter that is sharded
+            other than along dimension 0.
+        RuntimeError: a sparse gradient, ``fused=True`` where there is no kernel, or ``differentiable=True`` where
+            parameters are sharded.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -139,8 +144,9 @@ class SignSGD(Optimizer):
         group = self.param_groups[-1]
         try:
             check_options(group)
+            own = check_sharding(group["params"], differentiable=group["differentiable"])
             if group["fused"]:
-                fused_engines.require(group["params"])
+                fused_engines.require(own)
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
@@ -262,8 +268,9 @@ class SignSGD(Optimizer):
             if not kept:
                 continue
             state = self.state[p]
+            fresh = "exp_avg" not in state
             if "exp_avg" in kept:
-                if "exp_avg" not in state:
+                if fresh:
                     state.update(new_momentum(p, dtype))
                 m, scale = state["exp_avg"], state.get("exp_avg_scale")
                 if m.dtype != (dtype or p.dtype) or (scale is None) == (m.dtype == torch.int8):
@@ -274,12 +281,7 @@ class SignSGD(Optimizer):
             if "mean_square" in kept:
                 if "mean_square" not in state:
                     # That of the momentum that is there, if relative dither comes late.
-                    m = (
-                        read_momentum(state["exp_avg"], state.get("exp_avg_scale"))
-                        if "exp_avg" in kept
-                        else torch.zeros_like(p)
-                    )
-                    state["mean_square"] = mean_square(real(m)).to(p.device)
+                    state["mean_square"] = mean_square(p, {} if fresh or "exp_avg" not in kept else state)
                 batch.mean_squares.append(state["mean_square"])
         return batch
 
@@ -317,17 +319,25 @@ class SignSGD(Optimizer):
             batch = self.collect(group, group["params"], range(first, last))
             first = last
             if batch.params:
-                batches.append((group, batch))
+                batches.append((group, batch, shards_of(batch)))
                 # The model may have moved since the group was made.
                 if group["capturable"] or self.calibrates or group["step"].device.type != "cpu":
                     self._follow_parameters(group)
-        for group, batch in batches:
-            if not (stateless and self._changes_nothing(group, batch)):
-                if self._driver == "vote":
-                    batch = local_tensors(batch)
-                sums = self.new_sums(group) if self.calibrates else None
-                signsgd(batch, self.options(group, sums), **{name: group[name] for name in ENGINE_CHOICE})
-                self.finish_step(group, sums)
+        taken: list[tuple[dict[str, Any], list[Tensor]]] = []
+        measured: list[tuple[Shards, Tensor | None]] = []
+        for group, batch, parts in batches:
+            if stateless and self._changes_nothing(group, batch):
+                continue
+            total = self.new_sums(group)
+            sums = [] if total is None else [total, *(torch.zeros_like(total) for _ in parts[1:])]
+            for part, own in zip_longest(parts, sums):
+                options = self.options(group, own)
+                signsgd(part.tensors, options, **{name: group[name] for name in ENGINE_CHOICE})
+                measured.append((part, options.sums))
+            taken.append((group, sums))
+        add_up(measured)
+        for group, sums in taken:
+            self.finish_step(group, reduce(torch.add, sums) if sums else None)
         return loss
 
     def _changes_nothing(self, group: dict[str, Any], batch: Tensors) -> bool:
@@ -432,20 +442,3 @@ def _of_all_ranks(x: Tensor) -> Tensor:
     """A number that a sharded tensor was reduced to, over all shards."""
     whole: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x
     return whole
-
-
-def local_tensors(tensors: Tensors) -> Tensors:
-    """Replace tensors that are sharded along their first dimension by this rank's shards."""
-
-    def local(x: Any) -> Any:
-        return x.to_local() if hasattr(x, "to_local") else x
-
-    def begin(p: Any) -> int:
-        if not hasattr(p, "to_local"):
-            return 0
-        rows = -(-p.shape[0] // p.device_mesh.size())
-        return int(min(rows * p.device_mesh.get_local_rank(), p.shape[0]) * math.prod(p.shape[1:]))
-
-    offsets = [offset + begin(p) for p, offset in zip(tensors.params, tensors.offsets, strict=True)]
-    columns: list[Any] = [[local(x) for x in column] for column in tensors[:5]]
-    return Tensors(*[*columns, tensors.ordinals, offsets])

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from signstep.distributed.collectives import mean_over
 from signstep.distributed.hooks import Bucket, Entry, GradientHook
 from signstep.distributed.power_sgd import PowerSGD
 from signstep.distributed.vote import Vote, cast_entries, nonfinite_rule
 from signstep.distributed.worker import Worker, check_choice
-from signstep.optim.signsgd import SignSGD
 
 __all__ = ["MajorityVote"]
 
@@ -45,7 +45,8 @@ class MajorityVote(GradientHook):
 
     Args:
         model: wrapped in DistributedDataParallel; parameters that are not the optimizer's get the ordinary mean.
-        optimizer: `SignSGD` or `HybridSignSGD` over the model's parameters, with dither before the sign or none.
+        optimizer: `SignSGD` or `HybridSignSGD` over the model's parameters, with dither before the sign or none; it may
+            be in wrappers, see `signstep.optim.wrappers`.
         ties: "random", or "abstain": a tied coordinate does not move, which costs a second bit on the way back, 3 n (M
             - 1) / (8 M) bytes in all.
         error_feedback: each worker adds to its momentum what its earlier signs left out, see `Worker`.
@@ -83,7 +84,7 @@ class MajorityVote(GradientHook):
     def __init__(
         self,
         model: DistributedDataParallel,
-        optimizer: SignSGD,
+        optimizer: Optimizer,
         *,
         ties: str = "random",
         error_feedback: bool = False,
@@ -104,7 +105,7 @@ class MajorityVote(GradientHook):
             dither_workers=dither_workers,
             error_feedback=error_feedback,
         )
-        self.optimizer, self.ties, self.nonfinite = optimizer, ties, nonfinite
+        self.optimizer, self.ties, self.nonfinite = self.worker.optimizer, ties, nonfinite
         self.grad_scaler, self.after_switch = grad_scaler, after_switch
         self._vote = Vote("MajorityVote", [self.worker], ties=ties, nonfinite=nonfinite)
         self._power: PowerSGD | None = None

@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.autograd import Variable
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from signstep.distributed.collectives import all_gather, mean_over, own_group, reduce_scatter
 from signstep.distributed.fsdp_shards import Part, Reduced, Routes, Unit, check_groups, check_optimizer, find_units
 from signstep.distributed.vote import Ballot, Vote, cast, flag_gradients, flags_of, nonfinite_rule, words_of
-from signstep.distributed.worker import Gradient, Worker, check_choice, state_key
+from signstep.distributed.worker import Gradient, Worker, check_choice, sign_optimizer, state_key
 from signstep.kernels.bits import word_count
 from signstep.kernels.engine import Slot
 from signstep.kernels.reference import Segment
@@ -99,7 +100,7 @@ class FSDPMajorityVote:
     def __init__(
         self,
         model: torch.nn.Module,
-        optimizer: SignSGD,
+        optimizer: Optimizer,
         *,
         ties: str = "random",
         error_feedback: bool = False,
@@ -108,6 +109,7 @@ class FSDPMajorityVote:
         grad_scaler: GradScaler | None = None,
         replicate_group: dist.ProcessGroup | None = None,
     ) -> None:
+        optimizer = sign_optimizer(optimizer)
         check_choice("ties", ties, ("random", "abstain"))
         nonfinite = nonfinite_rule(nonfinite, scaled=grad_scaler is not None)
         if error_feedback and replicate_group is not None:

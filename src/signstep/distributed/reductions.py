@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 from signstep.distributed import power_sgd
 from signstep.distributed.compressors import COMPRESSORS, CompressedGradients, Offer
 from signstep.distributed.ddp import MajorityVote
-from signstep.optim import SignSGD
 
 __all__ = ["REDUCTIONS", "TRAINED", "Gradients", "Reduction", "Stateful", "attach"]
 
@@ -140,7 +139,6 @@ def _power_sgd(model: DistributedDataParallel, _: Optimizer) -> None:
 
 def _vote(**options: Any) -> Attach:
     def attach_vote(model: DistributedDataParallel, optimizer: Optimizer) -> Stateful:
-        assert isinstance(optimizer, SignSGD)
         return MajorityVote(model, optimizer, **options)
 
     return attach_vote

@@ -17,12 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.optim import Optimizer
 
 from signstep.distributed.attacks import Attack, Collude
 from signstep.distributed.hooks import Entry
 from signstep.distributed.vote import Vote, cast_entries, nonfinite_rule
 from signstep.distributed.worker import Worker, check_choice, in_memory_order
-from signstep.optim.signsgd import SignSGD
 
 __all__ = ["SimulatedMean", "SimulatedVote", "per_worker_gradients"]
 
@@ -139,6 +139,7 @@ class SimulatedVote(_Simulation):
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> from signstep import SignSGD
         >>> optimizer = SignSGD(model.parameters(), lr=1e-3, momentum=0.0)
         >>> sim = SimulatedVote(model, optimizer, world_size=3)
         >>> sim.vote([{"weight": torch.tensor([[g, -g]])} for g in (0.5, 0.1, -9.0)])
@@ -150,7 +151,7 @@ class SimulatedVote(_Simulation):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: SignSGD,
+        optimizer: Optimizer,
         world_size: int,
         *,
         ties: str = "random",
@@ -172,7 +173,7 @@ class SimulatedVote(_Simulation):
             worker.state = {
                 name: {key: x.clone() for key, x in tensors.items()} for name, tensors in self.workers[0].state.items()
             }
-        self.optimizer, self.ties, self.nonfinite = optimizer, ties, nonfinite
+        self.optimizer, self.ties, self.nonfinite = self.workers[0].optimizer, ties, nonfinite
         self._vote = Vote("SimulatedVote", self.workers, ties=ties, nonfinite=nonfinite)
 
     @torch.no_grad()

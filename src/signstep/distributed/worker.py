@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from signstep.kernels import bits
 from signstep.kernels.engine import Direction, Options, Slot, Tensors, select
@@ -18,6 +19,7 @@ from signstep.kernels.momentum import STOCHASTIC, enter_momentum, new_momentum
 from signstep.kernels.reference import Segment
 from signstep.optim.dither import dither_std
 from signstep.optim.signsgd import SignSGD, rate_and_decay
+from signstep.optim.wrappers import unwrap
 
 __all__ = ["Gradient", "Worker", "resplit", "worker_seed"]
 
@@ -56,6 +58,17 @@ class Gradient(NamedTuple):
     """Index of the first element in the whole parameter."""
 
 
+def sign_optimizer(optimizer: Optimizer) -> SignSGD:
+    """The optimizer of a vote, taken out of its wrappers; TypeError where it is not one of signstep's."""
+    inner = unwrap(optimizer)
+    if not isinstance(inner, SignSGD):
+        raise TypeError(
+            f"a vote needs SignSGD or HybridSignSGD, got {type(inner).__name__}; for other optimizers compress "
+            "the gradients, with signstep.distributed.CompressedGradients"
+        )
+    return inner
+
+
 class Worker:
     """Momentum, dither and sign of one worker, for every parameter of an optimizer.
 
@@ -78,7 +91,7 @@ class Worker:
 
     def __init__(
         self,
-        optimizer: SignSGD,
+        optimizer: Optimizer,
         names: Mapping[Tensor, str],
         rank: int,
         world_size: int,
@@ -86,11 +99,7 @@ class Worker:
         dither_workers: str = "independent",
         error_feedback: bool = False,
     ) -> None:
-        if not isinstance(optimizer, SignSGD):
-            raise TypeError(
-                f"a vote needs SignSGD or HybridSignSGD, got {type(optimizer).__name__}; for other optimizers compress "
-                "the gradients, with signstep.distributed.CompressedGradients"
-            )
+        optimizer = sign_optimizer(optimizer)
         check_choice("dither_workers", dither_workers, ("independent", "scaled"))
         self.optimizer, self.rank, self.world_size = optimizer, rank, world_size
         self.names = dict(names)

@@ -37,13 +37,11 @@ def begin(
 
     Args:
         model: as Monitor takes it.
-        optimizer: may be wrapped, as by accelerate.
+        optimizer: as Monitor takes it, so in any wrappers.
         scaled_by: the trainer's object that has the GradScaler as its attribute `scaler`, if there is one.
         state: what `Monitor.state_dict` gave, or {"step": steps taken}.
         options: other keywords of Monitor. A file of `JSONLines` is cut off where the training goes on.
     """
-    while not isinstance(optimizer, Optimizer) or hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
     monitor = Monitor(model, optimizer, scaler=getattr(scaled_by, "scaler", None), **options)
     monitor.load_state_dict(dict(state))
     for sink in monitor.sinks:

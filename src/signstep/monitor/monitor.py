@@ -28,6 +28,7 @@ from signstep.monitor.sinks import Sink
 from signstep.monitor.symmetry import symmetry
 from signstep.monitor.untouched import untouched
 from signstep.optim.signsgd import SignSGD
+from signstep.optim.wrappers import unwrap
 
 __all__ = ["Monitor"]
 
@@ -64,7 +65,9 @@ class Monitor:
         model: the module that is trained, bare or in DistributedDataParallel. Under DDP the ranks' micro-batches are
             gathered (one all_gather of how many there are, and one of the gradients), and rank 0 writes. Within
             `join()`, rank 0 compares its own alone.
-        optimizer: the optimizer whose steps are counted and measured.
+        optimizer: the optimizer whose steps are counted and measured. It may be in wrappers that have it as their
+            attribute `optimizer` or `base_optimizer`, as from `accelerator.prepare`. Of a ZeroRedundancyOptimizer,
+            dither and calibration are those of rank 0's part.
         every: number of steps from one own step to the next, at least 1. (default: 50)
         sinks: objects with `write(record)` and `close()`, see `signstep.monitor.sinks`. (default: none)
         coordinates: how many coordinates of the gradient are looked at, spread evenly over the parameters. Each takes 4
@@ -80,6 +83,7 @@ class Monitor:
         last: the last record, or None.
 
     Raises:
+        TypeError: there is no optimizer in what was passed as one.
         ValueError: an option is out of range, the model has no parameter to train or is sharded by FSDP, or the
             optimizer steps inside backward.
 
@@ -110,6 +114,7 @@ class Monitor:
         for name, value in (("every", every), ("coordinates", coordinates)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
+        optimizer = unwrap(optimizer)
         if isinstance(optimizer, SignSGD) and optimizer.steps_in_backward:
             raise ValueError("optimizer steps inside backward (attach_to_backward): there is no gradient to look at")
         inner = _without_compile(model)
@@ -125,6 +130,7 @@ class Monitor:
         if sharded or any(is_sharded(p) for p in named.values()):
             raise ValueError("model has parameters sharded by FSDP: only whole ones, or DDP, can be monitored")
         self.model, self.optimizer, self.every, self.sinks = model, optimizer, every, list(sinks)
+        self._local: Optimizer = getattr(optimizer, "optim", optimizer)  # a ZeroRedundancyOptimizer's on this rank
         self.step = 0
         self.last: dict[str, Any] | None = None
         self._scaler, self._dip = scaler, dip
@@ -247,8 +253,8 @@ class Monitor:
 
     def _before_step(self, *_: object) -> None:
         if self.due and self._first:
-            self._dither.before_step(self.optimizer)
-            self._calibration.before_step(self.optimizer)
+            self._dither.before_step(self._local)
+            self._calibration.before_step(self._local)
 
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
@@ -284,10 +290,10 @@ class Monitor:
         width = self._sampler.width
         chosen = torch.arange(0, width, -(-width // _TESTED), device=finite.device)
         noise = symmetry(finite[:, chosen], dip=self._dip)
-        dither, calibration = self._dither.after_step(self.optimizer), self._calibration.after_step(self.optimizer)
+        dither, calibration = self._dither.after_step(self._local), self._calibration.after_step(self._local)
         record: dict[str, Any] = {
             "step": self.step,
-            "optimizer": type(self.optimizer).__name__,
+            "optimizer": type(self._local).__name__,
             "lr": [float(g["lr"]) for g in self.optimizer.param_groups],
             "micro_batches": len(finite),
             "reliability": found,

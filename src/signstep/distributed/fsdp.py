@@ -330,7 +330,7 @@ class FSDPMajorityVote:
         relative = [r.part for r in voting if is_relative(r.part)]
         if self._shards == 1 or not relative:
             return
-        squares = torch.zeros(len(relative), device=self.device)
+        squares = torch.zeros(len(relative), dtype=torch.float32, device=self.device)
         states = []
         for i, part in enumerate(relative):
             states.append(worker.state.get(state_key(part.name, self._extent(part)[0]), {}))

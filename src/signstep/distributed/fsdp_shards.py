@@ -76,8 +76,8 @@ class Routes(NamedTuple):
         nothing = sum(word_count(part.size) for part in parts)
         first = 0
         for part in parts:
-            begin = torch.arange(ranks)[:, None] * part.run
-            source = begin // WORD + torch.arange(word_count(part.run))
+            begin = torch.arange(ranks, device="cpu")[:, None] * part.run
+            source = begin // WORD + torch.arange(word_count(part.run), device="cpu")
             words = word_count(part.size)
             lows.append(torch.where(source < words, first + source, nothing))
             highs.append(torch.where(source + 1 < words, first + source + 1, nothing))

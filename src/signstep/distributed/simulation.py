@@ -208,7 +208,7 @@ class SimulatedVote(_Simulation):
         for worker, entries in zip(self.workers, everyone, strict=True):
             whole = torch.cat([e.flat for e in entries])
             ballots.append(cast_entries(worker, entries, finite=bool(whole.dot(whole).isfinite())))
-        flags = torch.tensor([b.flags for b in ballots], dtype=torch.uint8)
+        flags = torch.tensor([b.flags for b in ballots], dtype=torch.uint8, device="cpu")
         result = vote.tally(torch.stack([b.words for b in ballots]), flags, ballots[0].slots, names)
         election = vote.election(result, flags)
         outcomes = []

@@ -134,7 +134,9 @@ class Vote:
             by_coin.setdefault(coin, []).append(i)
         for (seed, step), members in by_coin.items():
             numbers, chosen = [voters[i] for i in members], [slots[i] for i in members]
-            result[0] |= bits.count(ballots, numbers, chosen, seed=seed, step=torch.tensor(step), ties=ties)
+            result[0] |= bits.count(
+                ballots, numbers, chosen, seed=seed, step=torch.tensor(step, dtype=torch.int64, device="cpu"), ties=ties
+            )
             if ties is not None:
                 result[1] |= ties
         return result
@@ -258,7 +260,9 @@ class Vote:
         kept = [worker.state.pop(state_key(name, start), {}) for worker in self.workers]
         if group["sgd_momentum"] == 0 or param in self.optimizer.state:
             return
-        momenta = [torch.zeros(param.numel() if size is None else size, device=param.device) for _ in kept]
+        momenta = [
+            torch.zeros(param.numel() if size is None else size, dtype=torch.float32, device=param.device) for _ in kept
+        ]
         for momentum, state in zip(momenta, kept, strict=True):
             if "exp_avg" in state:
                 momentum.copy_(read_momentum(state["exp_avg"], state.get("exp_avg_scale")))
@@ -318,8 +322,8 @@ def cast_entries(worker: Worker, entries: Sequence[Entry], *, finite: bool) -> B
 
 def words_of(flags: Sequence[int], device: torch.device) -> Tensor:
     """Flags as they are sent, a byte each: int64 [ceil(flags / 8)]."""
-    padded = torch.zeros(-(-len(flags) // 8) * 8, dtype=torch.uint8)
-    padded[: len(flags)] = torch.tensor(list(flags), dtype=torch.uint8)
+    padded = torch.zeros(-(-len(flags) // 8) * 8, dtype=torch.uint8, device="cpu")
+    padded[: len(flags)] = torch.tensor(list(flags), dtype=torch.uint8, device="cpu")
     return padded.view(torch.int64).to(device)
 
 

@@ -193,7 +193,7 @@ class Worker:
                     tensors.scales.append(state["exp_avg_scale"])
             if group["dither"] > 0 and group["dither_scale"] == "relative":
                 if "mean_square" not in state:
-                    state["mean_square"] = torch.zeros((), device=flat.device)
+                    state["mean_square"] = torch.zeros((), dtype=torch.float32, device=flat.device)
                 tensors.mean_squares.append(state["mean_square"])
             if self.error_feedback and "residual" not in state:
                 state["residual"] = torch.zeros_like(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
@@ -203,12 +203,15 @@ class Worker:
         """The standard deviation of the noise that this worker adds to a param_group's momentum; None: it adds none."""
         if group["dither"] == 0:
             return None
-        return dither_std(torch.tensor(step), group["dither"], group["dither_decay"]) * self._sigma_factor
+        return (
+            dither_std(torch.tensor(step, dtype=torch.int64, device="cpu"), group["dither"], group["dither_decay"])
+            * self._sigma_factor
+        )
 
     def _options(self, group: dict[str, Any], step: int) -> Options:
         sigma = self.sigma(group, step)
         return Options(
-            step=torch.tensor(step),
+            step=torch.tensor(step, dtype=torch.int64, device="cpu"),
             rate=0.0,
             decay=1.0,
             coupled_weight_decay=rate_and_decay(group)[2],

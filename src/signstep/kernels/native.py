@@ -121,7 +121,7 @@ def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: 
     request.rate, request.decay = float(options.rate), float(options.decay)
     request.sums = 0 if options.sums is None else options.projected
     count = len(tensors.params)
-    sums = None if options.sums is None else torch.empty(count, 3, dtype=torch.float64)
+    sums = None if options.sums is None else torch.empty(count, 3, dtype=torch.float64, device="cpu")
     with laid_out(tensors, options) as (params, grads, exp_avgs, scales, mean_squares, ordinals, offsets):
         table = array("q")
         for i, p in enumerate(params):
@@ -253,7 +253,7 @@ def count(
         if not _inside(first, size, width):
             return None
         table.extend((first, size, start, parameter, number))
-    out = torch.zeros(width, dtype=torch.int64)
+    out = torch.zeros(width, dtype=torch.int64, device="cpu")
     if ties is not None:
         ties.zero_()
     request = _request(isa, own_threads)

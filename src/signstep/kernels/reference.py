@@ -53,7 +53,10 @@ def blocks(
     ranges = [(s.start // per_block, -(-(s.start + s.size) // per_block)) for s in segments]
     index = torch.cat([torch.arange(a, b, device=device) for a, b in ranges])
     parameter = torch.cat(
-        [torch.full((b - a,), s.parameter, device=device) for s, (a, b) in zip(segments, ranges, strict=True)]
+        [
+            torch.full((b - a,), s.parameter, dtype=torch.int64, device=device)
+            for s, (a, b) in zip(segments, ranges, strict=True)
+        ]
     )
     last = torch.full_like(index, stream)
     words = philox4x32((index & _MASK, step & _MASK, parameter & _MASK, last), (seed & _MASK, seed >> 32))

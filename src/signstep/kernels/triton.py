@@ -483,7 +483,7 @@ class _Pinned:
 
     def _make_ready(self, size: int) -> None:
         if not self._pages or self._used + size > self._pages[-1].numel():
-            self._pages.append(torch.empty(max(size, self._SPARE), dtype=torch.int64, pin_memory=True))
+            self._pages.append(torch.empty(max(size, self._SPARE), dtype=torch.int64, device="cpu", pin_memory=True))
             self._used = 0
 
 

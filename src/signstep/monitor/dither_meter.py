@@ -114,7 +114,7 @@ class DitherMeter:
             m = self._momentum(optimizer, moved, before)
             if m is None:
                 continue
-            sigma = torch.zeros((), device=m.device)
+            sigma = torch.zeros((), dtype=torch.float32, device=m.device)
             name = self.names.get(p, f"parameter {order[p]}")
             layer = _Layer(name, m.numel(), group, rates[index], before.steps[index])
             if isinstance(optimizer, SignSGD) and before.phases[index] == "sign" and group["dither"] > 0:

@@ -71,7 +71,9 @@ class BeforeStep:
         """sigma_k of the dither in signstep's optimizer, 0-dim: eq. (9), times the momentum's rms if it is relative."""
         step = self.steps[moved.group_index]
         assert step is not None
-        sigma = dither_std(torch.tensor(step), moved.group["dither"], moved.group["dither_decay"])
+        sigma = dither_std(
+            torch.tensor(step, dtype=torch.int64, device="cpu"), moved.group["dither"], moved.group["dither_decay"]
+        )
         mean_square = self.mean_squares.get(moved.param)
         return sigma if mean_square is None else sigma.to(mean_square.device) * mean_square.sqrt()
 
@@ -171,7 +173,7 @@ def _mean_squares(optimizer: Optimizer) -> dict[Tensor, Tensor]:
             square = optimizer.state.get(p, {}).get("mean_square")
             if square is None:
                 m = kept_momentum(optimizer, group, p)
-                square = torch.zeros((), device=p.device) if m is None else mean_square(m)
+                square = torch.zeros((), dtype=torch.float32, device=p.device) if m is None else mean_square(m)
             squares[p] = square.clone()
     return squares
 

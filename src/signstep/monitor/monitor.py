@@ -312,7 +312,11 @@ class Monitor:
         """The rows of all ranks in the units of the step's gradient, and how many micro-batches are in it."""
         own = self._sampler.rows if self._measured is None else self._measured
         device = next(p.device for group in self.optimizer.param_groups for p in group["params"])
-        rows = torch.stack(own).to(device) if own else torch.zeros(0, self._sampler.width, device=device)
+        rows = (
+            torch.stack(own).to(device)
+            if own
+            else torch.zeros(0, self._sampler.width, dtype=torch.float32, device=device)
+        )
         counts = [len(own)]
         own.clear()  # the stacked copy takes as much memory again
         # A rank that has joined, as it has no more data, does not come here.
@@ -325,13 +329,13 @@ class Monitor:
         """Rows of all ranks, and how many each has."""
         world = dist.get_world_size(self._group)
         heads = [torch.zeros(2, dtype=torch.int64, device=rows.device) for _ in range(world)]
-        dist.all_gather(heads, torch.tensor([len(rows), self.step], device=rows.device), self._group)
+        dist.all_gather(heads, torch.tensor([len(rows), self.step], dtype=torch.int64, device=rows.device), self._group)
         counts, steps = zip(*(head.tolist() for head in heads), strict=True)
         if len(set(steps)) > 1:
             raise RuntimeError(
                 f"the ranks' monitors are at steps {list(steps)}: load the same state_dict on all of them"
             )
-        padded = torch.zeros(max(counts), rows.shape[1], device=rows.device)
+        padded = torch.zeros(max(counts), rows.shape[1], dtype=torch.float32, device=rows.device)
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in range(world)]
         dist.all_gather(gathered, padded, self._group)

@@ -131,7 +131,9 @@ def _alarms(found: dict[str, Any], rows: int) -> list[str]:
         )
     layers = found["layers"] if rows >= _LAYERS else {}
     # Each half-width is that of a single interval; it is widened so that no layer falls below 0 by chance.
-    normal = torch.special.ndtri(torch.tensor([1 - _ALARM / max(1, len(layers)), 1 - _ALARM], dtype=torch.float64))
+    normal = torch.special.ndtri(
+        torch.tensor([1 - _ALARM / max(1, len(layers)), 1 - _ALARM], dtype=torch.float64, device="cpu")
+    )
     wider = float(normal[0] / normal[1])
     below = [
         name

@@ -59,11 +59,11 @@ class Sampler:
         begin = 0
         for name, size in zip(named, sizes, strict=True):
             count = min(size, each)
-            indices = torch.arange(size)
+            indices = torch.arange(size, device="cpu")
             if count < size:
                 # With replacement first: a permutation of a large tensor would be as large as the tensor.
-                drawn = torch.unique(torch.randint(size, (2 * count,), generator=generator))
-                indices = drawn[torch.randperm(len(drawn), generator=generator)[:count]].sort().values
+                drawn = torch.unique(torch.randint(size, (2 * count,), generator=generator, device="cpu"))
+                indices = drawn[torch.randperm(len(drawn), generator=generator, device="cpu")[:count]].sort().values
                 count = len(indices)
             self.columns.append(Columns(name, slice(begin, begin + count), size, indices))
             begin += count
@@ -140,7 +140,7 @@ class Sampler:
     def _begin_row(self) -> None:
         if self.rows and self._scale is not None and all(p.grad is None or not p.grad.any() for p in self._params):
             self.rows = []
-        self._row = torch.zeros(self.width, device=self._params[0].device)
+        self._row = torch.zeros(self.width, dtype=torch.float32, device=self._params[0].device)
         if not self._inside:
             Variable._execution_engine.queue_callback(self._end_row)
 

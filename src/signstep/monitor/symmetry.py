@@ -158,7 +158,8 @@ def benjamini_hochberg(p_values: Tensor, alpha: float) -> Tensor:
 
 def _spread(size: int, most: int) -> Tensor:
     """At most `most` indices below size, evenly spaced."""
-    return torch.arange(min(size, most)) * size // min(size, most) if size else torch.arange(0)
+    count = min(size, most)
+    return torch.arange(count, device="cpu") * size // max(1, count)
 
 
 def _median(x: Tensor) -> Tensor:
@@ -247,5 +248,7 @@ def _dip(x: Tensor, alpha: float) -> tuple[float | None, str]:
     except ImportError:
         return None, "; unimodality not tested: the package diptest is not installed"
     p = [float(diptest.diptest(row.cpu().numpy())[1]) for row in x]
-    share = float(benjamini_hochberg(torch.tensor(p, dtype=torch.float64), alpha).to(torch.float32).mean())
+    share = float(
+        benjamini_hochberg(torch.tensor(p, dtype=torch.float64, device="cpu"), alpha).to(torch.float32).mean()
+    )
     return share, f"; unimodality rejected in {share:.0%} of {len(x)} coordinates (dip test, conservative)"

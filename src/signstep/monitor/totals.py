@@ -35,7 +35,7 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
     wide = wide_dtype(a.device)
     if a.device.type != "cpu":
         return (a * b).sum(dtype=wide)
-    total = torch.zeros((), dtype=wide)
+    total = torch.zeros((), dtype=wide, device=a.device)
     for x, y in chunks(a, b):
         total += torch.dot(x, y)
     return total

@@ -94,7 +94,7 @@ class HybridSignSGD(SignSGD):
         self._init(params, locals())
 
     def _group_tensors(self, group: dict[str, Any]) -> dict[str, tuple[torch.dtype, torch.device]]:
-        first = group["params"][0] if group["params"] else torch.empty(0)
+        first = group["params"][0] if group["params"] else torch.empty(0, dtype=torch.float32, device="cpu")
         wide = torch.float64 if first.dtype in (torch.float64, torch.complex128) else torch.float32
         return super()._group_tensors(group) | dict.fromkeys(CALIBRATION_STATE, (wide, first.device))
 

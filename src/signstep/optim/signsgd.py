@@ -208,7 +208,7 @@ class SignSGD(Optimizer):
         for name, (dtype, device) in self._group_tensors(group).items():
             value = group.get(name, 0)
             if not isinstance(value, Tensor):
-                value = torch.tensor(value)
+                value = torch.tensor(value, dtype=dtype, device=device)
             group[name] = value.to(device, dtype)
 
     def _follow_parameters(self, group: dict[str, Any]) -> None:
@@ -349,7 +349,7 @@ class SignSGD(Optimizer):
         on_host = not isinstance(lr, Tensor) or lr.device.type == "cpu"
         if group["capturable"] or not on_host or lr != 0:
             return False
-        return not any(_of_all_ranks(g.any()) for g in batch.grads)
+        return not any(g.is_meta or _of_all_ranks(g.any()) for g in batch.grads)
 
     # The parts of a step, for callers that do not take it in one call: backward, and the ranks of a vote.
 

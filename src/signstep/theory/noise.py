@@ -105,7 +105,8 @@ def _exponential(shape: Sequence[int], generator: Generator) -> Tensor:
 
 
 def _coin(shape: Sequence[int], generator: Generator, chance: float, first: float, second: float) -> Tensor:
-    return torch.where(_uniform(shape, generator) < chance, first, second).to(torch.float64)
+    uniform = _uniform(shape, generator)
+    return torch.full_like(uniform, second).masked_fill_(uniform < chance, first)
 
 
 def _gaussian_cdf(x: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def _quadratic(name: str, hessian: Tensor, noise_std: float, law: Law) -> Proble
         dim=dim,
         smoothness=hessian.abs() if hessian.ndim == 1 else hessian.abs().sum(-1),
         minimum=0.0,
-        start=torch.ones(dim, dtype=torch.float64),
+        start=torch.ones(dim, dtype=torch.float64, device="cpu"),
         value=lambda x: (x * apply(x)).sum(-1) / 2,
         gradient=apply,
         sample_gradient=sample_gradient,
@@ -116,7 +116,7 @@ def separable_quadratic(
     _check_dim(dim)
     if not (condition >= 1 and math.isfinite(condition)):
         raise ValueError(f"condition={condition}: expected a finite number of at least 1")
-    curvature = torch.logspace(-math.log10(condition), 0, dim, dtype=torch.float64)
+    curvature = torch.logspace(-math.log10(condition), 0, dim, dtype=torch.float64, device="cpu")
     return _quadratic("separable quadratic", curvature, noise_std, law)
 
 
@@ -143,7 +143,7 @@ def coupled_quadratic(
     _check_dim(dim)
     if not 0 <= coupling <= 1:
         raise ValueError(f"coupling={coupling}: expected a number from 0 to 1")
-    hessian = torch.full((dim, dim), coupling, dtype=torch.float64).fill_diagonal_(1.0)
+    hessian = torch.full((dim, dim), coupling, dtype=torch.float64, device="cpu").fill_diagonal_(1.0)
     return _quadratic("coupled quadratic", hessian, noise_std, law)
 
 
@@ -171,7 +171,7 @@ def logistic_regression(*, l2: float = 1e-2) -> Problem:
         raise ValueError(f"l2={l2}: expected a finite number above 0")
     pixels, digit = load_digits(return_X_y=True)
     pixels = torch.from_numpy(pixels).to(torch.float64) / 16
-    images = torch.cat([pixels, torch.ones(len(pixels), 1, dtype=torch.float64)], dim=1)
+    images = torch.cat([pixels, torch.ones(len(pixels), 1, dtype=torch.float64, device="cpu")], dim=1)
     labels = torch.where(torch.from_numpy(digit) % 2 == 1, 1.0, -1.0).to(torch.float64)
     rows = labels.unsqueeze(1) * images
     count, dim = rows.shape
@@ -184,7 +184,7 @@ def logistic_regression(*, l2: float = 1e-2) -> Problem:
         return -torch.sigmoid(-x @ rows.T) @ rows / count + l2 * x
 
     def sample_gradient(x: Tensor, n: int, generator: Generator) -> Tensor:
-        drawn = rows[torch.randint(count, (*x.shape[:-1], n), generator=generator)]
+        drawn = rows[torch.randint(count, (*x.shape[:-1], n), generator=generator, device="cpu")]
         weight = torch.sigmoid(-(drawn @ x.unsqueeze(-1)))
         return -(weight * drawn).mean(-2) + l2 * x
 
@@ -194,20 +194,20 @@ def logistic_regression(*, l2: float = 1e-2) -> Problem:
         # Rounding must not leave a pixel that is always 0 with noise, nor a variance below 0.
         return (weight.square() @ rows.square() / count - mean.square()).clamp(min=0).sqrt()
 
-    best = torch.zeros(dim, dtype=torch.float64)
+    best = torch.zeros(dim, dtype=torch.float64, device="cpu")
     for _ in range(_NEWTON_STEPS):
         slope = gradient(best)
         if float(slope.norm()) <= _NEWTON_TOLERANCE:
             break
         chance = torch.sigmoid(best @ rows.T)
         curvature = (rows.T * (chance * (1 - chance))) @ rows / count
-        best = best - torch.linalg.solve(curvature + l2 * torch.eye(dim, dtype=torch.float64), slope)
+        best = best - torch.linalg.solve(curvature + l2 * torch.eye(dim, dtype=torch.float64, device="cpu"), slope)
     return Problem(
         name="logistic regression",
         dim=dim,
         smoothness=(rows.T @ rows).abs().sum(-1) / (4 * count) + l2,
         minimum=float(value(best)),
-        start=torch.zeros(dim, dtype=torch.float64),
+        start=torch.zeros(dim, dtype=torch.float64, device="cpu"),
         value=value,
         gradient=gradient,
         sample_gradient=sample_gradient,
@@ -252,6 +252,6 @@ def run(
 
         noisy = problem.sample_gradient(x, batch_size, generator)
         if dither_std > 0:
-            noisy = noisy + dither_std * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            noisy = noisy + dither_std * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         x = x - lr * noisy.sign()
     return Trajectory(torch.stack(values), torch.stack(phis), torch.stack(l1s))

@@ -83,7 +83,9 @@ class Message:
         self.anyone: list[bool] = []
         """Whether any rank's backward has reached the parameter; known after the first collective."""
         self._hook, self._names = hook, names
-        self._flags = torch.tensor([*flags, *[0] * (-len(flags) % 4)], dtype=torch.uint8).view(torch.int32)
+        self._flags = torch.tensor([*flags, *[0] * (-len(flags) % 4)], dtype=torch.uint8, device="cpu").view(
+            torch.int32
+        )
 
     def scatter(self, words: Tensor) -> Tensor:
         """Row r of int32 [M, n] to rank r: what the ranks have sent to this one, int32 [M, n]."""
@@ -215,7 +217,7 @@ class BlockCompressor(Compressor):
 
     def _mean(self, messages: Sequence[Tensor]) -> Tensor:
         """Of what the rows stand for, added up in the order of ranks, on every rank alike."""
-        mean = torch.empty(len(messages[0]), BLOCK, device=messages[0].device)
+        mean = torch.empty(len(messages[0]), BLOCK, dtype=torch.float32, device=messages[0].device)
         for part in _parts(mean):
             total = self._decode(messages[0][part])
             for rows in messages[1:]:
@@ -281,16 +283,16 @@ class CompressedGradients(GradientHook):
         self.server: dict[str, Tensor] = {}
         """By parameter, what it has not sent yet of the means of the blocks that it owns: [own blocks, BLOCK]."""
         for p, name in self.names.items() if compressor.error_feedback else ():
-            self.worker[name] = torch.zeros(p.numel(), device=self.device)
+            self.worker[name] = torch.zeros(p.numel(), dtype=torch.float32, device=self.device)
             if compressor.two_sided:
                 own = own_blocks(p.numel(), self._firsts[name], self.world_size, self.rank)
-                self.server[name] = torch.zeros(len(own), BLOCK, device=self.device)
+                self.server[name] = torch.zeros(len(own), BLOCK, dtype=torch.float32, device=self.device)
         self.attach(model)
 
     def reduce(self, bucket: Bucket) -> None:
         """Replace the gradients by the mean of what all workers have made of theirs."""
         layout = self._layout(bucket.entries)
-        x = torch.zeros(layout.rows, BLOCK, device=self.device)
+        x = torch.zeros(layout.rows, BLOCK, dtype=torch.float32, device=self.device)
         flags, sends = [], []
         for entry, place in zip(bucket.entries, layout.places(x), strict=True):
             sends.append(self.fill(entry, place))

@@ -65,8 +65,10 @@ def unpack(packed: Tensor, values: tuple[float, ...]) -> Tensor:
 def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
     """What every byte stands for, float32 [256, codes in a byte]."""
     bits = (len(values) - 1).bit_length()
-    codes = (torch.arange(256)[:, None] >> (bits * torch.arange(8 // bits))) & ((1 << bits) - 1)
-    return torch.tensor(values)[codes].to(device)
+    codes = (torch.arange(256, device=device)[:, None] >> (bits * torch.arange(8 // bits, device=device))) & (
+        (1 << bits) - 1
+    )
+    return torch.tensor(values, dtype=torch.float32, device=device)[codes]
 
 
 class Blocks:
@@ -77,7 +79,7 @@ class Blocks:
         self.sizes = sizes[:, None].to(device, torch.float32)
         """Elements in each row, float32 [rows, 1]."""
         self._short = short.to(device)
-        self._beyond = (torch.arange(BLOCK) >= sizes[short, None]).to(device)
+        self._beyond = (torch.arange(BLOCK, device="cpu") >= sizes[short, None]).to(device)
 
     def clear(self, x: Tensor) -> Tensor:
         """Write zeros beyond the end of short rows of x, in place, and return x."""
@@ -113,9 +115,14 @@ class Layout:
         """Rows of each parameter that this rank owns."""
         self.rows = sum(counts)
         self._sizes = torch.cat(
-            [torch.arange(n).mul_(-BLOCK).add_(size).clamp_(max=BLOCK) for n, size in zip(counts, sizes, strict=True)]
+            [
+                torch.arange(n, device="cpu").mul_(-BLOCK).add_(size).clamp_(max=BLOCK)
+                for n, size in zip(counts, sizes, strict=True)
+            ]
         )
-        self._owners = torch.cat([(torch.arange(n) + first) % workers for n, first in zip(counts, firsts, strict=True)])
+        self._owners = torch.cat(
+            [(torch.arange(n, device="cpu") + first) % workers for n, first in zip(counts, firsts, strict=True)]
+        )
         self.all = Blocks(self._sizes, device)
         self.own = Blocks(self._sizes[self._owners == rank], device)
         self._wires: dict[tuple[int, int, bool], Wire] = {}
@@ -164,18 +171,18 @@ class Wire:
         words = scales + (sizes * bits + 31) // 32
         order = owners.argsort(stable=True)
         lengths = words[order]
-        totals = torch.zeros(count, dtype=torch.int64).index_add_(0, owners, words)
+        totals = torch.zeros(count, dtype=torch.int64, device="cpu").index_add_(0, owners, words)
         self.count, self.length, self.width = count, int(totals.max()), width
         """`length`: words for one owner; `width`: words of a full row."""
-        word = torch.arange(int(words.sum()))
+        word = torch.arange(int(words.sum()), device="cpu")
         source = word + (order * width - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
-        shift = torch.arange(count) * self.length - (totals.cumsum(0) - totals)
+        shift = torch.arange(count, device="cpu") * self.length - (totals.cumsum(0) - totals)
         target = word + shift[owners[order]].repeat_interleave(lengths)
-        send = torch.zeros(count * self.length, dtype=torch.int64).index_copy_(0, target, source)
-        place = torch.zeros(len(sizes) * width, dtype=torch.int64).index_copy_(0, source, target)
+        send = torch.zeros(count * self.length, dtype=torch.int64, device="cpu").index_copy_(0, target, source)
+        place = torch.zeros(len(sizes) * width, dtype=torch.int64, device="cpu").index_copy_(0, source, target)
         mine = owners == rank
-        row = torch.zeros(len(sizes), dtype=torch.int64)
-        row[mine] = torch.arange(int(mine.sum()))
+        row = torch.zeros(len(sizes), dtype=torch.int64, device="cpu")
+        row[mine] = torch.arange(int(mine.sum()), device="cpu")
         send_own = send[rank * self.length : (rank + 1) * self.length]
         send_own = row[send_own // width] * width + send_own % width
         place_own = (place.view(-1, width)[mine] - rank * self.length).clamp(min=0).view(-1)

@@ -44,7 +44,7 @@ def random_integers(
     Returns:
         int16 [sum of rows, BLOCK].
     """
-    ordinals = torch.tensor(list(parameters), dtype=torch.int64)
+    ordinals = torch.tensor(list(parameters), dtype=torch.int64, device="cpu")
     same = torch.ones_like(ordinals)
     counter = (ordinals, same * (step & _MASK), same * (rank & _MASK), same * stream)
     high, low, _, _ = philox4x32(counter, (seed & _MASK, seed >> 32))

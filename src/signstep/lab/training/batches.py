@@ -45,7 +45,7 @@ class Batches:
             )
         self._config, self._workers = config, workers
         self._generator = torch.Generator(workers.device)
-        self._epoch, self._order = -1, torch.empty(0)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def training(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """One worker's part of batch `index` of `epoch`, both from 0: augmented images float32, labels int64.
@@ -55,7 +55,10 @@ class Batches:
         config, workers = self._config, self._workers
         if epoch != self._epoch:
             shuffle = torch.Generator().manual_seed(_seed("order", config.seed, epoch))
-            self._epoch, self._order = epoch, torch.randperm(len(self.train_x), generator=shuffle).to(workers.device)
+            self._epoch, self._order = (
+                epoch,
+                torch.randperm(len(self.train_x), generator=shuffle, device="cpu").to(workers.device),
+            )
         share = config.batch_size // workers.size
         first = index * config.batch_size + workers.rank * share
         rows = self._order[first : first + share]

@@ -147,7 +147,7 @@ def require_compiler(device: str) -> None:
         BadInput: it fails, most often for want of a C++ compiler or of Python's headers.
     """
     try:
-        torch.compile(torch.neg, dynamic=False)(torch.ones(1, device=device))
+        torch.compile(torch.neg, dynamic=False)(torch.ones(1, dtype=torch.float32, device=device))
     except Exception as error:  # what a missing tool raises differs from one version of torch to the next
         reason = str(error).strip().partition("\n")[0]
         raise BadInput(

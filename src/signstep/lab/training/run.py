@@ -76,7 +76,7 @@ class TrainingRun:
         self.step = 0
         self.began, self.began_at = time.perf_counter(), 0  # this epoch's time and first step in this process
         # This worker's part of each step's mean loss (row 0) and accuracy (row 1) within the epoch.
-        self.history = torch.zeros(2, self.steps_per_epoch, device=device)
+        self.history = torch.zeros(2, self.steps_per_epoch, dtype=torch.float32, device=device)
         # Reading a loss makes the host wait for the device: nothing on a CPU, dear on a GPU.
         self.check_every = 1 if device.type == "cpu" else 50
         images_used = len(self.batches.train_x), len(self.batches.eval_x)

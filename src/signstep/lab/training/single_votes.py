@@ -92,9 +92,9 @@ def measure_vote(workers: int, dither_workers: str, *, elements: int, steps: int
         >>> round(measure_vote(3, "independent", elements=2000, steps=1).formula[5], 3)
         0.546
     """
-    momentum = torch.tensor(RATIOS)[:, None].expand(-1, elements).contiguous()
+    momentum = torch.tensor(RATIOS, dtype=torch.float32, device="cpu")[:, None].expand(-1, elements).contiguous()
     drawn = dithered_votes([momentum] * workers, seed=seed, dither_workers=dither_workers)
-    total = torch.zeros(len(RATIOS), dtype=torch.float64)
+    total = torch.zeros(len(RATIOS), dtype=torch.float64, device="cpu")
     for _, votes in zip(range(steps), drawn, strict=False):
         total += votes.sum(dim=1, dtype=torch.float64)
     n = elements * steps

@@ -109,7 +109,7 @@ class Workers:
 
     def any(self, *flags: bool) -> list[bool]:
         """For each flag, whether it is set on any worker."""
-        return [count > 0 for count in self.total(torch.tensor(flags, dtype=torch.int32)).tolist()]
+        return [count > 0 for count in self.total(torch.tensor(flags, dtype=torch.int32, device="cpu")).tolist()]
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every worker rank 0's buffers (batch norm's running statistics)."""

@@ -251,6 +251,22 @@ def test_relative_dither_that_comes_late() -> None:
         assert_follows(model, whole, state_dtype, exact=False)
 
 
+@pytest.mark.slow
+@on_ranks(2)
+def test_compiled_steps() -> None:
+    torch.compiler.reset()
+    model, whole = sharded(((5, 3),), mesh_of(2)), Holder(((5, 3),))
+    ours, theirs = (HybridSignSGD(m.parameters(), lr=0.01, calibration="ratio") for m in (model, whole))
+    compiled = torch.compile(ours.step, backend="eager")
+    for step in range(3):
+        for m in (model, whole):
+            set_gradients(m.parameters(), step)
+        compiled()
+        theirs.step()
+        assert_follows(model, whole, step, exact=True)
+    assert ours.calibrated_lr == pytest.approx(theirs.calibrated_lr, rel=1e-6)
+
+
 RESUMED: Mapping[str, tuple[type[SignSGD], Options]] = {
     "bf16": (SignSGD, {"dither": 1e-4, "state_dtype": torch.bfloat16}),
     "int8": (SignSGD, {"dither": 1e-4, "state_dtype": torch.int8}),

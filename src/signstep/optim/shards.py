@@ -55,7 +55,7 @@ class Shards(NamedTuple):
 
 def is_sharded(p: Tensor) -> bool:
     """Whether a parameter is a DTensor, of which a rank may have a part."""
-    return hasattr(p, "to_local")
+    return hasattr(type(p), "to_local")
 
 
 def check_sharding(params: Sequence[Tensor], *, differentiable: bool) -> list[Tensor]:

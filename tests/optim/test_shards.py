@@ -390,3 +390,31 @@ def test_scales_of_other_shards_are_refused() -> None:
     state["exp_avg_scale"] = DTensor.from_local(torch.zeros(2, 1), mesh_of(2), [Shard(0)], run_check=False)
     with pytest.raises(RuntimeError, match=r"has scales of shape \(4, 1\), not those of 2 shards: load it on as many"):
         optimizer.step()
+
+
+def test_momentum_of_shards_is_refused_for_whole_parameters() -> None:
+    """Two shards of 200 elements have two scales, as 400 elements have, and not the same ones."""
+    for fused in (True, False):
+        p = nn.Parameter(torch.ones(400))
+        p.grad = torch.ones(400)
+        optimizer = SignSGD([p], state_dtype=torch.int8, fused=fused)
+        optimizer.step()
+        optimizer.state[p]["exp_avg_scale"] = torch.ones(2, 1)
+        with pytest.raises(RuntimeError, match=r"400 elements has 2 scales, \(2, 1\), .* saved of whole ones"):
+            optimizer.step()
+
+
+@on_ranks(2)
+def test_a_replicated_parameter_is_whole_everywhere() -> None:
+    for shape in ((), (5, 3)):
+        for state_dtype in (None, torch.int8):
+            q = nn.Parameter(torch.ones(shape))
+            p = nn.Parameter(distribute_tensor(torch.ones(shape), mesh_of(2), [Replicate()]))
+            ours, theirs = (HybridSignSGD([x], state_dtype=state_dtype, **RELATIVE) for x in (p, q))
+            for step in range(3):
+                set_gradients(iter([q]), step)
+                p.grad = distribute_tensor(q.grad, mesh_of(2), [Replicate()])
+                ours.step()
+                theirs.step()
+            assert torch.equal(local(p), q.detach())
+            assert ours.calibrated_lr == theirs.calibrated_lr

@@ -18,7 +18,7 @@ from signstep.kernels.plain import multi_tensor_step, single_tensor_step
 from signstep.optim import step_length
 from signstep.optim.dither import dither_std
 from signstep.optim.options import SIGNSGD_OPTIONS, Option, check_options
-from signstep.optim.shards import Shards, add_up, check_sharding, mean_square, new_momentum, shards_of
+from signstep.optim.shards import Shards, add_up, check_sharding, is_sharded, mean_square, new_momentum, shards_of
 
 __all__ = ["ENGINE_CHOICE", "SignSGD", "rate_and_decay", "signsgd"]
 
@@ -273,7 +273,8 @@ class SignSGD(Optimizer):
                 if fresh:
                     state.update(new_momentum(p, dtype))
                 m, scale = state["exp_avg"], state.get("exp_avg_scale")
-                if m.dtype != (dtype or p.dtype) or (scale is None) == (m.dtype == torch.int8):
+                dims = 1 + is_sharded(p) if m.dtype == torch.int8 else None  # of the scales
+                if m.dtype != (dtype or p.dtype) or (None if scale is None else scale.ndim) != dims:
                     check_momentum(real(p), real(m), scale, dtype)
                 batch.exp_avgs.append(m)
                 if scale is not None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from little_room import little_room
 from signstep.monitor import sinks
 from signstep.monitor.sinks import JSONLines, LivePanel, TensorBoard, WandB, flatten, plain, read
 
@@ -87,6 +88,19 @@ def test_a_line_that_is_torn_between_two_writes(tmp_path: Path) -> None:
         file.write(b'{"step": 1, "x": "' + b"y" * 200_000)
     sink.write({"step": 2})
     assert read(path) == [{"step": 0}, {"step": 2}]
+
+
+def test_a_line_for_which_there_is_no_room(tmp_path: Path) -> None:
+    path = tmp_path / "monitor.jsonl"
+    sink = JSONLines(path)
+    sink.write(_record(0))
+    whole = path.read_bytes()
+    with little_room(len(whole) + 20), pytest.raises(OSError, match="File too large") as caught:
+        sink.write(_record(1))
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == whole
+    sink.write(_record(1))
+    assert read(path) == [_record(0), _record(1)]
 
 
 def test_a_run_that_goes_on_from_a_checkpoint(tmp_path: Path) -> None:

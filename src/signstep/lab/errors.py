@@ -9,3 +9,7 @@ class UserError(Exception):
 
 class BadInput(UserError, ValueError):
     """An option or a file that cannot be used as it is."""
+
+
+class CannotWrite(UserError, OSError):
+    """A file or a folder of results cannot be written."""

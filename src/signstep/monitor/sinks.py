@@ -53,6 +53,7 @@ class JSONLines:
 
     Raises:
         ValueError: the file exists and does not hold records.
+        OSError: the file cannot be written; it holds whole records.
 
     Example:
         >>> path = Path(__import__("tempfile").mkdtemp()) / "monitor.jsonl"
@@ -88,8 +89,13 @@ class JSONLines:
         line = (json.dumps(plain(record), allow_nan=False) + "\n").encode()
         with self._locked() as file:
             _cut_torn_line(file)
-            while line:
-                line = line[os.write(file, line) :]
+            end = os.lseek(file, 0, os.SEEK_END)
+            try:
+                while line:
+                    line = line[os.write(file, line) :]
+            except OSError:
+                os.ftruncate(file, end)
+                raise
 
     def close(self) -> None:
         """Nothing is open between writes."""
@@ -103,6 +109,8 @@ class JSONLines:
                 with contextlib.suppress(OSError):  # a network file system without locks
                     fcntl.flock(file, fcntl.LOCK_EX)
             yield file
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         finally:
             os.close(file)
 
@@ -138,7 +146,7 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             return
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not a record ({error})") from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: not a record")

@@ -1,6 +1,5 @@
 """The command line: what it accepts, what it refuses and how, and how it stops."""
 
-import importlib
 import json
 import os
 import re
@@ -12,10 +11,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+from every_command import ALL, target_of
 
 import signstep
 from signstep.lab.cli import COMMANDS, main
-from signstep.lab.cli.commands import _ELSEWHERE, Commands, _option_names
+from signstep.lab.cli.commands import _ELSEWHERE, _option_names
 from signstep.lab.cli.data import say_where
 from signstep.lab.cli.train import Train, default_config
 from signstep.lab.paper.experiments import load
@@ -116,24 +116,6 @@ def test_every_option_of_train_has_a_help_text(capsys: pytest.CaptureFixture[str
     assert [word for word in before if not word.endswith(".")] == []
     for optimizer in OPTIMIZERS:
         assert re.search(rf"{optimizer} [a-z ]*{OPTIMIZERS[optimizer].lr:g}\b", text), optimizer
-
-
-def commands(of: Commands) -> list[tuple[str, str, str]]:
-    """Every command's words, place and line of help; those of a choice of commands too."""
-    found = []
-    for name, (place, line) in of.entries.items():
-        found.append((f"{of.prog} {name}", place, line))
-        target = target_of(place)
-        found += commands(target) if isinstance(target, Commands) else []
-    return found
-
-
-def target_of(place: str) -> object:
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-ALL = commands(COMMANDS)
 
 
 @pytest.mark.parametrize("words", ["signstep", *(words for words, _, _ in ALL)])

@@ -19,6 +19,7 @@ import pytest
 import tiny_runs
 import torch
 
+from little_room import little_room
 from signstep.lab.output.files import replacing
 from signstep.lab.training import checkpoint
 from signstep.lab.training import records as runs
@@ -26,6 +27,7 @@ from signstep.lab.training.checkpoint import CheckpointError, RunBusy
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.loop import train
 from signstep.lab.training.run import TrainingRun
+from signstep.lab.training.watch import Watching
 from signstep.lab.training.workers import StopRequest
 
 tiny = functools.partial(tiny_runs.tiny, epochs=3)
@@ -299,6 +301,31 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         half()
     assert checkpoint.load(path, {}) == {"config": {}, "step": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("room", "watching", "full"),
+    [(10, None, "{0}.jsonl"), (10_000, Watching(2, 4), "monitor/{0}.jsonl"), (20_000, Watching(2, 4), "{0}.pt")],
+    ids=["record", "monitor", "checkpoint"],
+)
+def test_a_run_whose_disk_gets_full_goes_on_once_there_is_room(
+    room: int, watching: Watching | None, full: str, tmp_path: Path, one_thread: None
+) -> None:
+    config, out = tiny(), tmp_path / "runs"
+    train(config, tmp_path / "whole", progress=False, watching=watching)
+    with little_room(room), pytest.raises(OSError, match=f"{out / full.format(config.hash)}.*") as caught:
+        train(config, out, progress=False, watching=watching, checkpoint_minutes=0)
+    assert "File too large" in str(caught.value)
+    left = {path.name for path in tmp_path.glob("runs/**/*") if path.is_file()}
+    # A start that fails leaves nothing; a run that has begun has its record, and no half of anything.
+    assert left == ({f"{config.hash}.jsonl"} if watching else set())
+    assert out.exists() == (watching is not None)
+    assert train(config, out, progress=False, watching=watching) == "done"
+    assert_same_bits(outcome(config, out), outcome(config, tmp_path / "whole"))
+    if watching:
+        monitored = [tmp_path / folder / "monitor" / f"{config.hash}.jsonl" for folder in ("runs", "whole")]
+        assert monitored[0].read_text() == monitored[1].read_text()
 
 
 # Two processes, one run

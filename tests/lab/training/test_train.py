@@ -284,6 +284,50 @@ def test_bf16_where_the_processor_dies_of_it(tmp_path: Path, monkeypatch: pytest
     recipe.require_bf16_on_cpu.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "slow"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, True),
+        ({"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}, False),
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, False),
+        ({"architecture": "aarch64", "neon": True, "bf16": False}, True),
+        ({"architecture": "aarch64", "neon": True, "bf16": True}, False),
+        # a torch that cannot say, on Linux and elsewhere
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni\n", True),
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16\n", False),
+        ("Features\t: fp asimd i8mm\n", True),
+        ("Features\t: fp asimd i8mm bf16\n", False),
+        (None, False),
+    ],
+)
+def test_bf16_where_the_processor_has_no_arithmetic_for_it(
+    capabilities: dict[str, Any] | str | None,
+    slow: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    if isinstance(capabilities, dict):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    else:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+        monkeypatch.setattr(recipe, "_CPUINFO", tmp_path / "cpuinfo")
+    if isinstance(capabilities, str):
+        (tmp_path / "cpuinfo").write_text(capabilities)
+
+    def tried(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"the first step comes after {capfd.readouterr().err!r}")
+
+    monkeypatch.setattr(recipe, "require_bf16_on_cpu", tried)
+    recipe.say_slow_bf16.cache_clear()
+    said = "bf16 will be many times slower than fp32: this CPU has no bfloat16 arithmetic .*--precision fp32"
+    with pytest.raises(RuntimeError, match=said if slow else "after ''"):
+        train(tiny(precision="bf16"), tmp_path, device="cpu", progress=False)
+    with pytest.raises(RuntimeError, match="after ''"):  # once is enough for the runs of a sweep
+        train(tiny(precision="bf16", seed=1), tmp_path, device="cpu", progress=False)
+    recipe.say_slow_bf16.cache_clear()
+
+
 @pytest.mark.slow
 def test_bf16(tmp_path: Path) -> None:
     half, full = tiny(precision="bf16"), tiny()

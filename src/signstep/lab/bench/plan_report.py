@@ -115,7 +115,7 @@ def check(path: Path) -> list[Checked]:
     try:
         record = json.loads(path.read_text())
         found = list(_checked(record))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"--check {path}: not what signstep bench comm writes ({error!r})") from error
     if not found:
         raise BadInput(

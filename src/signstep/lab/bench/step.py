@@ -38,8 +38,6 @@ class BenchStep:
 
         if not self.workload:
             raise BadInput("--workload: expected at least one of " + ", ".join(STEP_WORKLOADS))
-        if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)
         device, console = Workers.join(self.device).device, Console()
         workloads = tuple(dict.fromkeys(self.workload))
         results = []

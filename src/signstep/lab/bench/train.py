@@ -8,7 +8,6 @@ last checkpoint, for which the first rank gathers what the others keep. A finish
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -30,7 +29,7 @@ from signstep.lab.bench.spread import BenchError
 from signstep.lab.errors import BadInput
 from signstep.lab.output import stats
 from signstep.lab.output.command import command_line, option_words
-from signstep.lab.output.files import write_all, write_json
+from signstep.lab.output.files import make_folder, read_json, write_all, write_json
 from signstep.lab.output.tables import markdown_table
 from signstep.lab.training.config import Reduce, RunConfig
 from signstep.lab.training.records import Run, read_run
@@ -203,7 +202,7 @@ def train_all(options: BenchTrain) -> list[TrainSample]:
         bits = bits_per_second(options.rate)
     except ValueError as error:
         raise BadInput(f"--rate {error}") from error
-    options.runs.mkdir(parents=True, exist_ok=True)
+    make_folder(options.runs)
     samples = []
     with netns.Network(options.ranks) as network:
         network.shape(bits)
@@ -220,7 +219,7 @@ def train_all(options: BenchTrain) -> list[TrainSample]:
                     sent = _train(network, config, options, minutes=30)
                     write_json(kept, {"bytes_per_rank": sent})
                     record.with_suffix(".pt").unlink()
-                sent = json.loads(kept.read_text())["bytes_per_rank"]
+                sent = read_json(kept)["bytes_per_rank"]
                 samples.append(_sample(key, read_run(record), sent, options.target))
     return samples
 

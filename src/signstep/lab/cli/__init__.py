@@ -6,6 +6,7 @@ are beside the code that they drive. Nothing heavy is imported before the comman
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 import warnings
@@ -13,6 +14,25 @@ from collections.abc import Sequence
 
 from signstep.lab.cli.commands import Commands
 from signstep.lab.errors import UserError
+
+EXTRA = frozenset(
+    {
+        "filelock",
+        "jinja2",
+        "markupsafe",
+        "matplotlib",
+        "numpy",
+        "platformdirs",
+        "pooch",
+        "requests",
+        "rich",
+        "scipy",
+        "sklearn",
+        "tensorboard",
+        "tyro",
+    }
+)
+"""The packages of the extra `lab`, as they are imported."""
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130
@@ -94,7 +114,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         code = _INTERRUPTED
-    except (UserError, OSError) as error:
+    except ModuleNotFoundError as error:
+        # Only a package of the extra that is not there: anything else is a mistake of ours, or of that package.
+        if error.name not in EXTRA:
+            raise
+        print(f'signstep: the package {error.name} is not installed; pip install "signstep[lab]"', file=sys.stderr)
+        code = _BAD_INPUT
+    except UserError as error:
         print(f"signstep: {error}", file=sys.stderr)
+        code = _BAD_INPUT
+    except OSError as error:
+        what = str(error)
+        if error.errno == errno.ENOSPC:
+            place = error.filename or "standard output, or a file,"
+            what = f"{place} cannot be written: {error.strerror}; free some space"
+        elif error.filename is not None:
+            what = f"{error.filename}: {error.strerror}; see whether it is there, and whether you may read and write it"
+        print(f"signstep: {what}", file=sys.stderr)
         code = _BAD_INPUT
     sys.exit(code)

@@ -154,4 +154,12 @@ class Commands:
 
 
 def _run(options: type[Runnable], arguments: Sequence[str], *, prog: str) -> int:
-    return parse(options, arguments, prog=prog).run()
+    return run(parse(options, arguments, prog=prog))
+
+
+def run(command: Runnable) -> int:
+    """Run a command, whose results, if they go to a folder ``--out``, are seen to have a place before any work."""
+    from signstep.lab.output.files import output_folder
+
+    with output_folder(getattr(command, "folder", command.out) if hasattr(command, "out") else None):
+        return command.run()

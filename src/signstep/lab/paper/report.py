@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from signstep.lab.output import figures, pages, stats
-from signstep.lab.output.files import write_bytes, write_json, write_text
+from signstep.lab.output.files import make_folder, write_bytes, write_json, write_text
 from signstep.lab.paper import charts
 from signstep.lab.paper.experiments import Experiment
 from signstep.lab.paper.results import Cell, Results
@@ -88,11 +88,11 @@ def write(
         The path of the HTML page, which needs no other file and no network.
 
     Raises:
-        OSError: `out` cannot be written. Each file is there whole or as it was.
+        CannotWrite: `out` cannot be written. Each file is there whole or as it was.
     """
     results = Results(experiment, runs, tuned or {}, seeds)
     words = Sentences(results)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     name = experiment.name
     drawn: dict[tuple[str, str], dict[str, Any]] = {}
     hollow = "mean, 95 % interval, seeds; hollow: the paper"

@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import filelock
-
+from signstep.lab.output.files import locked, make_folder
 from signstep.lab.paper.experiments import Experiment
 from signstep.lab.paper.plan import cells, first_seeds, plan
 from signstep.lab.paper.tuned import Choices
@@ -87,9 +86,9 @@ def write_reports(
     """
     from signstep.lab.paper import report
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     # Under a lock: several shards may end at the same time.
-    with filelock.FileLock(folder / "results.lock"):
+    with locked(folder / "results.lock"):
         runs = read_runs(folder / "runs")
         counted = first_seeds(seeds)
         return [report.write(each, runs, folder, tuned=tuned, commands=commands, seeds=counted) for each in experiments]

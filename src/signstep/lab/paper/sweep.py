@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import filelock
-
 from signstep.lab.errors import BadInput
+from signstep.lab.output.files import locked, make_folder
 from signstep.lab.paper.experiments import Experiment, Row, grid_point
 from signstep.lab.paper.plan import cells
 from signstep.lab.paper.tuned import read_tuned, write_tuned
@@ -176,8 +175,8 @@ def sweep(
         if stopped:
             break
     # Under a lock, so that of two shards that end at the same time the later one sees, and keeps, what both found.
-    folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / "results.lock"):
+    make_folder(folder)
+    with locked(folder / "results.lock"):
         records = read_runs(tune)
         found = [search(dataset, row, trials, records) for dataset, row in pairs]
         _add_choices(folder, experiments[0], found)

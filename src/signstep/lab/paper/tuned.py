@@ -31,7 +31,7 @@ def read_tuned(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
         for rows in choices.values():
             for choice in rows.values():
                 float(choice["lr"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(
             f"{path}: not a file that sweep writes ({error!r}); delete it and run the sweep again"
         ) from error

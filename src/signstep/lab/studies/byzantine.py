@@ -9,7 +9,6 @@ byzantine_training.py trains a run; byzantine_report.py has the tables and the f
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any, Literal
 from signstep.lab.arguments import check_folder, check_minutes
 from signstep.lab.errors import BadInput
 from signstep.lab.output.command import command_line
-from signstep.lab.output.files import write_json
+from signstep.lab.output.files import make_folder, read_json, write_json
 from signstep.lab.output.machine import environment
 from signstep.lab.studies.byzantine_report import write_report
 from signstep.lab.studies.byzantine_training import REDUCTION_OF, ByzantineRun, train_byzantine
@@ -82,7 +81,7 @@ class ByzantineStudy:
         end = None if self.max_minutes is None else time.monotonic() + 60 * self.max_minutes
         workers = Workers.join("cpu")
         folder = self.out / "runs"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         measured: dict[str, dict[str, Any]] = {}
         planned = self.real_runs(workers.size, measured) if workers.size > 1 else self.simulated_runs(measured)
         for run in planned:
@@ -195,7 +194,7 @@ class ByzantineStudy:
 
 
 def _finished(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def _best_lr(trials: Sequence[ByzantineRun], measured: Records) -> float:

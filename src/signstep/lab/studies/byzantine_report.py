@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from signstep.lab.output import figures
-from signstep.lab.output.files import write_all
+from signstep.lab.output.files import read_json, write_all
 from signstep.lab.output.lines import Line, lines
 from signstep.lab.output.machine import now
 from signstep.lab.output.stats import MeanEstimate, estimate, with_interval
@@ -48,7 +47,7 @@ class Point:
 
 def read_runs(folder: Path) -> dict[str, dict[str, Any]]:
     """The records of all finished runs in a folder, by `ByzantineRun.key`."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
 
 
 def points(measured: Mapping[str, dict[str, Any]], split: str) -> list[Point]:

@@ -131,7 +131,7 @@ class InspectRun:
                 first = json.loads(file.readline())
             of_a_run = isinstance(first, dict) and first.get("event") == "start"
             records = [] if of_a_run else read(path)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}: neither the record of a run nor that of a monitor ({error})") from error
         if of_a_run:
             saved = path.with_suffix(".pt")

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from signstep.lab.output import figures, pages
-from signstep.lab.output.files import write_text
+from signstep.lab.output.files import make_folder, write_text
 from signstep.lab.studies import monitor_figures, monitor_numbers
 from signstep.lab.studies.monitor_figures import LabelledRun, NothingToDraw, colour
 from signstep.lab.studies.monitor_numbers import Instrument, Layers, Record, at, by_step, count, number, sentences
@@ -111,7 +111,7 @@ def write(records: Sequence[Record], out: Path, *, title: str, command: str) -> 
 
     Raises:
         ValueError: there is no record with a step.
-        OSError: `out` cannot be written. Each file is there whole or as it was.
+        CannotWrite: `out` cannot be written. Each file is there whole or as it was.
     """
     return write_runs([("", records)], out, title=title, command=command)
 
@@ -133,7 +133,7 @@ def write_runs(
     ordered = [(label, by_step(records)) for label, records in runs]
     if not ordered or not all(records for _, records in ordered):
         raise ValueError("there is no record: the monitor has written none yet")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     drawn = list(_drawn(ordered, name, out))
     sentences_about = about or [scope(records) for _, records in ordered]
     told = [_told(*run, said) for run, said in zip(ordered, sentences_about, strict=True)]

@@ -13,7 +13,7 @@ import filelock
 import torch
 
 from signstep.lab.errors import UserError
-from signstep.lab.output.files import replacing
+from signstep.lab.output.files import locked, replacing
 from signstep.lab.training.config import RunConfig
 
 
@@ -99,6 +99,8 @@ def is_locked(path: Path) -> bool:
             return False
     except filelock.Timeout:
         return True
+    except OSError:  # not ours to write: nobody can say
+        return False
 
 
 @contextlib.contextmanager
@@ -108,20 +110,23 @@ def lock(path: Path, over: Callable[[], bool]) -> Iterator[None]:
     Args:
         path: what to hold.
         over: whether, at the block's end, nobody has anything left to do under this lock: then `path` is removed.
+            After an error it is removed if it was not there before.
 
     Raises:
         RunBusy: another process holds it.
+        CannotWrite: there can be no such file.
     """
-    held = filelock.FileLock(path)
-    try:
-        held.acquire(timeout=0)
-    except filelock.Timeout:
-        raise RunBusy(f"{path.with_suffix('')} is being trained by another process, which holds {path}") from None
-    try:
-        yield
-        # A process that opened the file before it is removed gets its lock, and finds that there is nothing left to do.
-        if over():
-            with contextlib.suppress(PermissionError):  # Windows removes it when it is released
-                path.unlink(missing_ok=True)
-    finally:
-        held.release()
+    useless = not path.exists()
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path, timeout=0))
+        except filelock.Timeout:
+            raise RunBusy(f"{path.with_suffix('')} is being trained by another process, which holds {path}") from None
+        try:
+            yield
+            # A process that opened the file before it is removed gets its lock, and finds that nothing is left to do.
+            useless = over()
+        finally:
+            if useless:
+                with contextlib.suppress(PermissionError):  # Windows removes it when it is released
+                    path.unlink(missing_ok=True)

@@ -8,12 +8,14 @@ When to step, evaluate, write and stop is here; what each of these does is in ru
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from pathlib import Path
 from typing import Literal
 
 from signstep.lab.errors import BadInput
+from signstep.lab.output.files import output_folder
 from signstep.lab.training import checkpoint
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.display import Display
@@ -60,15 +62,24 @@ def train(
 
     Raises:
         RunBusy: another process is training this run.
+        CannotWrite: `out` cannot be written, before any data is read; or later, when its disk is full: then the same
+            call goes on from the last checkpoint.
         CheckpointError: the checkpoint is damaged.
         BadInput: the configuration does not fit the images, the workers or this machine.
     """
     started = last_save = time.monotonic()
+    if tensorboard:
+        importlib.import_module("torch.utils.tensorboard")  # where its package is missing, say so before the run begins
     workers = Workers.join(device)
-    out.mkdir(parents=True, exist_ok=True)
     record, saved = out / f"{config.hash}.jsonl", out / f"{config.hash}.pt"
     watched = out / "monitor" / record.name
-    with workers.lock(out / f"{config.hash}.lock", over=lambda: is_done(record)):
+    board = out / "tensorboard" / config.hash if tensorboard else None
+    with workers.first_in(
+        output_folder(out),
+        output_folder(board),
+        output_folder(None if watching is None else watched.parent),
+        checkpoint.lock(out / f"{config.hash}.lock", over=lambda: is_done(record)),
+    ):
         earlier = workers.from_first(lambda: read_run(record) if record.exists() else None)
         if earlier is not None and earlier.end is not None:
             if watching is not None and not watched.exists():
@@ -82,8 +93,9 @@ def train(
             run.watch = Watch(watching, run, watched, state and state.get("monitor"))
         run.write(record)
         first = workers.rank == 0
-        board = out / "tensorboard" / config.hash if tensorboard and first else None
-        shown = Display(config, run.step, run.total_steps, show=progress, quiet=not first, board=board)
+        shown = Display(
+            config, run.step, run.total_steps, show=progress, quiet=not first, board=board if first else None
+        )
         with StopRequest() as stop, shown as display:
             if state is not None:
                 epoch = math.ceil(run.step / run.steps_per_epoch)

@@ -6,9 +6,11 @@ import functools
 import importlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +47,8 @@ def lr_factor(config: RunConfig, step: int, total_steps: int) -> float:
 def build_model(config: RunConfig, images: Images, device: torch.device, batch_size: int) -> nn.Module:
     """The network that `config` names, with its initial weights, for images of a data set.
 
+    Says so, once, where a bf16 network would be slow on this CPU.
+
     Args:
         config: the run.
         images: whose size, channels and classes it is for.
@@ -61,6 +65,7 @@ def build_model(config: RunConfig, images: Images, device: torch.device, batch_s
         "stem": config.stem,
     }
     if config.precision == "bf16" and device.type == "cpu":
+        say_slow_bf16()
         batch = (batch_size, images.channels, images.size, images.size)
         require_bf16_on_cpu(batch, channels_last=config.channels_last, **network)
     with torch.random.fork_rng(devices=[]):
@@ -103,6 +108,33 @@ def likely_cause(config: RunConfig, phase: str | None) -> str:
     if OPTIMIZERS[config.optimizer].signs:
         return f"likely cause: lr={config.lr:g}, by which every weight moves in each step, is too high; try a tenth"
     return f"likely cause: lr={config.lr:g} is too high for {config.optimizer}; try a tenth, or a longer warmup"
+
+
+_BF16_ARITHMETIC = {"avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16", "svebf16"}
+"""Names of x86's and ARM's instructions on bfloat16, as torch and Linux spell them."""
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def has_bf16_arithmetic() -> bool:
+    """Whether this CPU has instructions that multiply bfloat16; True where nobody can say."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = {name for name, there in torch.cpu.get_capabilities().items() if there}
+    elif _CPUINFO.exists():  # torch before 2.10, on Linux
+        found = set(_CPUINFO.read_text().split())
+    else:
+        return True
+    return not found.isdisjoint(_BF16_ARITHMETIC)
+
+
+@functools.cache
+def say_slow_bf16() -> None:
+    """Say on stderr, once for all workers, that bf16 is slow on this CPU, if it has no arithmetic for it."""
+    if not has_bf16_arithmetic() and os.environ.get("RANK", "0") == "0":
+        print(
+            "bf16 will be many times slower than fp32: this CPU has no bfloat16 arithmetic (AVX512-BF16, AMX, ARM's); "
+            "train with --precision fp32, with a --scale other than full, or on a GPU",
+            file=sys.stderr,
+        )
 
 
 _BF16_TRIAL = """

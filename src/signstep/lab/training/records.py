@@ -72,7 +72,7 @@ def read_run(path: Path) -> Run:
                 raise ValueError("a line after the run's end")
             if number == 1:
                 config = RunConfig.from_dict(event["config"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(
                 f"{path}, line {number}: not a line of a run's record ({error}); delete the file to train the run again"
             ) from error

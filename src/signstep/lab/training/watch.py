@@ -63,7 +63,7 @@ class Watch:
         state: what `state_dict` gave at the run's checkpoint, if it has one.
 
     Raises:
-        BadInput: there are not enough images or micro-batches to share out.
+        BadInput: there are not enough images or micro-batches to share out, or the file holds something else.
     """
 
     def __init__(self, watching: Watching, run: Watched, path: Path, state: dict[str, Any] | None) -> None:
@@ -88,7 +88,10 @@ class Watch:
         self._monitor = Monitor(run.network, run.optimizer, every=watching.every, vote=vote)
         self._monitor.load_state_dict(state or {"step": run.step})
         if run.workers.rank == 0:
-            self._monitor.sinks.append(JSONLines(path, before=run.step))
+            try:
+                self._monitor.sinks.append(JSONLines(path, before=run.step))
+            except ValueError as error:
+                raise BadInput(str(error)) from error
 
     def measure(self, epoch: int, index: int) -> None:
         """Measure if that is due before the coming step, which is step `index` of `epoch`."""

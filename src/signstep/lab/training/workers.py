@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from signstep.lab.errors import BadInput
-from signstep.lab.training import checkpoint
 
 T = TypeVar("T")
 
@@ -118,10 +117,11 @@ class Workers:
                 dist.broadcast(buffer, src=0)
 
     @contextlib.contextmanager
-    def lock(self, path: Path, over: Callable[[], bool]) -> Iterator[None]:
-        """`checkpoint.lock`, held by rank 0 for all workers; every one of them raises RunBusy."""
+    def first_in(self, *contexts: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+        """Within the block, rank 0 is in the contexts for all workers; what they raise as it enters, all raise."""
         with contextlib.ExitStack() as stack:
-            self.from_first(lambda: stack.enter_context(checkpoint.lock(path, over)))
+            for each in contexts:
+                self.from_first(functools.partial(stack.enter_context, each))
             yield
 
 

@@ -65,8 +65,6 @@ class VerifyStatements:
         if self.list:
             verification_report.show_list(console, checks)
             return 0
-        if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)  # an error in it comes before the measurements
         outcomes = _measure([each.name for each in checks])
         record = verification_report.to_dict(outcomes, command=self.command)
         if self.json:

@@ -138,8 +138,8 @@ class SimulatedVote(_Simulation):
         TypeError, ValueError: an option that does not fit, one sentence.
 
     Example:
-        >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> from signstep import SignSGD
+        >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> optimizer = SignSGD(model.parameters(), lr=1e-3, momentum=0.0)
         >>> sim = SimulatedVote(model, optimizer, world_size=3)
         >>> sim.vote([{"weight": torch.tensor([[g, -g]])} for g in (0.5, 0.1, -9.0)])

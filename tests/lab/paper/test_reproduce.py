@@ -101,6 +101,9 @@ def test_it_stops_and_goes_on_without_repeating_a_run() -> None:
     lab.budget = math.inf
     assert lab.reproduce([TABLE])
     assert len(lab.trained) == total
+    assert not any("nothing to train" in line for line in lab.says)
+    assert lab.reproduce([TABLE])
+    assert lab.says[-1] == f"nothing to train: all {total} runs have ended before"
 
 
 def test_no_run_starts_after_the_time_is_up() -> None:
@@ -147,6 +150,7 @@ def test_sweep_and_reproduce_end_to_end_on_digits(tmp_path: Path, capsys: pytest
     tuned = json.loads((folder / "tuned.json").read_text())["choices"]["digits"]
     assert set(tuned) == {"sgd", "signsgd", "hybrid"}
 
+    assert "nothing to train: all " in signstep("sweep", "fig2", "--trials", "2")
     said = signstep("reproduce", "fig2", "--seeds", "2")
     assert "not tuned" not in said
     assert f"report: {folder / 'fig2.html'}" in said

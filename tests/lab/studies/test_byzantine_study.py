@@ -53,6 +53,8 @@ def test_study_is_resumable_and_reports(tmp_path: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in said[1:]] == ["written"] * 4
     assert [path.stat().st_mtime_ns for path in runs[1:]] == times[1:]
+    study.run()
+    assert capsys.readouterr().out.splitlines()[0] == "nothing to train: all 6 runs have ended before"
 
 
 def test_a_run_is_named_by_all_that_changes_it() -> None:

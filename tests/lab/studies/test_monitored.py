@@ -38,7 +38,7 @@ def test_study_trains_what_is_missing_and_draws(tmp_path: Path, capsys: pytest.C
     assert phases == ["sign", "sgd", "sgd"]
 
     study.run()
-    assert capsys.readouterr().out == f"written: {out}\n"  # nothing to train
+    assert capsys.readouterr().out == f"nothing to train: all 3 runs have ended before\nwritten: {out}\n"
     with pytest.raises(BadInput, match="was watched at steps"):
         replace(study, every=20).run()
 

@@ -51,6 +51,7 @@ def reproduce(
         names = "every method" if len(untuned) == len(rates) else ", ".join(untuned)
         say(f"not tuned, so with the preset's learning rate: {names}")
     mine = runs[shard[0] :: shard[1]]
+    trained = False
     for position, each in enumerate(mine):
         if is_done(out / f"{each.config.hash}.jsonl"):
             continue
@@ -58,6 +59,7 @@ def reproduce(
         if left is not None and left <= 0:
             break
         say(f"run {position + 1} of {len(mine)}: {each.label}")
+        trained = True
         status = train_run(each.config, out, data=data, device=device, max_minutes=left)
         if status == "busy":
             say("another process is training this run: going on with the next")
@@ -69,6 +71,8 @@ def reproduce(
             f"{len(missing)} of {len(runs)} runs are left, the next one: {missing[0]}. "
             "The same command goes on with them."
         )
+    elif not trained:
+        say(f"nothing to train: all {len(runs)} runs have ended before")
     return not missing
 
 

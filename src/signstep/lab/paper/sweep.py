@@ -153,7 +153,7 @@ def sweep(
     pairs = [(dataset, row) for dataset, row in cells(experiments) if not row.lr_of]
     tune = folder / "tune"
 
-    stopped = False
+    stopped = trained = False
     for position in range(shard[0], len(pairs), shard[1]):
         dataset, row = pairs[position]
         busy: set[str] = set()
@@ -166,6 +166,7 @@ def sweep(
                 stopped = True
                 break
             say(f"tuning {position + 1} of {len(pairs)}: {dataset}, {row.label}, lr {waiting[0].lr:g}")
+            trained = True
             status = train_run(waiting[0], tune, data=data, device=device, max_minutes=left)
             if status in ("done", "diverged"):
                 (tune / f"{waiting[0].hash}.pt").unlink(missing_ok=True)  # its accuracy is all that counts
@@ -191,4 +192,6 @@ def sweep(
         count = sum(len(each.pending) for each in missing)
         names = ", ".join(f"{each.dataset}/{each.row.key} ({len(each.pending)})" for each in missing)
         say(f"{count} trials are left, for {names}. The same command goes on with them.")
+    elif not trained:
+        say(f"nothing to train: all {sum(len(each.trials) for each in found)} trials have ended before")
     return not missing

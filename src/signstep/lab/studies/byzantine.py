@@ -83,6 +83,7 @@ class ByzantineStudy:
         folder = self.out / "runs"
         make_folder(folder)
         measured: dict[str, dict[str, Any]] = {}
+        trained = False
         planned = self.real_runs(workers.size, measured) if workers.size > 1 else self.simulated_runs(measured)
         for run in planned:
             late = end is not None and time.monotonic() >= end
@@ -91,11 +92,15 @@ class ByzantineStudy:
             path = folder / f"{run.key}.json"
             record = workers.from_first(partial(_finished, path))
             if record is None:
+                trained = True
                 record = self._train(run, workers)
                 if workers.rank == 0:
                     write_json(path, record, allow_nan=False)
                     print(f"{run}: {record['accuracy']:.2f} %, {record['cpu_seconds']} s", flush=True)
             measured[run.key] = record
+        else:
+            if workers.rank == 0 and not trained:
+                print(f"nothing to train: all {len(measured)} runs have ended before")
         if workers.rank == 0 and measured:
             for path in write_report(self.out, self.command):
                 print(f"written: {path}")

@@ -120,6 +120,8 @@ class MonitorStudy:
         check_folder(self.data)
         index, count = parse_shard(self.shard)
         planned = list(self.planned())
+        if all(each.done for each in planned):
+            print(f"nothing to train: all {len(planned)} runs have ended before")
         for each in planned[index::count]:
             if each.done:
                 self._check(each)

@@ -400,7 +400,7 @@ def test_momentum_of_shards_is_refused_for_whole_parameters() -> None:
         optimizer = SignSGD([p], state_dtype=torch.int8, fused=fused)
         optimizer.step()
         optimizer.state[p]["exp_avg_scale"] = torch.ones(2, 1)
-        with pytest.raises(RuntimeError, match=r"400 elements has 2 scales, \(2, 1\), .* saved of whole ones"):
+        with pytest.raises(RuntimeError, match=r"400 elements has 2 scales, \(2, 1\), .* of a whole parameter"):
             optimizer.step()
 
 

@@ -145,5 +145,5 @@ def check_momentum(p: Tensor, m: Tensor, scale: Tensor | None, state_dtype: torc
     if scale is not None and (scale.shape != (blocks,) or scale.dtype != torch.float32 or scale.device != p.device):
         raise RuntimeError(
             f"8-bit momentum of {p.numel()} elements has {scale.numel()} scales, {tuple(scale.shape)}, {scale.dtype} "
-            f"on {scale.device}, expected {blocks}, torch.float32 on {p.device}: load what was saved of whole ones"
+            f"on {scale.device}, expected {blocks}, torch.float32 on {p.device}: load that of a whole parameter"
         )

@@ -85,23 +85,19 @@ def shards_of(tensors: Tensors) -> list[Shards]:
         return [Shards(tensors, [p.numel() for p in tensors.params], _WHOLE)]
     if torch.is_grad_enabled():
         raise RuntimeError(_NOT_DIFFERENTIABLE)
-    columns: list[list[Any]] = [[] for _ in tensors]
+    params, grads, exp_avgs, scales, offsets = [], [], [], [], []
     members: dict[Any, tuple[_Place, list[int]]] = {}
     for i, p in enumerate(tensors.params):
         place, shard = _cut(p)
         members.setdefault(place.group, (place, []))[1].append(i)
-        row: list[Any] = [column[i] if column else None for column in tensors]
-        row[0] = shard
-        row[1] = _like(p, shard, row[1], "gradient")
-        if row[2] is not None:
-            row[2] = _like(p, shard, row[2], "exp_avg")
-        if row[3] is not None:
-            row[3] = _own_scales(p, place, row[2].numel(), row[3])
-        row[6] += place.rows(p.shape, place.rank) * math.prod(p.shape[1:])
-        for column, x in zip(columns, row, strict=True):
-            if x is not None:
-                column.append(x)
-    own = Tensors(*columns)
+        params.append(shard)
+        grads.append(_like(p, shard, tensors.grads[i], "gradient"))
+        if tensors.exp_avgs:
+            exp_avgs.append(_like(p, shard, tensors.exp_avgs[i], "exp_avg"))
+        if tensors.scales:
+            scales.append(_own_scales(p, place, exp_avgs[-1].numel(), tensors.scales[i]))
+        offsets.append(tensors.offsets[i] + place.rows(p.shape, place.rank) * math.prod(p.shape[1:]))
+    own = tensors._replace(params=params, grads=grads, exp_avgs=exp_avgs, scales=scales, offsets=offsets)
     sizes = [p.numel() for p in tensors.params]
     if len(members) == 1:
         return [Shards(own, sizes, place) for place, _ in members.values()]

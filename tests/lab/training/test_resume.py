@@ -249,7 +249,7 @@ def test_the_record_goes_back_to_the_checkpoint(tmp_path: Path, one_thread: None
 # Damage
 
 
-@pytest.mark.parametrize("damage", ["empty", "half", "flipped", "other", "list", "code", "bomb"])
+@pytest.mark.parametrize("damage", ["empty", "half", "flipped", "other", "list", "code", "bomb", "doubled"])
 def test_a_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
     config = tiny()
     train(config, tmp_path, max_minutes=0, progress=False)
@@ -271,12 +271,19 @@ def test_a_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
     elif damage == "bomb":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("archive/data.pkl", bytes(1 << 24))
+    elif damage == "doubled":  # a key that is a pair of pairs of pairs ... of nothing, 100 deep
+        with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "new", "w") as archive:
+            for name in whole.namelist():
+                pairs = b"\x80\x02})" + b"q\x00h\x00\x86" * 100 + b"Ns."
+                archive.writestr(name, pairs if name.endswith("data.pkl") else whole.read(name))
+        (tmp_path / "new").rename(path)
     else:
         torch.save({"config": subprocess.Popen}, path)
     with pytest.raises(CheckpointError, match=rf"{path.name} is not a readable checkpoint \(.*\); delete it") as caught:
         train(config, tmp_path, progress=False)
     assert "\n" not in str(caught.value)
-    assert damage != "bomb" or "unpack to more bytes than it has" in str(caught.value)
+    said = {"bomb": "unpack to more bytes than it has", "doubled": "a tuple of more values than a checkpoint needs"}
+    assert said.get(damage, "") in str(caught.value)
     path.unlink()
     assert train(config, tmp_path, progress=False) == "done"
     assert len(runs.read_run(tmp_path / f"{config.hash}.jsonl").epochs) == 3

@@ -144,11 +144,13 @@ def _continue(url: str, part: Path, start: int, report: Callable[[int, int | Non
                     done += len(chunk)
                     report(done, total)
                     if done > _MOST:
-                        part.unlink()
-                        raise requests.RequestException(f"it sends more than {_MOST} bytes")
+                        break
             finally:
                 file.flush()
                 os.fsync(file.fileno())
+        if done > _MOST:
+            part.unlink()
+            raise requests.RequestException(f"it sends more than {_MOST} bytes")
         if total is not None and done < total:
             raise requests.ConnectionError(f"cut off after {done} of {total} bytes")
 

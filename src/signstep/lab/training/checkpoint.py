@@ -15,6 +15,7 @@ import torch
 from signstep.lab.errors import UserError
 from signstep.lab.output.files import locked, replacing
 from signstep.lab.training.config import RunConfig
+from signstep.lab.training.unfolded import refuse_large_tuples
 
 
 class RunBusy(UserError, RuntimeError):
@@ -66,6 +67,9 @@ def read(path: Path) -> dict[str, Any]:
             # torch.save does not compress: a part that unpacks to more than the file has would fill the memory.
             if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
                 raise ValueError("its parts unpack to more bytes than it has")
+            for part in archive.infolist():
+                if part.filename.endswith("data.pkl"):
+                    refuse_large_tuples(archive.read(part))
             damaged = archive.testzip()  # torch.load does not compare the checksums that torch.save writes
         if damaged is not None:
             raise ValueError(f"wrong checksum in its part {damaged}")
@@ -79,7 +83,7 @@ def read(path: Path) -> dict[str, Any]:
         RuntimeError,
         OSError,
         EOFError,
-        KeyError,
+        LookupError,
         TypeError,
         ValueError,
         pickle.UnpicklingError,

@@ -65,6 +65,19 @@ def test_a_narrow_terminal_gets_whole_lines(
     assert path.stem in capsys.readouterr().out
 
 
+def test_runs_of_another_user_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refused)
+    path = record(tmp_path, RunConfig(), [0.5])
+    path.with_suffix(".lock").touch()
+    assert run(str(tmp_path)) == 0
+    assert "interrupted in epoch 2" in capsys.readouterr().out
+
+
 def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(str(tmp_path)) == 0
     assert capsys.readouterr().out == f"no runs in {tmp_path}\n"

@@ -36,7 +36,7 @@ from signstep import HybridSignSGD, SignSGD
 from signstep.kernels import fused, native, reference, triton_bits
 from signstep.kernels.engine import Options, Tensors
 from signstep.kernels.reference import Segment
-from signstep.kernels.triton_noise import erf, noise_bytes, normal, uniform
+from signstep.kernels.triton_noise import erf, noise_bits, normal, uniform
 
 ENGINE = Engine("triton", engine, DEVICE)
 
@@ -137,14 +137,15 @@ def test_the_engine_imports_without_triton() -> None:
 
 
 @triton.jit(do_not_specialize=["first", "seed", "step", "ordinal"])
-def draw_kernel(u, byte, first, seed: tl.uint64, step, ordinal, ROWS: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def draw_kernel(u, byte, half, first, seed: tl.uint64, step, ordinal, ROWS: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     local = tl.arange(0, ROWS)[:, None] * 256 + tl.arange(0, 256)[None, :]
     start = tl.load(first)
     key = seed.to(tl.uint64)
     k = step.to(tl.uint32)
     p = ordinal.to(tl.uint32)
     tl.store(u + local, uniform(start, local, key, k, p, ROWS, ALIGNED).to(tl.int64))
-    tl.store(byte + local, (noise_bytes(start, local, 2, key, k, p, ROWS, ALIGNED) >> 24).to(tl.int64))
+    tl.store(byte + local, (noise_bits(start, local, 2, key, k, p, 8, ROWS, ALIGNED) >> 24).to(tl.int64))
+    tl.store(half + local, (noise_bits(start, local, 5, key, k, p, 16, ROWS, ALIGNED) >> 16).to(tl.int64))
 
 
 @triton.jit
@@ -161,15 +162,24 @@ def test_noise_is_the_references_word_for_word(key: tuple[int, int, int], first:
     if aligned and first % 16:
         pytest.skip("no such case")
     seed, step, ordinal = key
-    u, byte = (torch.empty(1024, dtype=torch.int64, device=DEVICE) for _ in range(2))
+    u, byte, half = (torch.empty(1024, dtype=torch.int64, device=DEVICE) for _ in range(3))
     draw_kernel[(1,)](
-        u, byte, torch.tensor(first, device=DEVICE), seed=seed, step=step, ordinal=ordinal, ROWS=4, ALIGNED=aligned
+        u,
+        byte,
+        half,
+        torch.tensor(first, device=DEVICE),
+        seed=seed,
+        step=step,
+        ordinal=ordinal,
+        ROWS=4,
+        ALIGNED=aligned,
     )
     at: dict[str, Any] = {"seed": seed, "step": torch.tensor(step), "device": torch.device("cpu")}
     segments = [Segment(ordinal, first, 1024)]
     top, low = reference.noise_bytes(segments, 0, **at)[0], reference.low_bits(segments, **at)[0]
     assert torch.equal(u.cpu(), top << 24 | low)
     assert torch.equal(byte.cpu(), reference.noise_bytes(segments, 2, **at)[0])
+    assert torch.equal(half.cpu(), reference.noise_halves(segments, 5, **at)[0])
 
 
 def test_functions_are_as_exact_as_they_say() -> None:
@@ -191,6 +201,7 @@ def test_functions_are_as_exact_as_they_say() -> None:
 KINDS: list[dict[str, Any]] = [
     {"DIRECTION": "sign"},
     {"PARAM": "bfloat16", "COUPLED": True, "MAXIMIZE": True},
+    {"PARAM": "bfloat16", "DIRECTION": "sign", "STOCHASTIC": True},
     {"RELATIVE": True, "SUMS": True, "EXPECTED": True, "on_device": True},
     {"PARAM": "float64", "DIRECTION": "post", "RELATIVE": True},
     {"PARAM": "float16", "STATE": "int8", "KEPT": "int8", "ALIGNED": False, "VECTORS": False},
@@ -207,7 +218,11 @@ def compile_kind(kind: dict[str, Any], target: Any) -> None:
         "ALIGNED": True,
         "SMALL": True,
     }
-    options |= dict.fromkeys(["RELATIVE", "MAXIMIZE", "COUPLED", "SUMS", "EXPECTED"], False) | {"VECTORS": True} | kind
+    options |= (
+        dict.fromkeys(["RELATIVE", "MAXIMIZE", "COUPLED", "SUMS", "EXPECTED", "STOCHASTIC"], False)
+        | {"VECTORS": True}
+        | kind
+    )
     on_device = options.pop("on_device", False)
     wide = "float64" if options["PARAM"] == "float64" else "float32"
     options = {"STATE": options["PARAM"], "WIDE": wide} | options
@@ -249,7 +264,7 @@ def compile_all() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
 
-    for target, kinds in ((GPUTarget("cuda", 90, 32), KINDS), (GPUTarget("hip", "gfx942", 64), KINDS[2:5])):
+    for target, kinds in ((GPUTarget("cuda", 90, 32), KINDS), (GPUTarget("hip", "gfx942", 64), KINDS[2:6])):
         for kind in kinds:
             compile_kind(kind, target)
         compile_ballots(target)

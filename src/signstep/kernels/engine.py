@@ -78,6 +78,9 @@ class Options(NamedTuple):
     """Shape (2,), to which [<s, g>, ||g||^2] is added; None: not wanted."""
     projected: Projected = Projected.SIGN
     """The s in these sums."""
+    stochastic_params: bool = True
+    """bfloat16 parameters are rounded up or down at random, see `signstep.kernels.rounding`. Others, and all without
+    it, are rounded to the nearest."""
 
 
 class Slot(NamedTuple):

@@ -126,6 +126,7 @@ _ARGUMENTS: dict[str, str] = {
     "maximize": "bool",
     "sums": "Tensor(e!)?",
     "projected": "int",
+    "stochastic_params": "bool",
 }
 library.define("signstep::step", f"({', '.join(f'{kind} {name}' for name, kind in _ARGUMENTS.items())}) -> ()")
 

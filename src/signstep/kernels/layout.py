@@ -10,11 +10,16 @@ from torch import Tensor
 
 from signstep.kernels.engine import Direction, Options, Tensors
 from signstep.kernels.momentum import STOCHASTIC, check_momentum
+from signstep.kernels.rounding import rounds_at_random
 
 
-def order_is_free(options: Options) -> bool:
-    """Whether a step gives the same result in any order of the elements, because it draws no noise."""
-    return options.direction in (Direction.SIGN, Direction.MOMENTUM) and options.state_dtype not in STOCHASTIC
+def order_is_free(options: Options, dtype: torch.dtype) -> bool:
+    """Whether a step of parameters of this dtype gives the same result in any order of the elements.
+
+    It does where no noise is drawn.
+    """
+    undithered = options.direction in (Direction.SIGN, Direction.MOMENTUM)
+    return undithered and options.state_dtype not in STOCHASTIC and not rounds_at_random(dtype, options)
 
 
 @contextmanager
@@ -47,7 +52,7 @@ def laid_out(tensors: Tensors, options: Options) -> Iterator[Tensors]:
             )
         if p.is_contiguous() and g.is_contiguous() and (m is None or m.is_contiguous()):
             continue
-        if order_is_free(options) and _share_dense_order(p, g, m):
+        if order_is_free(options, p.dtype) and _share_dense_order(p, g, m):
             continue
         params[i], grads[i] = _contiguous(p, copies), g.contiguous()
         if m is not None:

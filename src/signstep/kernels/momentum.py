@@ -6,7 +6,7 @@ elements) the step takes the sign of m before rounding. The buffer then holds m 
 E[kept] = m: rounding to the nearest would lose every change smaller than half a unit. The random number of an element
 is a byte r from stream 2 of the noise.
 
-- bfloat16: the upper 16 bits of bits(m) + 256 r + 128.
+- bfloat16: the upper 16 bits of bits(m) + 256 r + 128, see `signstep.kernels.rounding`.
 - int8: q = floor(m / scale + (r + 1/2) / 256) with scale = max |m| / 127 over the block; q * scale stands for m.
 
 A block that holds a momentum which is not finite becomes NaN.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from signstep.kernels.engine import Options, Tensors, real
 from signstep.kernels.reference import ROUNDING, Segment, noise_bytes
+from signstep.kernels.rounding import to_bfloat16
 
 BLOCK = 256
 """Elements that share a scale in 8-bit momentum."""
@@ -106,10 +107,7 @@ def _average(tensors: Tensors, i: int, grad: Tensor, options: Options) -> Tensor
     (random,) = noise_bytes([segment], ROUNDING, seed=options.seed, step=options.step, device=m.device)
     random = random.view(m.shape)
     if scale is None:
-        bits = kept.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-        rounded = ((bits + (random << 8) + 0x80) & 0xFFFFFFFF) >> 16
-        rounded = torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16).view(torch.bfloat16)
-        exp_avg.copy_(torch.where(kept.isnan(), torch.nan, rounded))
+        exp_avg.copy_(to_bfloat16(kept.contiguous(), (random << 8) + 0x80))
         return m
     largest = _blocks(kept.abs()).amax(dim=1)
     scale.copy_(largest / 127)

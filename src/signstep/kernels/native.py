@@ -22,7 +22,7 @@ from signstep.kernels.engine import Options, Slot, Tensors
 from signstep.kernels.layout import laid_out
 from signstep.kernels.momentum import BLOCK
 
-_ABI = 2
+_ABI = 3
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _STATE_DTYPES = {torch.float32: 0, torch.bfloat16: 4, torch.int8: 5}
 _MOST_ROWS = (1 << 16) - 1
@@ -44,7 +44,7 @@ class _Options(ctypes.Structure):
         ("sums", ctypes.c_int32),
         ("isa", ctypes.c_int32),
         ("threads", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("stochastic_params", ctypes.c_int32),
         ("parallel", ctypes.c_void_p),
     ]
 
@@ -101,6 +101,7 @@ def _request(isa: str, own_threads: bool, options: Options | None = None) -> _Op
         request.seed = options.seed
         request.step = int(options.step)
         request.maximize = options.maximize
+        request.stochastic_params = options.stochastic_params
     return request
 
 

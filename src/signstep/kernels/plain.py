@@ -1,6 +1,7 @@
 """The step in plain torch: one tensor after another, which defines the result, and many at once.
 
-The mathematics of the noise is in `signstep.kernels.reference`, that of the momentum in `signstep.kernels.momentum`.
+The mathematics of the noise is in `signstep.kernels.reference`, that of the momentum in `signstep.kernels.momentum`,
+that of bfloat16 parameters in `signstep.kernels.rounding`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from signstep.kernels import reference
 from signstep.kernels.engine import Direction, Options, Projected, Tensors, real_tensors, sigmas
 from signstep.kernels.momentum import enter_momenta, enter_momentum, mean_square, widened
 from signstep.kernels.reference import Segment, expected_sign
+from signstep.kernels.rounding import round_parameters, rounds_at_random
 
 __all__ = ["dithered", "multi_tensor_step", "single_tensor_step"]
 
@@ -24,6 +26,7 @@ def single_tensor_step(tensors: Tensors, options: Options) -> None:
     tensors = real_tensors(tensors)
     for i, param in enumerate(tensors.params):
         m, grad = enter_momentum(tensors, i, options)
+        segment = Segment(tensors.ordinals[i], tensors.offsets[i], m.numel())
         expected = torch.sign(m)
         if options.direction is Direction.MOMENTUM:
             # Under differentiable=True autograd holds this step's average, which the next step overwrites.
@@ -32,7 +35,6 @@ def single_tensor_step(tensors: Tensors, options: Options) -> None:
             direction = reference.sign(m)
         else:
             (sigma,) = sigmas(options, tensors.mean_squares[i : i + 1], 1)
-            segment = Segment(tensors.ordinals[i], tensors.offsets[i], m.numel())
             (direction,) = dithered([m.detach()], [sigma], [segment], options)
             if _projects_expected_sign(options):
                 expected = expected_sign(m, sigma)
@@ -49,6 +51,10 @@ def single_tensor_step(tensors: Tensors, options: Options) -> None:
         else:
             target = torch.add(target, widened(direction, param), alpha=-options.rate)
         param.copy_(target)
+        if rounds_at_random(param.dtype, options):
+            # Of the number alone: to autograd, rounding is the identity.
+            (rounded,) = round_parameters([target.detach()], [segment], options)
+            param.detach().copy_(rounded)
 
 
 def multi_tensor_step(tensors: Tensors, options: Options) -> None:
@@ -61,7 +67,7 @@ def multi_tensor_step(tensors: Tensors, options: Options) -> None:
         directions = _directions(tensors, options, indices, ms, grads, squares)
         for kept, m in zip(squares, ms, strict=bool(squares)):
             kept.copy_(mean_square(m))
-        _move([tensors.params[i] for i in indices], directions, options)
+        _move(tensors, indices, directions, options)
 
 
 def _projects_expected_sign(options: Options) -> bool:
@@ -92,8 +98,11 @@ def _directions(
         expected = _projects_expected_sign(options)
         signs = [expected_sign(m, s) if expected else torch.sign(m) for m, s in zip(ms, stds, strict=True)]
         _add_sums(options.sums, signs, grads)
-    segments = [Segment(tensors.ordinals[i], tensors.offsets[i], m.numel()) for i, m in zip(indices, ms, strict=True)]
-    return dithered(ms, stds, segments, options)
+    return dithered(ms, stds, _segments(tensors, indices), options)
+
+
+def _segments(tensors: Tensors, indices: Sequence[int]) -> list[Segment]:
+    return [Segment(tensors.ordinals[i], tensors.offsets[i], tensors.params[i].numel()) for i in indices]
 
 
 def dithered(
@@ -111,14 +120,16 @@ def _add_sums(sums: Tensor, directions: Sequence[Tensor], grads: Sequence[Tensor
         sums += torch.stack([(direction.to(sums.dtype) * g).sum(), g.square().sum()]).to(sums.device)
 
 
-def _move(params: list[Tensor], directions: Sequence[Tensor], options: Options) -> None:
+def _move(tensors: Tensors, indices: Sequence[int], directions: Sequence[Tensor], options: Options) -> None:
     """Param <- decay * param - rate * direction, in at least float32 and rounded to the parameter's dtype once.
 
     May overwrite directions.
     """
     rate, decay = options.rate, options.decay
+    params = [tensors.params[i] for i in indices]
     decays = isinstance(decay, Tensor) or decay != 1
-    targets = [widened(p) for p in params] if decays else params
+    stochastic = rounds_at_random(params[0].dtype, options)
+    targets = [widened(p) for p in params] if decays or stochastic else params
     if decays:
         torch._foreach_mul_(targets, decay)
     steps = [widened(d, p) for d, p in zip(directions, params, strict=True)]
@@ -127,5 +138,7 @@ def _move(params: list[Tensor], directions: Sequence[Tensor], options: Options) 
         torch._foreach_add_(targets, steps)
     else:
         torch._foreach_add_(targets, steps, alpha=-rate)
+    if stochastic:
+        targets = round_parameters(targets, _segments(tensors, indices), options)
     if targets[0] is not params[0]:
         torch._foreach_copy_(params, targets)

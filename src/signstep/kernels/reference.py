@@ -9,13 +9,14 @@ and the counter (block, k, p, stream),
 so U depends on nothing else: not on the device, the order of the tensors, how a tensor is sharded or which steps ran
 before. The low 24 bits matter only where the top 8 tie with the threshold's, 1 decision in 256; a fast engine draws
 them only there. Stream 2 has the bytes that round the momentum, laid out as stream 0; streams 3 and 4 have the
-coins of `signstep.kernels.bits`; 256 and 257 seed the rounding of compressors. Indices are modulo 2^32.
+coins of `signstep.kernels.bits`; stream 5 has the 16 bits that round a bfloat16 parameter, half-word e % 8 of block
+e // 8 (half-word 0 is the lower half of word 0); 256 and 257 seed the rounding of compressors. Indices are modulo 2^32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from signstep.kernels.philox import Words, philox4x32
 
-TOP_BITS, LOW_BITS, ROUNDING, ZERO_COINS, TIE_COINS = range(5)
+TOP_BITS, LOW_BITS, ROUNDING, ZERO_COINS, TIE_COINS, PARAM_ROUNDING = range(6)
 """Stream numbers, the last word of the counter."""
 
 _MASK = 0xFFFFFFFF
@@ -68,18 +69,30 @@ def noise_bytes(
     segments: Sequence[Segment], stream: int, *, seed: int, step: Tensor, device: torch.device
 ) -> list[Tensor]:
     """A byte for every element, int64 in [0, 256), one 1-D tensor per segment: in `TOP_BITS` the top 8 bits of U."""
-    out = []
-    for segment, words in zip(segments, blocks(segments, 16, stream, seed, step, device), strict=True):
-        bytes_ = torch.stack([(w >> (8 * j)) & 0xFF for w in words for j in range(4)], dim=1).flatten()
-        out.append(bytes_.narrow(0, segment.start % 16, segment.size))
-    return out
+    return _cut_words(segments, 8, stream, seed, step, device)
+
+
+def noise_halves(
+    segments: Sequence[Segment], stream: int, *, seed: int, step: Tensor, device: torch.device
+) -> list[Tensor]:
+    """16 bits for every element, int64 in [0, 2^16), one 1-D tensor per segment."""
+    return _cut_words(segments, 16, stream, seed, step, device)
 
 
 def low_bits(segments: Sequence[Segment], *, seed: int, step: Tensor, device: torch.device) -> list[Tensor]:
     """The low 24 bits of U for every element, int64 in [0, 2^24), one 1-D tensor per segment."""
+    return [word & 0xFFFFFF for word in _cut_words(segments, 32, LOW_BITS, seed, step, device)]
+
+
+def _cut_words(
+    segments: Sequence[Segment], bits: int, stream: int, seed: int, step: Tensor, device: torch.device
+) -> list[Tensor]:
+    """So many bits for every element, one 1-D int64 tensor per segment: the words of its blocks, cut from below."""
+    per_block, mask = 128 // bits, (1 << bits) - 1
     out = []
-    for segment, words in zip(segments, blocks(segments, 4, LOW_BITS, seed, step, device), strict=True):
-        out.append((torch.stack(words, dim=1).flatten() & 0xFFFFFF).narrow(0, segment.start % 4, segment.size))
+    for segment, words in zip(segments, blocks(segments, per_block, stream, seed, step, device), strict=True):
+        cut = torch.stack([(w >> j) & mask for w in words for j in range(0, 32, bits)], dim=1).flatten()
+        out.append(cut.narrow(0, segment.start % per_block, segment.size))
     return out
 
 
@@ -128,20 +141,11 @@ def directions(
     Returns:
         For each, a float32 tensor of its shape.
     """
-    out = [torch.empty(m.shape, dtype=torch.float32, device=m.device) for m in ms]
-    flat_in, flat_out = [m.reshape(-1) for m in ms], [d.view(-1) for d in out]
-    for pieces in _pieces([m.numel() for m in ms]):
-        drawn = _draw(
-            [flat_in[i][a:b].to(torch.float32) for i, a, b in pieces],
-            [sigmas[i] for i, _, _ in pieces],
-            [Segment(segments[i].parameter, segments[i].start + a, b - a) for i, a, b in pieces],
-            seed,
-            step,
-            position,
-        )
-        for (i, a, b), piece in zip(pieces, torch.split(drawn, [b - a for _, a, b in pieces]), strict=True):
-            flat_out[i][a:b] = piece
-    return out
+
+    def drawn(pieces: list[Tensor], covered: list[Segment], owners: list[int]) -> Tensor:
+        return _draw([m.to(torch.float32) for m in pieces], [sigmas[i] for i in owners], covered, seed, step, position)
+
+    return in_pieces(ms, segments, torch.float32, drawn)
 
 
 def expected_sign(m: Tensor, sigma: Tensor) -> Tensor:
@@ -156,6 +160,34 @@ def expected_sign(m: Tensor, sigma: Tensor) -> Tensor:
     """
     z = m.to(torch.float32) / sigma
     return torch.where(m == 0, 0.0, torch.special.erf(z * math.sqrt(0.5)))
+
+
+def in_pieces(
+    xs: Sequence[Tensor],
+    segments: Sequence[Segment],
+    dtype: torch.dtype,
+    compute: Callable[[list[Tensor], list[Segment], list[int]], Tensor],
+) -> list[Tensor]:
+    """What a function makes of every element, `CHUNK` elements a call: for each x a new tensor of its shape.
+
+    Args:
+        xs: tensors on one device; elements count in row-major order.
+        segments: for each, which elements of which parameter it holds.
+        dtype: of the results.
+        compute: takes pieces of the xs as vectors, their segments, and the index of the x of each; returns the results,
+            one after another in one vector.
+    """
+    out = [torch.empty(x.shape, dtype=dtype, device=x.device) for x in xs]
+    flat_in, flat_out = [x.reshape(-1) for x in xs], [y.view(-1) for y in out]
+    for pieces in _pieces([x.numel() for x in xs]):
+        computed = compute(
+            [flat_in[i][a:b] for i, a, b in pieces],
+            [Segment(segments[i].parameter, segments[i].start + a, b - a) for i, a, b in pieces],
+            [i for i, _, _ in pieces],
+        )
+        for (i, a, b), piece in zip(pieces, torch.split(computed, [b - a for _, a, b in pieces]), strict=True):
+            flat_out[i][a:b] = piece
+    return out
 
 
 def _pieces(sizes: Sequence[int]) -> list[list[tuple[int, int, int]]]:

@@ -22,7 +22,8 @@ from signstep.kernels.engine import Options, Projected, Tensors
 from signstep.kernels.layout import laid_out, order_is_free
 from signstep.kernels.momentum import BLOCK as ROW
 from signstep.kernels.momentum import STOCHASTIC
-from signstep.kernels.triton_noise import argument, erf, jit, noise_bytes, normal, triton_dtype, unavailable, uniform
+from signstep.kernels.rounding import rounds_at_random
+from signstep.kernels.triton_noise import argument, erf, jit, noise_bits, normal, triton_dtype, unavailable, uniform
 
 try:
     import triton
@@ -104,12 +105,11 @@ def _to_int8(m: tl.tensor, random: tl.tensor) -> tl.tensor:
 
 
 @jit()
-def _to_bfloat16_bits(m: tl.tensor, random: tl.tensor) -> tl.tensor:
-    """Momentum rounded up or down to bfloat16 at random: see `signstep.kernels.momentum`."""
-    bits = m.to(tl.uint32, bitcast=True)
-    # Half of it, lest the sum overflow: the lowest bit cannot carry.
-    rounded = ((bits >> 1) + ((random >> 17 & 0x7F80) | 64)) >> 15
-    return tl.where(m == m, rounded, 0x7FC0).to(tl.uint16)
+def _to_bfloat16_bits(x: tl.tensor, random: tl.tensor) -> tl.tensor:
+    """A float32 rounded up or down to bfloat16 by a number below 2^16: see `signstep.kernels.rounding`."""
+    # With one NaN for all, the sum cannot overflow.
+    bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
+    return ((bits + random) >> 16).to(tl.uint16)
 
 
 @jit()
@@ -136,6 +136,7 @@ def _step_elements(
     SMALL: tl.constexpr,
     SUMS: tl.constexpr,
     EXPECTED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     VECTORS: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -164,7 +165,7 @@ def _step_elements(
             _store(state_at, kept, inside, FULL)
             m = kept.to(WIDE)
         else:
-            random = noise_bytes(element, local, 2, seed, step, ordinal, ROWS, ALIGNED)
+            random = noise_bits(element, local, 2, seed, step, ordinal, 8, ROWS, ALIGNED)
             if KEPT == "int8":
                 scale_at = _address(row, 3, first // 256, tl.float32, False) + rows
                 has_row = first + rows * 256 < size
@@ -175,7 +176,7 @@ def _step_elements(
                 _store(scale_at, scale, has_row, FULL)
             else:
                 m = _average(old.to(tl.float32).to(WIDE), g, weight, SMALL)
-                bits = _to_bfloat16_bits(m.to(tl.float32), random)
+                bits = _to_bfloat16_bits(m.to(tl.float32), (random >> 16 & 0xFF00) | 0x80)
                 _store(state_at.to(tl.pointer_type(tl.uint16)), bits, inside, FULL)
 
     # The decision is made in float32 whatever the parameter is.
@@ -209,7 +210,12 @@ def _step_elements(
     if RELATIVE:
         tl.store(partial + 2, tl.sum(tl.sum(m * m, axis=1), axis=0))
     moved = tl.fma(-rate, direction, p * decay)
-    _store(param_at, moved.to(PARAM), inside, FULL)
+    if STOCHASTIC:
+        random = noise_bits(element, local, 5, seed, step, ordinal, 16, ROWS, ALIGNED)
+        bits = _to_bfloat16_bits(moved, random >> 16)
+        _store(param_at.to(tl.pointer_type(tl.uint16)), bits, inside, FULL)
+    else:
+        _store(param_at, moved.to(PARAM), inside, FULL)
 
 
 _NUMBERS = [
@@ -245,6 +251,7 @@ def _step_kernel(
     SMALL: tl.constexpr,
     SUMS: tl.constexpr,
     EXPECTED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     VECTORS: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -267,12 +274,12 @@ def _step_kernel(
     if first + ROWS * 256 <= size:
         _step_elements(
             row, partial, first, size, moved, shrunk, coupled, share, noise, key, k, PARAM, STATE, WIDE, KEPT,
-            DIRECTION, RELATIVE, MAXIMIZE, COUPLED, SMALL, SUMS, EXPECTED, VECTORS, ALIGNED, ROWS, True,
+            DIRECTION, RELATIVE, MAXIMIZE, COUPLED, SMALL, SUMS, EXPECTED, STOCHASTIC, VECTORS, ALIGNED, ROWS, True,
         )  # fmt: skip
     else:
         _step_elements(
             row, partial, first, size, moved, shrunk, coupled, share, noise, key, k, PARAM, STATE, WIDE, KEPT,
-            DIRECTION, RELATIVE, MAXIMIZE, COUPLED, SMALL, SUMS, EXPECTED, VECTORS, ALIGNED, ROWS, False,
+            DIRECTION, RELATIVE, MAXIMIZE, COUPLED, SMALL, SUMS, EXPECTED, STOCHASTIC, VECTORS, ALIGNED, ROWS, False,
         )  # fmt: skip
 
 
@@ -347,13 +354,13 @@ def step(tensors: Tensors, options: Options) -> None:
     if (reason := unavailable()) is not None:
         raise RuntimeError(reason)
     launches: dict[_Kind, _Rows] = {}
-    free = order_is_free(options)
     with laid_out(tensors, options) as ready:
         columns = (ready.params, ready.grads, ready.exp_avgs, ready.scales, ready.mean_squares)
         for i, (p, ordinal, offset) in enumerate(zip(ready.params, ready.ordinals, ready.offsets, strict=True)):
             addresses = [column[i].data_ptr() if column else 0 for column in columns]
             vectors = (addresses[0] | addresses[1] | addresses[2]) % 16 == 0
-            table = launches.setdefault(_Kind(p.dtype, vectors, free or offset % 16 == 0), _Rows())
+            aligned = offset % 16 == 0 or order_is_free(options, p.dtype)
+            table = launches.setdefault(_Kind(p.dtype, vectors, aligned), _Rows())
             table.add(*addresses, size=p.numel(), offset=offset, ordinal=ordinal)
         if ready.params:
             with torch.cuda.device_of(ready.params[0]):  # type: ignore[no-untyped-call]
@@ -399,6 +406,7 @@ def _launch(kind: _Kind, rows: _Rows, tensors: Tensors, options: Options) -> Non
             SMALL=array("d" if wide == torch.float64 else "f", [1.0 - options.momentum])[0] < 0.5,
             SUMS=sums,
             EXPECTED=sums and options.projected is Projected.EXPECTED_SIGN,
+            STOCHASTIC=rounds_at_random(kind.dtype, options),
             VECTORS=kind.vectors,
             ALIGNED=kind.aligned,
             ROWS=ROWS,

@@ -89,31 +89,35 @@ def _in_sequence(w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor) -> 
 
 
 @jit()
-def noise_bytes(
+def noise_bits(
     first: tl.tensor,
     local: tl.tensor,
     stream: tl.constexpr,
     seed: tl.tensor,
     step: tl.tensor,
     ordinal: tl.tensor,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ) -> tl.tensor:
-    """A byte per element, the upper 8 bits of a uint32 [ROWS, 256]: byte e % 16 of block e // 16.
+    """8 or 16 bits per element, the upper ones of a uint32 [ROWS, 256]: with N = 128 // BITS, number e % N of block
+    e // N.
 
-    ALIGNED says that the first element is a multiple of 16, so that one block serves 16 elements; else every element
+    ALIGNED says that the first element is a multiple of 16, so that one block serves N elements; else every element
     computes its own.
     """
+    IN_WORD: tl.constexpr = 32 // BITS
     if ALIGNED:
-        block = (first // 16 + tl.arange(0, ROWS * 16)).to(tl.uint32)
+        block = (first // (4 * IN_WORD) + tl.arange(0, ROWS * 64 // IN_WORD)).to(tl.uint32)
         w0, w1, w2, w3 = philox(block, stream, seed, step, ordinal)
         words = _in_sequence(w0, w1, w2, w3)
-        result = tl.reshape(words[:, None] << (24 - 8 * tl.arange(0, 4))[None, :].to(tl.uint32), [ROWS, 256])
+        shift = (32 - BITS - BITS * tl.arange(0, IN_WORD)).to(tl.uint32)
+        result = tl.reshape(words[:, None] << shift[None, :], [ROWS, 256])
     else:
         element = first + local
-        w0, w1, w2, w3 = philox((element // 16).to(tl.uint32), stream, seed, step, ordinal)
-        word = _pick(w0, w1, w2, w3, element // 4 % 4)
-        result = word << (24 - 8 * (element % 4)).to(tl.uint32)
+        w0, w1, w2, w3 = philox((element // (4 * IN_WORD)).to(tl.uint32), stream, seed, step, ordinal)
+        word = _pick(w0, w1, w2, w3, element // IN_WORD % 4)
+        result = word << (32 - BITS - BITS * (element % IN_WORD)).to(tl.uint32)
     return result
 
 
@@ -136,7 +140,7 @@ def uniform(
         element = first + local
         w0, w1, w2, w3 = philox((element // 4).to(tl.uint32), 1, seed, step, ordinal)
         low = _pick(w0, w1, w2, w3, element % 4)
-    top = noise_bytes(first, local, 0, seed, step, ordinal, ROWS, ALIGNED)
+    top = noise_bits(first, local, 0, seed, step, ordinal, 8, ROWS, ALIGNED)
     return (top & 0xFF000000) | (low & 0xFFFFFF)
 
 

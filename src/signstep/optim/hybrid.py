@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from signstep.kernels.engine import Direction, Options, Projected
 from signstep.optim.calibration import CALIBRATION_STATE, update_rate
-from signstep.optim.options import HYBRID_OPTIONS, SIGNSGD_OPTIONS, Option
+from signstep.optim.options import HYBRID_OPTIONS, SIGNSGD_OPTIONS, Option, rounds_stochastically
 from signstep.optim.signsgd import SignSGD, rate_and_decay
 
 __all__ = ["HybridSignSGD"]
@@ -82,6 +82,7 @@ class HybridSignSGD(SignSGD):
         dither_position: str = "pre",
         dither_scale: str = "absolute",
         state_dtype: torch.dtype | None = None,
+        param_rounding: str | None = None,
         seed: int = 0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
@@ -186,6 +187,7 @@ class HybridSignSGD(SignSGD):
             sigma=None,
             seed=group["seed"],
             maximize=group["maximize"],
+            stochastic_params=rounds_stochastically(group),
         )
 
     def finish_step(self, group: dict[str, Any], sums: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from signstep.kernels.momentum import STATE_DTYPES
 from signstep.optim.calibration import RULES
 
-__all__ = ["HYBRID_OPTIONS", "SIGNSGD_OPTIONS", "Option", "check_options"]
+__all__ = ["HYBRID_OPTIONS", "SIGNSGD_OPTIONS", "Option", "check_options", "rounds_stochastically"]
 
 
 class Option(NamedTuple):
@@ -64,6 +64,12 @@ SIGNSGD_OPTIONS: Mapping[str, Option] = {
         lambda x: x is None or x in STATE_DTYPES,
         "None or one of " + ", ".join(str(dtype) for dtype in STATE_DTYPES),
     ),
+    "param_rounding": Option(
+        None,
+        (str, type(None)),
+        lambda x: x in (None, "nearest", "stochastic"),
+        "None, 'nearest' or 'stochastic'",
+    ),
     "seed": Option(0, (Integral,), lambda x: 0 <= x < 1 << 64, f"an integer in [0, {1 << 64})"),
     "weight_decay": _number(0.0),
     "decoupled_weight_decay": _flag(True),
@@ -112,3 +118,19 @@ def check_options(values: Mapping[str, Any]) -> None:
         )
     if values["foreach"] and values["differentiable"]:
         raise RuntimeError("Invalid foreach: True, _foreach ops do not support differentiable=True; pass foreach=None")
+    rounds_stochastically(values)
+
+
+def rounds_stochastically(group: Mapping[str, Any]) -> bool:
+    """Whether a param_group's bfloat16 parameters, if it has some, are rounded at random.
+
+    Raises:
+        ValueError: that is asked for in words, and there are float16 parameters, which no engine rounds so.
+    """
+    rounding = group["param_rounding"]
+    if rounding == "stochastic" and any(p.dtype == torch.float16 for p in group.get("params", ())):
+        raise ValueError(
+            "Invalid param_rounding: 'stochastic' with float16 parameters, which are always rounded to the nearest; "
+            "pass None, or make the parameters bfloat16 or float32"
+        )
+    return bool(rounding != "nearest")

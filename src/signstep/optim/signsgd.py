@@ -17,7 +17,7 @@ from signstep.kernels.momentum import check_momentum
 from signstep.kernels.plain import multi_tensor_step, single_tensor_step
 from signstep.optim import step_length
 from signstep.optim.dither import dither_std
-from signstep.optim.options import SIGNSGD_OPTIONS, Option, check_options
+from signstep.optim.options import SIGNSGD_OPTIONS, Option, check_options, rounds_stochastically
 from signstep.optim.shards import Shards, add_up, check_sharding, is_sharded, mean_square, new_momentum, shards_of
 
 __all__ = ["ENGINE_CHOICE", "SignSGD", "rate_and_decay", "signsgd"]
@@ -63,6 +63,12 @@ class SignSGD(Optimizer):
         state_dtype (torch.dtype): how the momentum is kept. None is the parameter's dtype, to the nearest;
             torch.float32; torch.bfloat16 (2 bytes per element) and torch.int8 (1 byte, and a scale per 256) round
             stochastically, see `signstep.kernels.momentum`. (default: None)
+        param_rounding (str): how the new bfloat16 parameters are rounded. "stochastic" rounds up or down at random, so
+            that on average no step is lost, see `signstep.kernels.rounding`; "nearest" loses every step below half the
+            spacing of bfloat16: at lr 1e-3 weights above 0.5 never move. None is "stochastic" for bfloat16. Other
+            parameters are always rounded to the nearest: float32 has bits to spare, float16 weights above 0.25 stand
+            still at lr 1e-4, and float16 with "stochastic" is refused. Without fused kernels, so by default on GPUs,
+            the noise costs as much as dither. (default: None)
         seed: key of the noise, in [0, 2^64). (default: 0)
         weight_decay: (default: 0)
         decoupled_weight_decay: True is p <- p - lr * weight_decay * p (as AdamW), False adds weight_decay * p to the
@@ -117,6 +123,7 @@ class SignSGD(Optimizer):
         dither_position: str = "pre",
         dither_scale: str = "absolute",
         state_dtype: torch.dtype | None = None,
+        param_rounding: str | None = None,
         seed: int = 0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
@@ -379,6 +386,7 @@ class SignSGD(Optimizer):
             seed=group["seed"],
             maximize=group["maximize"] and not voted,
             sums=None if voted else sums,
+            stochastic_params=rounds_stochastically(group),
         )
 
 

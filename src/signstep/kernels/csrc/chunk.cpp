@@ -15,6 +15,8 @@ namespace SIGNSTEP_ISA {
 #include "noise.h"
 #include "masks.h"
 #include "decide.h"
+#include "momentum.h"
+#include "rounding.h"
 
 namespace {
 
@@ -37,7 +39,7 @@ struct Tile {
   alignas(64) int16_t up[TILE];
   Bytes top;
   Bytes rounding;
-  alignas(64) uint64_t low[2 * (TILE / 4 + PAIR)];
+  PerElement<uint32_t> low;
 };
 
 // A pointer to a tensor's own elements where they are what is computed with, null where they must be converted first.
@@ -57,58 +59,6 @@ void load_gradient(const T* grad, const T* param, int n, const Options& o, W* g)
   if (o.coupled_decay == 0) return;
   const W decay = W(o.coupled_decay);
   for (int i = 0; i < n; ++i) g[i] = fused(decay, W(widen(param[i])), g[i]);
-}
-
-// m <- m + (1 - beta) (g - m), in the form that torch.lerp rounds.
-template <class W>
-inline W average(W m, W g, W weight) {
-  const bool small = weight < W(0.5);
-  return fused(small ? weight : weight - W(1), g - m, small ? m : g);
-}
-
-// Momentum that is kept to the nearest: what decides is what is kept.
-template <class S, class W>
-void update_momentum(S* __restrict exp_avg, const W* __restrict g, int n, W weight, W* __restrict m) {
-  for (int i = 0; i < n; ++i) {
-    const S kept = narrow<S, W>(average(W(widen(exp_avg[i])), g[i], weight));
-    exp_avg[i] = kept;
-    m[i] = W(widen(kept));
-  }
-}
-template <class W>
-void update_momentum_in_place(W* __restrict exp_avg, const W* __restrict g, int n, W weight) {
-  for (int i = 0; i < n; ++i) exp_avg[i] = average(exp_avg[i], g[i], weight);
-}
-
-template <class W>
-void update_bfloat16_stochastic(Bfloat16* exp_avg, const W* g, int n, W weight, const uint8_t* random, W* m) {
-  for (int i = 0; i < n; ++i) {
-    m[i] = average(W(widen(exp_avg[i])), g[i], weight);
-    const float x = float(m[i]);
-    const uint32_t rounded = (bits_of(x) + (uint32_t(random[i]) << 8 | 0x80u)) >> 16;
-    exp_avg[i] = Bfloat16(x != x ? 0x7FC0u : rounded);
-  }
-}
-
-// A tile is one block, with one scale.
-template <class W>
-void update_int8(int8_t* exp_avg, float* scale, const W* g, int n, W weight, const uint8_t* random, W* m) {
-  const float old = *scale;
-  uint32_t largest = 0;  // of the bits: a NaN is larger than infinity, and that than all numbers
-  for (int i = 0; i < n; ++i) {
-    m[i] = average(W(float(exp_avg[i]) * old), g[i], weight);
-    const uint32_t magnitude = bits_of(float(m[i])) & 0x7FFFFFFFu;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  *scale = float_of(largest) / 127.0f;
-  const float inverse = *scale < 0x1p-120f ? 0.0f : 1.0f / *scale;
-  for (int i = 0; i < n; ++i) {
-    float x = float(m[i]) * inverse;
-    x = x == x ? x : 0.0f;
-    // floor, for what lies above -128: truncation of a positive number.
-    const int32_t q = int32_t(x + (float(random[i]) + 0.5f) * 0x1p-8f + 128.0f) - 128;
-    exp_avg[i] = int8_t(q > 127 ? 127 : q);
-  }
 }
 
 // 1 with the sign bit of `signed_as`; 0 where m is 0, and NaN where it is not finite, as m * 0 is.
@@ -131,20 +81,22 @@ inline W moved(W param, W direction, const Options& o) {
 }
 
 // Where the decisions of a tensor go: its parameters, which each moves ...
-template <class T, class W>
+template <class T, class W, class Rounding>
 struct Moves {
   struct Place {
     T* param;
     T before;
+    uint16_t random;
   };
   const Options& o;
+  const Rounding& rounding;
   T* param;  // of the tile
 
-  Place place(int i) const { return {param + i, param[i]}; }
+  Place place(int i) const { return {param + i, param[i], rounding.random(i)}; }
 
   void settle(const Place& place, float m, bool up) const {
     const W direction = W(up ? 1 : -1) + W(m - m);
-    *place.param = narrow<T, W>(moved(W(widen(place.before)), direction, o));
+    *place.param = Rounding::round(moved(W(widen(place.before)), direction, o), place.random);
   }
 };
 
@@ -245,9 +197,7 @@ INLINE void decide_tile(const float* m, int n, uint64_t element, Bytes& random, 
 template <class W>
 void draw_noise(Tile<W>& tile, int n, uint64_t element, const Key& key, float sigma) {
   const uint8_t* top = tile.top.fill(element, n, key, TOP_BITS, {0, 0});
-  const int skip = int(element % 4);
-  philox_blocks(element / 4, (skip + n + 3) / 4, key, LOW_BITS, tile.low, {0, 0});
-  const uint32_t* low = reinterpret_cast<const uint32_t*>(tile.low) + skip;
+  const uint32_t* low = tile.low.fill(element, n, key, LOW_BITS, {0, 0});
   for (int i = 0; i < n; ++i) {
     const uint32_t u = uint32_t(top[i]) << 24 | (low[i] & 0xFFFFFFu);
     tile.noise[i] = W(sigma * float(inverse_normal((double(u) + 0.5) * 0x1p-32)));
@@ -320,13 +270,14 @@ struct Sums {
   }
 };
 
-template <class T, class W, class Direction>
-void apply(T* __restrict param, int n, const Options& o, Direction direction) {
+template <class T, class W, class Rounding, class Direction>
+void apply(T* __restrict param, int n, const Options& o, const Rounding& rounding, Direction direction) {
   const W rate = W(-o.rate), decay = W(o.decay);
+  const auto move = [&](int i, W from) { param[i] = rounding.round(fused(rate, direction(i), from), rounding.random(i)); };
   if (decay == 1) {
-    for (int i = 0; i < n; ++i) param[i] = narrow<T, W>(fused(rate, direction(i), W(widen(param[i]))));
+    for (int i = 0; i < n; ++i) move(i, W(widen(param[i])));
   } else {
-    for (int i = 0; i < n; ++i) param[i] = narrow<T, W>(fused(rate, direction(i), W(widen(param[i])) * decay));
+    for (int i = 0; i < n; ++i) move(i, W(widen(param[i])) * decay);
   }
 }
 
@@ -398,12 +349,13 @@ INLINE const W* advance(const signstep_tensor& t, const Options& o, int64_t firs
   return m;
 }
 
-template <class T, class W>
+template <class T, class W, class Rounding>
 void step(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end, float sigma, double* sums) {
   Tile<W> tile;
+  Rounding rounding;
   Sums<W> total;
   const Key key = {uint32_t(o.seed), uint32_t(o.seed >> 32), uint32_t(o.step), uint32_t(t.ordinal)};
-  Ties<Moves<T, W>> ties = {{o, nullptr}, key, sigma};
+  Ties<Moves<T, W, Rounding>> ties = {{o, rounding, nullptr}, key, sigma};
   float narrowed[sizeof(W) == sizeof(float) ? 1 : TILE];
   const int state_bytes = bytes_of_state(t.state_dtype, sizeof(T));
   for (int64_t first = begin; first < end; first += TILE) {
@@ -416,19 +368,20 @@ void step(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end
       for (Ahead& stream : ahead) stream.fetch<TILE>();
     }
     const W* m = advance<T>(t, o, first, n, sigma, key, tile, sums == nullptr ? nullptr : &total);
+    rounding.draw(element, n, key);
     if (o.direction == SIGNSTEP_SIGN) {
-      apply<T, W>(param, n, o, [m](int i) { return unit_step(bits_of(float(m[i])), m[i]); });
+      apply<T, W>(param, n, o, rounding, [m](int i) { return unit_step(bits_of(float(m[i])), m[i]); });
     } else if (o.direction == SIGNSTEP_MOMENTUM) {
-      apply<T, W>(param, n, o, [m](int i) { return m[i]; });
+      apply<T, W>(param, n, o, rounding, [m](int i) { return m[i]; });
     } else if (sigma != sigma) {  // the rms of a tensor with elements that are not finite
       // From here on m is a float, also that of a double parameter, as in the reference.
-      apply<T, W>(param, n, o, [m, sigma](int i) { return float(m[i]) == 0 ? W(0) : W(sigma); });
+      apply<T, W>(param, n, o, rounding, [m, sigma](int i) { return float(m[i]) == 0 ? W(0) : W(sigma); });
     } else if (o.direction == SIGNSTEP_POST) {
       draw_noise(tile, n, element, key, sigma);
-      apply<T, W>(param, n, o, [m, &tile](int i) { return W(post_direction(float(m[i]), float(tile.noise[i]))); });
+      apply<T, W>(param, n, o, rounding, [m, &tile](int i) { return W(post_direction(float(m[i]), float(tile.noise[i]))); });
     } else {
       decide_tile(as_float(m, n, narrowed), n, element, tile.top, tile.up, ties, ahead);
-      apply<T, W>(param, n, o, [m, up = tile.up](int i) { return W(unit_step(uint32_t(int32_t(up[i])), float(m[i]))); });
+      apply<T, W>(param, n, o, rounding, [m, up = tile.up](int i) { return W(unit_step(uint32_t(int32_t(up[i])), float(m[i]))); });
       ties.resolve(first + TILE >= end);
     }
   }
@@ -486,9 +439,9 @@ void cast(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end
   if (sums != nullptr) total.write(sums);
 }
 
-template <class T, class W>
+template <class T, class W, class Rounding = ToNearest<T, W>>
 void step_or_cast(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end, float sigma, double* sums) {
-  return t.bits == 0 ? step<T, W>(t, o, begin, end, sigma, sums) : cast<T, W>(t, o, begin, end, sigma, sums);
+  return t.bits == 0 ? step<T, W, Rounding>(t, o, begin, end, sigma, sums) : cast<T, W>(t, o, begin, end, sigma, sums);
 }
 
 }  // namespace
@@ -497,7 +450,9 @@ void chunk(const signstep_tensor& t, const signstep_options& o, int64_t begin, i
   switch (t.dtype) {
     case SIGNSTEP_FLOAT32: return step_or_cast<float, float>(t, o, begin, end, sigma, sums);
     case SIGNSTEP_FLOAT64: return step_or_cast<double, double>(t, o, begin, end, sigma, sums);
-    case SIGNSTEP_BFLOAT16: return step_or_cast<Bfloat16, float>(t, o, begin, end, sigma, sums);
+    case SIGNSTEP_BFLOAT16:
+      if (o.stochastic_params) return step_or_cast<Bfloat16, float, AtRandom>(t, o, begin, end, sigma, sums);
+      return step_or_cast<Bfloat16, float>(t, o, begin, end, sigma, sums);
     case SIGNSTEP_FLOAT16: return step_or_cast<Float16, float>(t, o, begin, end, sigma, sums);
   }
 }

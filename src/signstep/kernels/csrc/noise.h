@@ -4,7 +4,7 @@ struct Key {
   uint32_t low, high, step, ordinal;
 };
 
-enum { TOP_BITS, LOW_BITS, ROUNDING, ZERO_COINS, TIE_COINS };  // streams, the last word of the counter
+enum { TOP_BITS, LOW_BITS, ROUNDING, ZERO_COINS, TIE_COINS, PARAM_ROUNDING };  // streams, the last word of the counter
 
 // Counters are worked on WIDTH at a time, each word in a lane of 64 bits whose upper half is never read.
 #if defined(__AVX512F__)
@@ -99,16 +99,19 @@ static inline void philox_blocks(uint64_t first, int blocks, const Key& key, uin
   }
 }
 
-// One byte per element: byte e % 16 of block e / 16.
-struct Bytes {
-  alignas(64) uint64_t words[2 * (TILE / 16 + PAIR)];
+// A byte, a half-word or a word per element: number e % PER_BLOCK of block e / PER_BLOCK.
+template <class Number>
+struct PerElement {
+  static constexpr int PER_BLOCK = 16 / sizeof(Number);
+  alignas(64) uint64_t words[2 * (TILE / PER_BLOCK + PAIR)];
 
-  const uint8_t* fill(uint64_t element, int n, const Key& key, uint32_t stream, Ahead ahead) {
-    const int skip = static_cast<int>(element % 16);
-    philox_blocks(element / 16, (skip + n + 15) / 16, key, stream, words, ahead);
-    return reinterpret_cast<const uint8_t*>(words) + skip;
+  const Number* fill(uint64_t element, int n, const Key& key, uint32_t stream, Ahead ahead) {
+    const int skip = static_cast<int>(element % PER_BLOCK);
+    philox_blocks(element / PER_BLOCK, (skip + n + PER_BLOCK - 1) / PER_BLOCK, key, stream, words, ahead);
+    return reinterpret_cast<const Number*>(words) + skip;
   }
 };
+using Bytes = PerElement<uint8_t>;
 
 // One bit per element, of up to WORDS words of 64: bit e % 128 of block e / 128.
 template <int WORDS>

@@ -47,6 +47,12 @@ inline float narrow<float, double>(double x) {
   return static_cast<float>(x);
 }
 
+// At random, with a number below 2^16: the upper half of the bits, which a carry from the lower half makes larger.
+static inline Bfloat16 to_bfloat16(float x, uint32_t random) {
+  const uint32_t rounded = (bits_of(x) + random) >> 16;
+  return static_cast<Bfloat16>(x != x ? 0x7FC0u : rounded);
+}
+
 // To the nearest, ties to even.
 template <>
 inline Bfloat16 narrow<Bfloat16, float>(float x) {

@@ -10,7 +10,7 @@
 #endif
 
 // Raised whenever a structure below changes; native.py refuses a library that answers another number.
-#define SIGNSTEP_ABI 2
+#define SIGNSTEP_ABI 3
 
 enum {
   SIGNSTEP_FLOAT32,
@@ -54,7 +54,7 @@ struct signstep_options {
   int32_t sums;       // which s enters <s, g>
   int32_t isa;       // SIGNSTEP_BEST, or one by name for tests
   int32_t threads;
-  int32_t reserved;
+  int32_t stochastic_params;  // bfloat16 parameters are rounded at random
   void* parallel;  // GOMP_parallel of the OpenMP runtime that torch uses, or null for threads of our own
 };
 

@@ -31,6 +31,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "decoupled decay": {"weight_decay": 0.1},
     "coupled decay, maximize": {"weight_decay": 0.1, "decoupled_weight_decay": False, "maximize": True},
     "Tensor lr": {"lr": torch.tensor(0.03)},
+    "to the nearest": {"param_rounding": "nearest", "weight_decay": 0.1},
 }
 
 

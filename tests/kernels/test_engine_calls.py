@@ -44,19 +44,21 @@ def test_a_shard_draws_what_the_whole_draws(engine: Engine, position: str, offse
         assert torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("offset", [0, 3, 2**36 - 7])
 def test_stochastic_rounding_of_a_shard_is_the_references(
-    engine: Engine, offset: int, state_dtype: torch.dtype
+    engine: Engine, offset: int, state_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
+    """Of the momentum, and of bfloat16 parameters."""
     results = []
     for step, device in ((engine.module.step, engine.device), (multi_tensor_step, CPU)):
-        p, m = torch.zeros(3001, device=device), momenta(3001).to(device)
+        p, m = torch.full((3001,), 3.0, dtype=dtype, device=device), momenta(3001).to(device, dtype)
         state = momentum.new_momentum(p, state_dtype)
         scales = [state["exp_avg_scale"]] if state_dtype == torch.int8 else []
         for k in range(3):
             tensors = Tensors([p], [m], [state["exp_avg"]], scales, [], [4], [offset])
-            step(tensors, request(dither=None, momentum=0.9, state_dtype=state_dtype, step=torch.tensor(k)))
+            step(tensors, request(dither=None, rate=1e-3, momentum=0.9, state_dtype=state_dtype, step=torch.tensor(k)))
         results.append([p.cpu(), *(x.cpu() for x in state.values())])
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 

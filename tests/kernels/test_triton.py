@@ -308,7 +308,7 @@ def compiled_equals_eager(
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):
-        params = parameters([(30, 7), (5,), ()], torch.float32, device)
+        params = parameters([(30, 7), (5,), ()], torch.float32, device) + parameters([(40,)], torch.bfloat16, device)
         optimizer = cls(params, lr=torch.tensor(0.01), fused=True, **options)
         whole = torch.compile(inspect.unwrap(cls.step), backend=backend, fullgraph=True)
         for step in range(5):

@@ -28,6 +28,8 @@ from torch.optim.lr_scheduler import (
 )
 
 from signstep import HybridSignSGD, SignSGD
+from signstep.kernels.reference import Segment
+from signstep.kernels.rounding import round_parameters
 
 CLASSES = [SignSGD, HybridSignSGD]
 both = pytest.mark.parametrize("cls", CLASSES)
@@ -123,6 +125,8 @@ BAD: list[tuple[type[SignSGD], str, Any, type[Exception], str]] = [
     (SignSGD, "dither_position", None, TypeError, "one of 'pre', 'post'"),
     (SignSGD, "dither_scale", "rms", ValueError, "one of 'absolute', 'relative'"),
     (SignSGD, "dither_scale", 1.0, TypeError, "one of 'absolute', 'relative'"),
+    (SignSGD, "param_rounding", "up", ValueError, "None, 'nearest' or 'stochastic'"),
+    (SignSGD, "param_rounding", True, TypeError, "None, 'nearest' or 'stochastic'"),
     (SignSGD, "seed", -1, ValueError, "an integer in [0, 18446744073709551616)"),
     (SignSGD, "seed", 2**64, ValueError, "an integer in [0, 18446744073709551616)"),
     (SignSGD, "seed", 1.0, TypeError, "an integer in [0, 18446744073709551616)"),
@@ -251,6 +255,7 @@ OVERRIDES: list[tuple[str, Any, dict[str, Any] | None]] = [
     ("weight_decay", 0.5, {}),
     ("decoupled_weight_decay", False, {"weight_decay": 0.5}),
     ("maximize", True, {}),
+    ("param_rounding", "stochastic", None),
     ("foreach", False, None),
     ("fused", False, None),
     ("capturable", True, None),
@@ -479,16 +484,18 @@ def test_layout_does_not_matter(cls: type[SignSGD], options: dict[str, Any], for
 
 
 @foreach_or_not
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.bfloat16, "nearest"), (torch.bfloat16, None), (torch.float16, None)]
+)
 @every_config
 def test_half_precision_rounds_once(
-    cls: type[SignSGD], options: dict[str, Any], dtype: torch.dtype, foreach: bool
+    cls: type[SignSGD], options: dict[str, Any], dtype: torch.dtype, rounding: str | None, foreach: bool
 ) -> None:
     """The step of a half-precision parameter is the float32 step from the same momentum, rounded once."""
     if not options.get("decoupled_weight_decay", True):  # which is in the momentum already
         options = {k: v for k, v in options.items() if k != "weight_decay"}
     params = tensors(dtype=dtype)
-    optimizer = cls(params, lr=2**-5, foreach=foreach, **options)
+    optimizer = cls(params, lr=2**-5, foreach=foreach, param_rounding=rounding, **options)
     for i in range(7):
         wide = [p.float() for p in params]
         before = [
@@ -516,7 +523,12 @@ def test_half_precision_rounds_once(
             for p in wide:
                 p *= 1 - 2**-5 * options.get("weight_decay", 0)
                 p -= p.grad * (optimizer.param_groups[0]["lr_ratio"] * 2**-5)
-        assert_equal(params, [p.to(dtype) for p in wide])
+        if dtype == torch.bfloat16 and rounding is None:
+            key = optimizer.options(optimizer.param_groups[0], None)._replace(step=torch.tensor(i))
+            segments = [Segment(ordinal, 0, p.numel()) for ordinal, p in enumerate(wide)]
+            assert_equal(params, round_parameters(wide, segments, key))
+        else:
+            assert_equal(params, [p.to(dtype) for p in wide])
 
 
 def test_half_precision_calibration_is_float32() -> None:

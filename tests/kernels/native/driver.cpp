@@ -179,6 +179,7 @@ int main(int argc, char** argv) {
           c.options.seed = 0xFEDCBA9876543210u;
           c.options.maximize = variant % 4 == 1;
           c.options.direction = direction;
+          c.options.stochastic_params = variant / 2 % 2;
           c.options.sums = ballot ? int(SIGNSTEP_NO_SUMS) : variant % 3;
           const Bytes first = run(c, isas[0], 1);
           for (const int isa : isas) {

@@ -48,6 +48,8 @@ SHARDED: Mapping[str, tuple[type[SignSGD], Options]] = {
     "float32": (SignSGD, {"state_dtype": torch.float32, "lr": torch.tensor(0.01)}),
     "int8": (SignSGD, {"dither": 0.1, "state_dtype": torch.int8}),
     "int8, foreach": (SignSGD, {"state_dtype": torch.int8, "foreach": True}),
+    "bfloat16": (SignSGD, {"lr": 1e-3, "weight_decay": 0.1}),
+    "bfloat16, foreach": (SignSGD, {"lr": 1e-3, "dither": 0.1, "foreach": True}),
     # The rest goes by sums over all shards.
     "relative": (SignSGD, RELATIVE),
     "relative, foreach": (SignSGD, {"foreach": True} | RELATIVE),
@@ -71,15 +73,15 @@ def mesh_of(*shape: int) -> DeviceMesh:
 class Holder(nn.Module):
     """Parameters of some shapes, and one that is left whole."""
 
-    def __init__(self, shapes: tuple[tuple[int, ...], ...]) -> None:
+    def __init__(self, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
-        self.kept = nn.Parameter(torch.randn(5, generator=generator))
-        self.cut = nn.ParameterList(torch.randn(shape, generator=generator) for shape in shapes)
+        self.kept = nn.Parameter(torch.randn(5, generator=generator).to(dtype))
+        self.cut = nn.ParameterList(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
 
 
-def sharded(shapes: tuple[tuple[int, ...], ...], mesh: DeviceMesh) -> Holder:
-    holder = Holder(shapes)
+def sharded(shapes: tuple[tuple[int, ...], ...], mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> Holder:
+    holder = Holder(shapes, dtype)
     fully_shard(holder, mesh=mesh, ignored_params={holder.kept})
     return holder
 
@@ -101,7 +103,7 @@ def local(p: Any) -> Tensor:
 def set_gradients(params: Iterator[nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for p in params:
-        g = torch.randn(p.shape, generator=generator) + 0.3
+        g = (torch.randn(p.shape, generator=generator) + 0.3).to(p.dtype)
         if isinstance(p, DTensor):
             g = DTensor.from_local(
                 own(g, p), p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
@@ -118,7 +120,8 @@ def assert_follows(model: nn.Module, reference: nn.Module, note: object, *, exac
 def follow(name: str, mesh: DeviceMesh) -> None:
     optimizer_class, options = SHARDED[name]
     shapes = BLOCKS if options.get("state_dtype") == torch.int8 else UNEVEN
-    model, whole = sharded(shapes, mesh), Holder(shapes)
+    dtype = torch.bfloat16 if name.startswith("bfloat16") else torch.float32  # of the parameters
+    model, whole = sharded(shapes, mesh, dtype), Holder(shapes, dtype)
     ours, theirs = (optimizer_class(m.parameters(), **{"lr": 0.01} | options) for m in (model, whole))
     for step in range(6):
         for m in (model, whole):

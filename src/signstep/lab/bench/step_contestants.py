@@ -203,6 +203,7 @@ def _variants(dtype: torch.dtype) -> Iterator[Contestant]:
     yield _ours("state-int8", "SignSGD, int8 state", state_dtype=torch.int8)
     if dtype == torch.float32:
         yield _ours("bf16", "SignSGD, all bfloat16", own=torch.bfloat16)
+        yield _ours("bf16-nearest", "the same, to the nearest", own=torch.bfloat16, param_rounding="nearest")
     yield _eager("eager", "SignSGD, foreach")
 
 

@@ -39,6 +39,7 @@ def step_targets(result: StepResult, dtype: str) -> list[Target]:
         for key, name, limit in [("clean", "clean", 0.9), *((k, n, 0.8) for k, n in _DITHERS.items())]:
             found.append(Target(f"{name}, share of the copy's bytes per second", limit, True, result.share(key)))
     if dtype == "float32":
-        below("all bfloat16", "bf16", "clean", 0.6)
+        below("all bfloat16, to the nearest", "bf16-nearest", "clean", 0.6)
+        below("all bfloat16", "bf16", "bf16-nearest", 1.4)
     below("hybrid, sign phase", "hybrid", "clean", 1.05)
     return found

@@ -114,6 +114,7 @@ class HybridSignSGDReference(SignSGDReference):
         self.lambda_bar = 0.0  # line 2
         self.inner = self.square = 0.0
         self.lr_then = lr
+        self.lrs: list[float] = []
 
     def step(self, gradients: list[Array]) -> None:
         if self.k >= self.switch_step:
@@ -130,12 +131,15 @@ class HybridSignSGDReference(SignSGDReference):
         if self.rule == "paper":
             rate = self.lr * abs(inner) / (square + 1e-8)  # line 7, eq. (12)
             self.lambda_bar = self.eta * self.lambda_bar + (1 - self.eta) * rate  # line 8
+            # The paper has one lr; of several, the mean by the weights that the rates have in lambda-bar.
+            self.lrs.append(self.lr)
+            self.lr_then = float(np.average(self.lrs, weights=self.eta ** np.arange(len(self.lrs))[::-1]))
         else:
             self.inner = self.eta * self.inner + (1 - self.eta) * inner
             self.square = self.eta * self.square + (1 - self.eta) * square
             weight = 1 - self.eta**self.k
             self.lambda_bar = self.lr * max(0.0, (self.inner / weight) / (self.square / weight + 1e-8))
-        self.lr_then = self.lr
+            self.lr_then = self.lr
 
     def sgd_step(self, gradients: list[Array]) -> None:
         rate = self.lambda_bar * self.lr / self.lr_then

@@ -10,6 +10,7 @@ FSDP calls what is registered here in the order of the modules, on one thread; t
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -161,7 +162,8 @@ class FSDPMajorityVote:
 
     def _bring_momentum(self, optimizer: SignSGD) -> None:
         """What an optimizer that has taken steps keeps of the shards becomes what a worker keeps."""
-        for param in self.names:
+        voting = [group["params"] for group in optimizer.param_groups if optimizer.in_sign_phase(group)]
+        for param in itertools.chain(*voting):
             state = optimizer.state.get(param, {})
             if "exp_avg_scale" in state:
                 raise ValueError(

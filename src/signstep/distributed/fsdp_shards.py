@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from signstep.kernels.bits import WORD, word_count
+from signstep.optim.options import STATE_DTYPES
 from signstep.optim.signsgd import SignSGD
 
 __all__ = ["Part", "Reduced", "Routes", "Unit", "check_groups", "check_optimizer", "find_units"]
@@ -204,7 +205,7 @@ def check_optimizer(optimizer: SignSGD, names: Mapping[Tensor, str]) -> None:
                 "the optimizer has parameters that fully_shard does not manage in this model: make it after "
                 "fully_shard, which replaces parameters, and without its ignored_params"
             )
-        if group.get("state_dtype") == torch.int8 and group.get("sgd_momentum", 0) > 0:
+        if STATE_DTYPES[group["state_dtype"]] == torch.int8 and group.get("sgd_momentum", 0) > 0:
             raise ValueError("Invalid state_dtype: torch.int8 with sgd_momentum > 0 on sharded parameters")
 
 

@@ -21,8 +21,9 @@ from signstep.distributed.worker import Gradient, Worker, check_choice, in_memor
 from signstep.kernels import bits
 from signstep.kernels.bits import WORD
 from signstep.kernels.engine import Slot
-from signstep.kernels.momentum import new_momentum, read_momentum
+from signstep.kernels.momentum import is_freed, new_momentum, read_momentum
 from signstep.kernels.reference import Segment
+from signstep.optim.options import STATE_DTYPES
 
 __all__ = ["ABSENT", "NOT_FINITE", "PRESENT", "Ballot", "Election", "Outcome", "Vote", "nonfinite_rule"]
 
@@ -258,7 +259,8 @@ class Vote:
         name = self.first.names[param]
         group = self.optimizer.param_groups[self.first.groups[name]]
         kept = [worker.state.pop(state_key(name, start), {}) for worker in self.workers]
-        if group["sgd_momentum"] == 0 or param in self.optimizer.state:
+        exp_avg: Any = self.optimizer.state.get(param, {}).get("exp_avg")
+        if group["sgd_momentum"] == 0 or not (exp_avg is None or _waits(exp_avg)):
             return
         momenta = [
             torch.zeros(param.numel() if size is None else size, dtype=torch.float32, device=param.device) for _ in kept
@@ -266,12 +268,17 @@ class Vote:
         for momentum, state in zip(momenta, kept, strict=True):
             if "exp_avg" in state:
                 momentum.copy_(read_momentum(state["exp_avg"], state.get("exp_avg_scale")))
-        state = new_momentum(param, group["state_dtype"])
+        state = new_momentum(param, STATE_DTYPES[group["state_dtype"]])
         started = mean(momenta)
-        exp_avg: Any = state["exp_avg"]
+        exp_avg = state["exp_avg"]
         if exp_avg.is_floating_point():  # 8 bits start from 0
             in_memory_order(exp_avg.to_local() if hasattr(exp_avg, "to_local") else exp_avg).copy_(started)
-        self.optimizer.state[param] = state
+        self.optimizer.state[param].update(state)
+
+
+def _waits(exp_avg: Tensor) -> bool:
+    """Whether SGD's momentum has not been started; one without dimensions may be started again while it is 0."""
+    return is_freed(exp_avg) or (exp_avg.ndim == 0 and not bool(exp_avg))
 
 
 def nonfinite_rule(nonfinite: str | None, *, scaled: bool) -> str:

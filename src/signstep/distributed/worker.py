@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 
 from signstep.kernels import bits
 from signstep.kernels.engine import Direction, Options, Slot, Tensors, select
-from signstep.kernels.momentum import STOCHASTIC, enter_momentum, new_momentum
+from signstep.kernels.momentum import MOMENTUM, STOCHASTIC, enter_momentum, is_freed, new_momentum
 from signstep.kernels.reference import Segment
 from signstep.optim.dither import dither_std
-from signstep.optim.signsgd import SignSGD, rate_and_decay
+from signstep.optim.options import STATE_DTYPES
+from signstep.optim.signsgd import SignSGD, noise_ordinals, rate_and_decay
 from signstep.optim.wrappers import unwrap
 
 __all__ = ["Gradient", "Worker", "resplit", "worker_seed"]
@@ -112,14 +113,14 @@ class Worker:
             raise ValueError("a vote comes after backward: build the optimizer itself instead of attach_to_backward")
         for group in optimizer.param_groups:
             self._check(group)
-        ordinal = 0
-        for index, group in enumerate(optimizer.param_groups):
-            for p in group["params"]:
+        ranges = noise_ordinals(optimizer.param_groups)
+        for index, (group, ordinals) in enumerate(zip(optimizer.param_groups, ranges, strict=True)):
+            for p, ordinal in zip(group["params"], ordinals, strict=True):
                 if p in self.names:
                     name = self.names[p]
                     self.groups[name], self.ordinals[name] = index, ordinal
-                    self._take_over(name, p)
-                ordinal += 1
+                    if optimizer.in_sign_phase(group):
+                        self._take_over(name, p)
         self.steps = [int(group["step"]) for group in optimizer.param_groups]
         """How many votes each param_group has taken part in."""
         optimizer.start_taking_votes()
@@ -138,16 +139,19 @@ class Worker:
             )
         if any(p.is_complex() for p in group["params"]):
             raise ValueError("a vote takes real parameters: keep a complex one as torch.view_as_real of itself")
-        if self.error_feedback and group["state_dtype"] in STOCHASTIC:
+        if self.error_feedback and STATE_DTYPES[group["state_dtype"]] in STOCHASTIC:
             raise ValueError(f"Invalid state_dtype: {group['state_dtype']} with error_feedback=True, use torch.float32")
 
     def _take_over(self, name: str, p: Tensor) -> None:
         """What the optimizer has kept of a parameter becomes this worker's."""
-        state = self.optimizer.state.pop(p, {})
-        if "exp_avg" in state:
-            own = state["exp_avg"]
-            self.state[name] = {"exp_avg": own.view(-1) if own.dtype == torch.int8 else in_memory_order(own)}
-            self.state[name] |= {key: state[key] for key in ("exp_avg_scale", "mean_square") if key in state}
+        state = self.optimizer.state.get(p, {})
+        taken = {key: state.pop(key) for key in (*MOMENTUM, "mean_square") if key in state}
+        if p in self.optimizer.state and not state:  # else somebody else keeps something there too
+            del self.optimizer.state[p]
+        if "exp_avg" in taken and not is_freed(taken["exp_avg"]):
+            own = taken["exp_avg"]
+            own = own.view(-1) if own.dtype == torch.int8 else in_memory_order(own)
+            self.state[name] = taken | {"exp_avg": own}
 
     def votes(self, name: str) -> bool:
         """Whether a parameter is moved by votes now: it is the optimizer's, and its group is in the sign phase."""
@@ -187,7 +191,7 @@ class Worker:
             state = self.state.setdefault(state_key(name, start), {})
             if group["momentum"] > 0:
                 if "exp_avg" not in state:
-                    state.update(new_momentum(flat, group["state_dtype"]))
+                    state.update(new_momentum(flat, STATE_DTYPES[group["state_dtype"]]))
                 tensors.exp_avgs.append(state["exp_avg"])
                 if "exp_avg_scale" in state:
                     tensors.scales.append(state["exp_avg_scale"])
@@ -216,7 +220,7 @@ class Worker:
             decay=1.0,
             coupled_weight_decay=rate_and_decay(group)[2],
             momentum=group["momentum"],
-            state_dtype=group["state_dtype"],
+            state_dtype=STATE_DTYPES[group["state_dtype"]],
             direction=Direction.SIGN if sigma is None else Direction.PRE,
             sigma=sigma,
             seed=worker_seed(group["seed"], self.rank),

@@ -15,6 +15,7 @@ A block that holds a momentum which is not finite becomes NaN.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from signstep.kernels.rounding import to_bfloat16
 
 BLOCK = 256
 """Elements that share a scale in 8-bit momentum."""
+
+MOMENTUM = ("exp_avg", "exp_avg_scale")
+"""Names of the momentum in an optimizer's state."""
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 STOCHASTIC = (torch.bfloat16, torch.int8)
@@ -41,6 +45,24 @@ def new_momentum(param: Tensor, state_dtype: torch.dtype | None) -> dict[str, Te
     exp_avg = torch.zeros_like(real(param), dtype=torch.int8, memory_format=torch.contiguous_format)
     scale = torch.zeros(-(-exp_avg.numel() // BLOCK), dtype=torch.float32, device=param.device)
     return {"exp_avg": exp_avg, "exp_avg_scale": scale}
+
+
+def freed(x: Any) -> Any:
+    """Zeros of the same shape and dtype that take no memory and cannot be written to: for a buffer that is not used.
+
+    An optimizer's state has the same names and shapes in all its phases, because `torch.distributed.checkpoint` loads
+    only what the state has already.
+    """
+    if hasattr(x, "to_local"):
+        local = freed(x.to_local())
+        mesh, stride = x.device_mesh, (0,) * x.ndim
+        return type(x).from_local(local, mesh, x.placements, run_check=False, shape=x.shape, stride=stride)
+    return torch.zeros(1, dtype=x.dtype, device=x.device).as_strided(x.shape, (0,) * x.ndim)
+
+
+def is_freed(x: Any) -> bool:
+    """Whether a buffer is one that `freed` made; of one without dimensions, which takes no memory anyway, False."""
+    return x.ndim > 0 and not any(x.stride())
 
 
 def read_momentum(exp_avg: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -4,7 +4,8 @@ With g the gradient, s the sign step's direction and delta its learning rate, la
 Sums run over all parameters of a group. The rules, with E_eta the exponential moving average of decay eta:
 
 - "paper" is eq. (12) and Algorithm 2 to the letter: lambda_bar = E_eta[delta |<s, g>| / (||g||^2 + eps)], started at
-  0, with s = sign(m).
+  0, with s = sign(m). The paper has a constant delta; under a schedule the SGD phase scales lambda_bar by the delta of
+  its step over E_eta[delta], corrected for its start at 0, so that no single delta decides.
 - "ratio" is lambda_bar = delta max(0, E_eta<s, g> / (E_eta||g||^2 + eps)), with both averages corrected for their start
   at 0. The product is averaged with its sign, so noise cancels instead of adding up; and one small gradient cannot
   make the ratio large.
@@ -12,6 +13,8 @@ Sums run over all parameters of a group. The rules, with E_eta the exponential m
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +24,16 @@ EPS = 1e-8
 
 RULES = ("paper", "ratio", "applied")
 
-CALIBRATION_STATE = ("calibrated_lr", "lr_ratio", "inner_avg", "square_avg")
+CALIBRATION_STATE = ("calibrated_lr", "lr_ratio", "inner_avg", "square_avg", "lr_avg", "avg_weight")
 """Names of the 0-dim tensors that a rule keeps in each param_group; they are 0 before the first step."""
+
+
+def complete_state(group: dict[str, Any]) -> None:
+    """Give a param_group that version 0.1 saved what that did not keep, as if its lr had always been what it is."""
+    taken = "calibrated_lr" in group and int(group["step"]) > 0
+    if taken and "avg_weight" not in group:
+        group["avg_weight"] = 1 - group["ema_decay"] ** int(group["step"])
+        group["lr_avg"] = float(group["lr"]) * group["avg_weight"]
 
 
 def update_rate(
@@ -30,7 +41,6 @@ def update_rate(
     state: dict[str, Tensor],
     sums: Tensor,
     *,
-    steps: Tensor,
     lr: float | Tensor,
     ema_decay: float,
 ) -> None:
@@ -38,28 +48,30 @@ def update_rate(
 
     Args:
         rule: one of `RULES`.
-        state: the tensors of `CALIBRATION_STATE`: lambda_bar, lambda_bar over delta at the last sign step, E<s, g>
-            and E||g||^2.
+        state: the tensors of `CALIBRATION_STATE`: lambda_bar, what the SGD phase multiplies the scheduled delta by,
+            E<s, g>, E||g||^2, E delta and E 1, which is what an average that starts at 0 is too small by.
         sums: [<s, g>, ||g||^2], shape (2,).
-        steps: 0-dim integer tensor, sign steps taken, this one included.
         lr: delta, the scheduled learning rate of this step; a tensor has 0 dimensions.
         ema_decay: eta in [0, 1).
     """
     # The tensors of state change last, by copies: under differentiable=True autograd holds what entered the sums.
     inner, square = sums.unbind()
     calibrated, ratio = state["calibrated_lr"], state["lr_ratio"]
+    weight = state["avg_weight"].lerp(torch.ones_like(ratio), 1 - ema_decay)
     if rule == "paper":
         average = calibrated.lerp((lr * inner.abs() / (square + EPS)).to(calibrated.dtype), 1 - ema_decay)
-        # An lr of exactly 0 says nothing about the ratio: keep the last one.
-        now = average / lr
+        lr_average = state["lr_avg"].lerp((torch.ones_like(ratio) * lr).to(ratio.dtype), 1 - ema_decay)
+        # As long as every lr was 0, there is no ratio to tell.
+        now = average * weight / lr_average
         now = torch.where(now.isfinite(), now, ratio)
         calibrated.copy_(average)
+        state["lr_avg"].copy_(lr_average)
     else:
         inner = state["inner_avg"].lerp(inner, 1 - ema_decay)
         square = state["square_avg"].lerp(square, 1 - ema_decay)
-        start = 1 - ema_decay ** steps.to(torch.float32)
-        now = (inner / (square + EPS * start)).clamp(min=0)
+        now = (inner / (square + EPS * weight)).clamp(min=0)
         state["inner_avg"].copy_(inner)
         state["square_avg"].copy_(square)
         calibrated.copy_(now * lr)
+    state["avg_weight"].copy_(weight)
     ratio.copy_(now)

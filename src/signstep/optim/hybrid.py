@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from signstep.kernels.engine import Direction, Options, Projected
-from signstep.optim.calibration import CALIBRATION_STATE, update_rate
-from signstep.optim.options import HYBRID_OPTIONS, SIGNSGD_OPTIONS, Option, rounds_stochastically
+from signstep.optim.calibration import CALIBRATION_STATE, complete_state, update_rate
+from signstep.optim.options import HYBRID_OPTIONS, SIGNSGD_OPTIONS, STATE_DTYPES, Option
 from signstep.optim.signsgd import SignSGD, rate_and_decay
 
 __all__ = ["HybridSignSGD"]
@@ -81,7 +81,7 @@ class HybridSignSGD(SignSGD):
         dither_decay: float = 0.55,
         dither_position: str = "pre",
         dither_scale: str = "absolute",
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
         param_rounding: str | None = None,
         seed: int = 0,
         weight_decay: float = 0.0,
@@ -101,6 +101,7 @@ class HybridSignSGD(SignSGD):
 
     def _place_group_state(self, group: dict[str, Any]) -> None:
         group.setdefault("phase", "sign")
+        complete_state(group)
         super()._place_group_state(group)
 
     @property
@@ -131,7 +132,9 @@ class HybridSignSGD(SignSGD):
 
     def is_sign_step(self, group: dict[str, Any], step: int) -> bool:
         """Whether step number `step` of a param_group, counted from 0, takes the sign of its momentum."""
-        return self.in_sign_phase(group) and (group["switch_step"] is None or step < group["switch_step"])
+        last = group["switch_step"]
+        # A group that came late to its switch, from a state of SignSGD, takes one step to calibrate.
+        return self.in_sign_phase(group) and (last is None or step < last or bool(group["step"] >= last))
 
     def switch(self) -> None:
         """Go to the SGD phase now: every group that has taken a sign step switches, a group that has not goes on
@@ -140,25 +143,39 @@ class HybridSignSGD(SignSGD):
         Raises:
             RuntimeError: no group has taken a sign step, so there is no calibrated learning rate yet.
         """
-        if not any(g["step"] > 0 for g in self.param_groups):
+        calibrated = [g for g in self.param_groups if g["avg_weight"] > 0]
+        if not calibrated:
             raise RuntimeError(
                 "switch() before the first sign step: there is no calibrated learning rate yet; call step() first"
             )
-        for group in self.param_groups:
-            if group["step"] > 0:
-                self._switch_group(group)
+        for group in calibrated:
+            self._switch_group(group)
 
     def _switch_group(self, group: dict[str, Any]) -> None:
         group["phase"] = "sgd"
-        if group["sgd_momentum"] == 0:
-            for p in group["params"]:
-                self.state.pop(p, None)
+        self._free_unused(group)
 
-    def kept_state(self, group: dict[str, Any]) -> Collection[str]:
-        """Names of what a step of this group keeps of each parameter, see `SignSGD.kept_state`."""
-        if group["phase"] == "sign":
-            return super().kept_state(group)
-        return ["exp_avg"] if group["sgd_momentum"] > 0 else []
+    def _progress(self, group: dict[str, Any]) -> Collection[str]:
+        return {"phase", *super()._progress(group)}
+
+    def __repr__(self) -> str:
+        """The phase and the step of each param_group, above what torch shows of every optimizer."""
+        lines = []
+        for index, group in enumerate(self.param_groups):
+            step, switch = int(group["step"]), group["switch_step"]
+            until = "no switch_step: only switch() ends it" if switch is None else f"switches at step {switch}"
+            phase = f"sign phase ({until})" if self.in_sign_phase(group) else "SGD phase"
+            lines.append(f"param_group {index}: {phase}, {step} steps taken")
+        return "\n".join([*lines, super().__repr__()])
+
+    def kept_state(self, group: dict[str, Any]) -> Mapping[str, bool]:
+        """What is kept in any phase, and whether the next step uses it, see `SignSGD.kept_state`."""
+        kept = dict(super().kept_state(group))
+        if group["phase"] == "sgd":
+            kept = dict.fromkeys(kept, False)
+        if group["sgd_momentum"] > 0:
+            kept["exp_avg"] = group["phase"] == "sgd" or kept.get("exp_avg", False)
+        return kept
 
     def new_sums(self, group: dict[str, Any]) -> Tensor | None:
         """Zeros to which a sign step adds [<s, g>, ||g||^2]; under a vote, the sums that the workers have measured."""
@@ -182,12 +199,12 @@ class HybridSignSGD(SignSGD):
             decay=decay,
             coupled_weight_decay=coupled_weight_decay,
             momentum=group["sgd_momentum"],
-            state_dtype=group["state_dtype"],
+            state_dtype=STATE_DTYPES[group["state_dtype"]],
             direction=Direction.MOMENTUM,
             sigma=None,
             seed=group["seed"],
             maximize=group["maximize"],
-            stochastic_params=rounds_stochastically(group),
+            stochastic_params=group["param_rounding"] != "nearest",
         )
 
     def finish_step(self, group: dict[str, Any], sums: Tensor | None) -> None:
@@ -199,7 +216,6 @@ class HybridSignSGD(SignSGD):
             group["calibration"],
             {name: group[name] for name in CALIBRATION_STATE},
             sums,
-            steps=group["step"],
             lr=rate_and_decay(group)[0],
             ema_decay=group["ema_decay"],
         )

@@ -10,10 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from signstep.kernels.momentum import STATE_DTYPES
+from signstep.kernels import momentum
 from signstep.optim.calibration import RULES
 
-__all__ = ["HYBRID_OPTIONS", "SIGNSGD_OPTIONS", "Option", "check_options", "rounds_stochastically"]
+__all__ = ["HYBRID_OPTIONS", "SIGNSGD_OPTIONS", "STATE_DTYPES", "Option", "check_options", "name_state_dtype"]
+
+STATE_DTYPES: Mapping[Any, torch.dtype | None] = {
+    None: None,
+    **{dtype: dtype for dtype in momentum.STATE_DTYPES},
+    **{str(dtype).removeprefix("torch."): dtype for dtype in momentum.STATE_DTYPES},
+}
+"""The dtype that a ``state_dtype`` means, which may be the dtype itself, its name or None."""
 
 
 class Option(NamedTuple):
@@ -60,9 +67,9 @@ SIGNSGD_OPTIONS: Mapping[str, Option] = {
     "dither_scale": _choice("absolute", "relative"),
     "state_dtype": Option(
         None,
-        (torch.dtype, type(None)),
-        lambda x: x is None or x in STATE_DTYPES,
-        "None or one of " + ", ".join(str(dtype) for dtype in STATE_DTYPES),
+        (torch.dtype, str, type(None)),
+        lambda x: x in STATE_DTYPES,
+        "None or one of " + ", ".join(str(dtype) for dtype in momentum.STATE_DTYPES) + ", or its name as a string",
     ),
     "param_rounding": Option(
         None,
@@ -118,19 +125,14 @@ def check_options(values: Mapping[str, Any]) -> None:
         )
     if values["foreach"] and values["differentiable"]:
         raise RuntimeError("Invalid foreach: True, _foreach ops do not support differentiable=True; pass foreach=None")
-    rounds_stochastically(values)
-
-
-def rounds_stochastically(group: Mapping[str, Any]) -> bool:
-    """Whether a param_group's bfloat16 parameters, if it has some, are rounded at random.
-
-    Raises:
-        ValueError: that is asked for in words, and there are float16 parameters, which no engine rounds so.
-    """
-    rounding = group["param_rounding"]
-    if rounding == "stochastic" and any(p.dtype == torch.float16 for p in group.get("params", ())):
+    if values["param_rounding"] == "stochastic" and any(p.dtype == torch.float16 for p in values.get("params", ())):
         raise ValueError(
             "Invalid param_rounding: 'stochastic' with float16 parameters, which are always rounded to the nearest; "
             "pass None, or make the parameters bfloat16 or float32"
         )
-    return bool(rounding != "nearest")
+
+
+def name_state_dtype(group: dict[str, Any]) -> None:
+    """Let a param_group keep its ``state_dtype`` as a name: not every format of checkpoints can hold a dtype."""
+    if isinstance(group["state_dtype"], torch.dtype):
+        group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")

@@ -20,7 +20,7 @@ from signstep.kernels.engine import Tensors, real, select
 from signstep.kernels.momentum import BLOCK, read_momentum
 from signstep.kernels.reference import wide_dtype
 
-__all__ = ["Shards", "add_up", "check_sharding", "is_sharded", "mean_square", "new_momentum", "shards_of"]
+__all__ = ["WHOLE", "Shards", "add_up", "check_sharding", "is_sharded", "mean_square", "new_momentum", "shards_of"]
 
 _NOT_DIFFERENTIABLE = "Invalid differentiable: True with sharded parameters (DTensor); pass differentiable=False"
 
@@ -40,7 +40,7 @@ class _Place(NamedTuple):
         return min(-(-shape[0] // self.ranks) * rank, shape[0]) if shape else 0
 
 
-_WHOLE = _Place(0, 1, None, "")
+WHOLE = _Place(0, 1, None, "")
 
 
 class Shards(NamedTuple):
@@ -82,7 +82,7 @@ def shards_of(tensors: Tensors) -> list[Shards]:
         RuntimeError: a gradient or a state is not sharded as its parameter is, or autograd follows the step.
     """
     if not any(map(is_sharded, tensors.params)):
-        return [Shards(tensors, [p.numel() for p in tensors.params], _WHOLE)]
+        return [Shards(tensors, [p.numel() for p in tensors.params], WHOLE)]
     if torch.is_grad_enabled():
         raise RuntimeError(_NOT_DIFFERENTIABLE)
     params, grads, exp_avgs, scales, offsets = [], [], [], [], []
@@ -165,12 +165,12 @@ def mean_square(p: Tensor, state: Mapping[str, Tensor]) -> Tensor:
 def _cut(p: Any) -> tuple[_Place, Tensor]:
     """The place of a parameter on this rank, and its shard there."""
     if not is_sharded(p):
-        return _WHOLE, p
+        return WHOLE, p
     from torch.distributed.tensor import Replicate, Shard
 
     mesh, shard = p.device_mesh, p.to_local()
     dims = [i for i, placement in enumerate(p.placements) if type(placement) is not Replicate]
-    place = _WHOLE
+    place = WHOLE
     if dims:
         ranks = mesh.size(dims[0])
         group = mesh.get_group(dims[0]) if ranks > 1 else None

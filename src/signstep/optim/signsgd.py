@@ -13,14 +13,31 @@ from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiab
 
 from signstep.kernels import fused as fused_engines
 from signstep.kernels.engine import Direction, Options, Tensors, real
-from signstep.kernels.momentum import check_momentum
+from signstep.kernels.momentum import MOMENTUM, check_momentum, freed, is_freed
 from signstep.kernels.plain import multi_tensor_step, single_tensor_step
 from signstep.optim import step_length
+from signstep.optim.calibration import CALIBRATION_STATE
 from signstep.optim.dither import dither_std
-from signstep.optim.options import SIGNSGD_OPTIONS, Option, check_options, rounds_stochastically
-from signstep.optim.shards import Shards, add_up, check_sharding, is_sharded, mean_square, new_momentum, shards_of
+from signstep.optim.options import (
+    HYBRID_OPTIONS,
+    SIGNSGD_OPTIONS,
+    STATE_DTYPES,
+    Option,
+    check_options,
+    name_state_dtype,
+)
+from signstep.optim.shards import (
+    WHOLE,
+    Shards,
+    add_up,
+    check_sharding,
+    is_sharded,
+    mean_square,
+    new_momentum,
+    shards_of,
+)
 
-__all__ = ["ENGINE_CHOICE", "SignSGD", "rate_and_decay", "signsgd"]
+__all__ = ["ENGINE_CHOICE", "SignSGD", "noise_ordinals", "rate_and_decay", "signsgd"]
 
 ENGINE_CHOICE = ("foreach", "fused", "differentiable")
 """The options of a param_group that choose between engines, see `signsgd`."""
@@ -60,16 +77,17 @@ class SignSGD(Optimizer):
         dither_scale: "absolute" is eq. (9); "relative" multiplies sigma_k by the rms of each tensor's m_k, which the
             last step left, so that no second pass over memory is needed; the first step, with m_0 = 0, is not dithered.
             (default: "absolute")
-        state_dtype (torch.dtype): how the momentum is kept. None is the parameter's dtype, to the nearest;
+        state_dtype (torch.dtype or str): how the momentum is kept. None is the parameter's dtype, to the nearest;
             torch.float32; torch.bfloat16 (2 bytes per element) and torch.int8 (1 byte, and a scale per 256) round
-            stochastically, see `signstep.kernels.momentum`. (default: None)
+            stochastically, see `signstep.kernels.momentum`. Param_groups keep the name, as "int8". (default: None)
         param_rounding (str): how the new bfloat16 parameters are rounded. "stochastic" rounds up or down at random, so
             that on average no step is lost, see `signstep.kernels.rounding`; "nearest" loses every step below half the
             spacing of bfloat16: at lr 1e-3 weights above 0.5 never move. None is "stochastic" for bfloat16. Other
             parameters are always rounded to the nearest: float32 has bits to spare, float16 weights above 0.25 stand
             still at lr 1e-4, and float16 with "stochastic" is refused. Without fused kernels, so by default on GPUs,
             the noise costs as much as dither. (default: None)
-        seed: key of the noise, in [0, 2^64). (default: 0)
+        seed: key of the noise, in [0, 2^64). Two optimizers of one seed draw the same noise for parameters of the same
+            number, see `noise_ordinals`. (default: 0)
         weight_decay: (default: 0)
         decoupled_weight_decay: True is p <- p - lr * weight_decay * p (as AdamW), False adds weight_decay * p to the
             gradient (as SGD). (default: True)
@@ -82,6 +100,8 @@ class SignSGD(Optimizer):
         capturable: keep the step count on the parameters' device, so that a CUDA graph of the step advances it.
         (default: False)
         differentiable: let autograd see the step; the sign's own derivative is 0. (default: False)
+
+    A param_group may have ``first_ordinal``, the number of its first parameter in the noise, see `noise_ordinals`.
 
     State:
         per parameter ``exp_avg`` if momentum > 0, with ``exp_avg_scale`` in 8 bits, and ``mean_square`` (0-dim float32)
@@ -122,7 +142,7 @@ class SignSGD(Optimizer):
         dither_decay: float = 0.55,
         dither_position: str = "pre",
         dither_scale: str = "absolute",
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
         param_rounding: str | None = None,
         seed: int = 0,
         weight_decay: float = 0.0,
@@ -139,6 +159,7 @@ class SignSGD(Optimizer):
         """Construct from the arguments of a constructor, which are the options and others."""
         defaults = {name: value for name, value in values.items() if name in self.OPTIONS}
         check_options(defaults)
+        name_state_dtype(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -151,6 +172,8 @@ class SignSGD(Optimizer):
         group = self.param_groups[-1]
         try:
             check_options(group)
+            name_state_dtype(group)
+            _check_first_ordinal(group)
             own = check_sharding(group["params"], differentiable=group["differentiable"])
             if group["fused"]:
                 fused_engines.require(own)
@@ -228,11 +251,34 @@ class SignSGD(Optimizer):
             for name, option in self.OPTIONS.items():
                 if not option.always:
                     group.setdefault(name, option.default)
+            name_state_dtype(group)
             self._place_group_state(group)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the optimizer, see `torch.optim.Optimizer.state_dict`; momentum that is not used is 0 there."""
+        saved: dict[str, Any] = super().state_dict()
+        owners = [(p, STATE_DTYPES[group["state_dtype"]]) for group in self.param_groups for p in group["params"]]
+        for index, state in saved["state"].items():
+            if "exp_avg" in state and is_freed(state["exp_avg"]):
+                saved["state"][index] = state | new_momentum(*owners[index])
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; some of its tensors keep a dtype of their own. See `torch.optim.Optimizer.load_state_dict`."""
+        """Load a state of `SignSGD` or `HybridSignSGD`, see `torch.optim.Optimizer.load_state_dict`.
+
+        What the state does not have stays as it was constructed: options that its version or its class did not know.
+
+        Raises:
+            ValueError: the state of another optimizer, or one that has switched to SGD for an optimizer that cannot.
+        """
         loaded: dict[str, Any] = {}
+
+        def complete(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            groups = [self._completed(*pair) for pair in zip(state["param_groups"], self.param_groups, strict=False)]
+            if len(groups) == len(state["param_groups"]) == len(self.param_groups):  # else torch says what is wrong
+                state = state | {"param_groups": groups}
+            loaded.update(state)
+            return state
 
         def restore(_: Optimizer) -> None:
             # torch has converted all state to the parameters' dtype.
@@ -242,10 +288,11 @@ class SignSGD(Optimizer):
                         own = group["state_dtype"] is not None if name == "exp_avg" else name in _OWN_DTYPE
                         if own:
                             self.state[p][name] = value.to(p.device)
+                self._free_unused(group)
 
         # The last of the hooks before loading sees what is loaded, and the first one after comes before the user's.
         hooks = [
-            self.register_load_state_dict_pre_hook(lambda _, state: loaded.update(state)),
+            self.register_load_state_dict_pre_hook(complete),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
         try:
@@ -254,11 +301,39 @@ class SignSGD(Optimizer):
             for hook in hooks:
                 hook.remove()
 
+    def _completed(self, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        """A saved param_group with what it lacks of our own, but for how far that has come."""
+        if not {"momentum", "step"} <= saved.keys():
+            names = ", ".join(sorted(saved.keys() - {"params"}))
+            raise ValueError(
+                f"this state is not one of SignSGD or HybridSignSGD: its param_group has {names}; load it into the "
+                "optimizer that saved it, and start this one without a state"
+            )
+        if saved.get("phase") == "sgd" and "phase" not in self._progress(own):
+            raise ValueError(
+                f"this state was saved after its switch to SGD, and {type(self).__name__} takes sign steps only; load "
+                "it into HybridSignSGD"
+            )
+        strange = {*HYBRID_OPTIONS, *CALIBRATION_STATE, "phase"} - self.OPTIONS.keys() - set(self._progress(own))
+        kept = {name: value for name, value in own.items() if name not in self._progress(own)}
+        return kept | {name: value for name, value in saved.items() if name not in strange}
+
+    def _progress(self, group: dict[str, Any]) -> Collection[str]:
+        """The keys of a param_group that say how far it has come."""
+        return self._group_tensors(group).keys()
+
+    def _free_unused(self, group: dict[str, Any]) -> None:
+        """Give back the memory of momenta that the next step does not use; they keep their names and shapes."""
+        if not self.kept_state(group).get("exp_avg"):
+            for p in group["params"]:
+                state = self.state.get(p, {})
+                state.update({name: freed(state[name]) for name in MOMENTUM if name in state})
+
     def collect(self, group: dict[str, Any], params: Sequence[Tensor], ordinals: Sequence[int]) -> Tensors:
         """Those of a group's parameters that have a gradient, with their state, which is made on first use."""
         batch = Tensors([], [], [], [], [], [], [])
         kept = self.kept_state(group)
-        dtype = group["state_dtype"]
+        dtype = STATE_DTYPES[group["state_dtype"]]
         for p, ordinal in zip(params, ordinals, strict=True):
             grad = p.grad
             if grad is None:
@@ -276,8 +351,11 @@ class SignSGD(Optimizer):
                 continue
             state = self.state[p]
             fresh = "exp_avg" not in state
-            if "exp_avg" in kept:
-                if fresh:
+            if "exp_avg" in kept and fresh:
+                state.update(new_momentum(p, dtype))
+            if kept.get("exp_avg"):
+                if self.calibrates and is_freed(state["exp_avg"]):  # it has been in a phase that did not use it
+                    state.update(new_momentum(p, dtype))
                     state.update(new_momentum(p, dtype))
                 m, scale = state["exp_avg"], state.get("exp_avg_scale")
                 dims = 1 + is_sharded(p) if m.dtype == torch.int8 else None  # of the scales
@@ -286,22 +364,26 @@ class SignSGD(Optimizer):
                 batch.exp_avgs.append(m)
                 if scale is not None:
                     batch.scales.append(scale)
-            if "mean_square" in kept:
-                if "mean_square" not in state:
-                    # That of the momentum that is there, if relative dither comes late.
-                    state["mean_square"] = mean_square(p, {} if fresh or "exp_avg" not in kept else state)
+            if "mean_square" in kept and "mean_square" not in state:
+                # That of the momentum that is there, if relative dither comes late.
+                state["mean_square"] = mean_square(p, {} if fresh or not kept.get("exp_avg") else state)
+            if kept.get("mean_square"):
                 batch.mean_squares.append(state["mean_square"])
         return batch
 
-    def kept_state(self, group: dict[str, Any]) -> Collection[str]:
-        """Names of what a step of this group keeps of each parameter: "exp_avg", "mean_square", both or neither.
+    def kept_state(self, group: dict[str, Any]) -> Mapping[str, bool]:
+        """What is kept of each parameter of this group, "exp_avg" and "mean_square", and whether the next step uses it.
 
         With "exp_avg" comes ``exp_avg_scale`` in 8 bits.
         """
+        kept: dict[str, bool] = {}
         if self._driver == "vote":
-            return ()
-        kept = ["exp_avg"] if group["momentum"] > 0 else []
-        return [*kept, "mean_square"] if group["dither"] > 0 and group["dither_scale"] == "relative" else kept
+            return kept
+        if group["momentum"] > 0:
+            kept["exp_avg"] = True
+        if group["dither"] > 0 and group["dither_scale"] == "relative":
+            kept["mean_square"] = True
+        return kept
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -321,13 +403,11 @@ class SignSGD(Optimizer):
         stateless = not torch.compiler.is_compiling() and not self.state
         # All state is made, and all gradients are checked, before the first parameter moves.
         batches = []
-        first = 0
-        for group in self.param_groups:
-            last = first + len(group["params"])
-            batch = self.collect(group, group["params"], range(first, last))
-            first = last
+        for group, ordinals in zip(self.param_groups, noise_ordinals(self.param_groups), strict=True):
+            batch = self.collect(group, group["params"], ordinals)
             if batch.params:
-                batches.append((group, batch, shards_of(batch)))
+                sharded = any(hasattr(type(p), "to_local") for p in batch.params)  # is_sharded, which would cost a call
+                batches.append((group, batch, shards_of(batch) if sharded else [Shards(batch, [], WHOLE)]))
                 # The model may have moved since the group was made.
                 if group["capturable"] or self.calibrates or group["step"].device.type != "cpu":
                     self._follow_parameters(group)
@@ -336,14 +416,15 @@ class SignSGD(Optimizer):
         for group, batch, parts in batches:
             if stateless and self._changes_nothing(group, batch):
                 continue
-            total = self.new_sums(group)
+            total = self.new_sums(group) if self.calibrates else None
             sums = [] if total is None else [total, *(torch.zeros_like(total) for _ in parts[1:])]
             for part, own in zip_longest(parts, sums):
                 options = self.options(group, own)
                 signsgd(part.tensors, options, **{name: group[name] for name in ENGINE_CHOICE})
                 measured.append((part, options.sums))
             taken.append((group, sums))
-        add_up(measured)
+        if any(part.place.group is not None for part, _ in measured):
+            add_up(measured)
         for group, sums in taken:
             self.finish_step(group, reduce(torch.add, sums) if sums else None)
         return loss
@@ -380,13 +461,13 @@ class SignSGD(Optimizer):
             decay=decay,
             coupled_weight_decay=0.0 if voted else coupled_weight_decay,
             momentum=0.0 if voted else group["momentum"],
-            state_dtype=group["state_dtype"],
+            state_dtype=STATE_DTYPES[group["state_dtype"]],
             direction=_DIRECTIONS[group["dither_position"]] if dithered else Direction.SIGN,
             sigma=dither_std(group["step"], group["dither"], group["dither_decay"]) if dithered else None,
             seed=group["seed"],
             maximize=group["maximize"] and not voted,
             sums=None if voted else sums,
-            stochastic_params=rounds_stochastically(group),
+            stochastic_params=group["param_rounding"] != "nearest",
         )
 
 
@@ -429,6 +510,31 @@ def signsgd(
         multi_tensor_step(tensors, options)
     else:
         single_tensor_step(tensors, options)
+
+
+def noise_ordinals(param_groups: Sequence[Mapping[str, Any]]) -> list[range]:
+    """The numbers of each param_group's parameters, which key their noise.
+
+    Parameters are counted over all param_groups. A group with ``first_ordinal`` counts its own from there: for a caller
+    that spreads a model's parameters over several optimizers, which would each count from 0 and draw the same noise.
+
+    Example:
+        >>> noise_ordinals([{"params": ["a", "b"]}, {"params": ["c"]}, {"params": ["d"], "first_ordinal": 7}])
+        [range(0, 2), range(2, 3), range(7, 8)]
+    """
+    ranges = []
+    counted = 0
+    for group in param_groups:
+        first = group.get("first_ordinal", counted)
+        ranges.append(range(first, first + len(group["params"])))
+        counted += len(group["params"])
+    return ranges
+
+
+def _check_first_ordinal(group: Mapping[str, Any]) -> None:
+    first = group.get("first_ordinal", 0)
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise ValueError(f"Invalid first_ordinal: {first!r}, expected an integer >= 0; leave it out to count from 0")
 
 
 def rate_and_decay(group: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor, float]:

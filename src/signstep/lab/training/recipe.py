@@ -89,8 +89,6 @@ def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> to
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, **known.defaults, **given}
     if known.signs:
         options["seed"] = config.seed
-    if "state_dtype" in options:
-        options["state_dtype"] = getattr(torch, options["state_dtype"])
     if "switch" in options:
         options["switch_step"] = max(1, step_at(options.pop("switch"), total_steps))
     module, _, name = known.place.rpartition(".")

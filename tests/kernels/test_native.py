@@ -209,7 +209,6 @@ def test_a_library_that_cannot_be_loaded_is_said_once_and_done_without(
 
     def reason() -> str:
         native._load.cache_clear()
-        engines._missing_once.cache_clear()
         with pytest.raises(RuntimeError, match="Invalid fused: True") as error:
             SignSGD(params, fused=True)
         return str(error.value)
@@ -231,7 +230,6 @@ def test_a_library_that_cannot_be_loaded_is_said_once_and_done_without(
     finally:
         monkeypatch.undo()
         native._load.cache_clear()
-        engines._missing_once.cache_clear()
     SignSGD(params, fused=True)
 
 

@@ -103,15 +103,6 @@ def test_capturable(monkeypatch: pytest.MonkeyPatch) -> None:
     check_equal(ENGINE, HybridSignSGD, options, make)
 
 
-@pytest.fixture
-def unknown_engines() -> Iterator[None]:
-    """Whether there are fused kernels is asked anew, in the test and after it."""
-    fused._missing_once.cache_clear()
-    yield
-    fused._missing_once.cache_clear()
-
-
-@pytest.mark.usefixtures("unknown_engines")
 def test_a_missing_or_old_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     (p,) = parameters([(4,)], torch.float32, DEVICE)
     monkeypatch.setattr(triton, "__version__", "3.10.1")

@@ -17,6 +17,7 @@ from torch import Tensor, library
 
 from signstep.kernels import native
 from signstep.kernels.engine import Direction, Options, Projected, Tensors, real_tensors, select
+from signstep.kernels.opaque_noise import signed, unsigned
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -27,26 +28,31 @@ _ENGINES = {"cpu": "signstep.kernels.native", "cuda": "signstep.kernels.triton"}
 
 def missing(params: Sequence[Tensor]) -> str | None:
     """Why these parameters cannot be stepped by fused kernels, one sentence; None if they can."""
-    return _missing(frozenset((type(p), p.device.type, p.dtype) for p in params))
+    kinds = _kinds(params)
+    reason = _unsupported(kinds)
+    # Not while tracing: the compiler would trace the search for a library.
+    if reason is not None or torch.compiler.is_compiling():
+        return reason
+    reasons = (importlib.import_module(_ENGINES[device_type]).unavailable() for _, device_type, _ in kinds)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
-def _missing(kinds: frozenset[tuple[type, str, torch.dtype]]) -> str | None:
+def _kinds(params: Sequence[Tensor]) -> frozenset[tuple[type, str, torch.dtype]]:
+    return frozenset((type(p), p.device.type, p.dtype) for p in params)
+
+
+def _unsupported(kinds: frozenset[tuple[type, str, torch.dtype]]) -> str | None:
     odd = {kind for kind, _, _ in kinds} - {Tensor, torch.nn.Parameter}
     if odd:
         return f"there are no fused kernels for tensors of type {', '.join(sorted(t.__name__ for t in odd))}"
-    for device_type in {device_type for _, device_type, _ in kinds}:
-        if device_type not in _ENGINES:
-            return f"there are no fused kernels for {device_type} tensors"
-        # Not while tracing: the compiler would trace the search for a library.
-        if not torch.compiler.is_compiling():
-            reason = importlib.import_module(_ENGINES[device_type]).unavailable()
-            if reason is not None:
-                return str(reason)
+    elsewhere = next((device_type for _, device_type, _ in kinds if device_type not in _ENGINES), None)
+    if elsewhere is not None:
+        return f"there are no fused kernels for {elsewhere} tensors"
     strange = next((d for _, _, d in kinds if d.is_floating_point and d not in _DTYPES), None)
     return None if strange is None else f"there are no fused kernels for {strange}"
 
 
-_missing_once = functools.cache(_missing)
+_unsupported_once = functools.cache(_unsupported)
 
 
 def by_default(tensors: Tensors) -> bool:
@@ -60,8 +66,15 @@ def by_default(tensors: Tensors) -> bool:
         return False
     if torch.is_grad_enabled() and any(p.requires_grad for p in params):
         return False
-    reason = _missing_once(frozenset((type(p), p.device.type, p.dtype) for p in params))
-    if reason is not None and reason == native.unavailable():
+    unsupported = _unsupported if torch.compiler.is_compiling() else _unsupported_once
+    return unsupported(_kinds(params)) is None and _library_is_there()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _library_is_there() -> bool:
+    """Whether the native library can be used; if not, a warning says so once."""
+    reason = native.unavailable()
+    if reason is not None:
         _warn_once(reason)
     return reason is None
 
@@ -101,8 +114,7 @@ def step(tensors: Tensors, options: Options) -> None:
 # --- the operator ----------------------------------------------------------------------------------------------------
 
 # The operator takes the fields of Tensors and Options, in their order. A field that may be a float or a tensor
-# is passed as both; the tensor counts if there is one. The seed, an unsigned 64-bit number, is passed as the signed one
-# with the same bits.
+# is passed as both; the tensor counts if there is one.
 _NUMBERS = ("rate", "decay")
 _ARGUMENTS: dict[str, str] = {
     "params": "Tensor(a!)[]",
@@ -139,7 +151,7 @@ def _call_operator(tensors: Tensors, options: Options) -> None:
         if name in _NUMBERS:
             values += [0.0, value] if isinstance(value, Tensor) else [value, None]
         elif name == "seed":
-            values.append(value - (1 << 64) if value >> 63 else value)
+            values.append(signed(value))
         else:
             values.append(int(value) if isinstance(value, IntEnum) else value)
     torch.ops.signstep.step(*tensors, *values)
@@ -152,7 +164,7 @@ def _run_operator(*arguments: Any) -> None:
         number = values.pop(f"{name}_tensor")
         values[name] = values[name] if number is None else number
     tensors = Tensors(*(values.pop(name) for name in Tensors._fields))
-    values |= {"seed": values["seed"] % (1 << 64)}
+    values |= {"seed": unsigned(values["seed"])}
     values |= {"direction": Direction(values["direction"]), "projected": Projected(values["projected"])}
     step(tensors, Options(**values))
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from signstep.kernels.engine import Options, Tensors, real
-from signstep.kernels.reference import ROUNDING, Segment, noise_bytes
+from signstep.kernels.opaque_noise import noise_bytes
+from signstep.kernels.reference import ROUNDING, Segment
 from signstep.kernels.rounding import to_bfloat16
 
 BLOCK = 256

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from signstep.kernels import reference
+from signstep.kernels import opaque_noise, reference
 from signstep.kernels.engine import Direction, Options, Projected, Tensors, real_tensors, sigmas
 from signstep.kernels.momentum import enter_momenta, enter_momentum, mean_square, widened
 from signstep.kernels.reference import Segment, expected_sign
@@ -110,7 +110,7 @@ def dithered(
 ) -> list[Tensor]:
     """The noisy signs of momenta on one device, see `signstep.kernels.reference.directions`."""
     position = "post" if options.direction is Direction.POST else "pre"
-    return reference.directions(ms, stds, segments, seed=options.seed, step=options.step, position=position)
+    return opaque_noise.directions(ms, stds, segments, seed=options.seed, step=options.step, position=position)
 
 
 def _add_sums(sums: Tensor, directions: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

@@ -95,8 +95,8 @@ class SignSGD(Optimizer):
         foreach: True or False picks the multi-tensor or the one-by-one implementation; None takes the multi-tensor one
             where it applies. (default: None)
         fused: True demands the fused kernels, which do the step in one pass over memory (CPU: the native library; GPU:
-            Triton, which has not run on one yet); None takes them on CPUs, if nothing else was asked for and not inside
-            torch.compile. (default: None)
+            Triton, which has not run on one yet); None takes them on CPUs, if nothing else was asked for. Inside
+            torch.compile they are one operator. (default: None)
         capturable: keep the step count on the parameters' device, so that a CUDA graph of the step advances it.
         (default: False)
         differentiable: let autograd see the step; the sign's own derivative is 0. (default: False)
@@ -499,7 +499,7 @@ def signsgd(
     params = tensors.params
     if fused:
         fused_engines.require(params)
-    elif fused is None and foreach is None and not differentiable and not torch.compiler.is_compiling():
+    elif fused is None and foreach is None and not differentiable:
         fused = fused_engines.by_default(tensors)
     if foreach is None:
         # One draw of noise serves all tensors, on any device.

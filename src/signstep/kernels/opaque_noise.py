@@ -1,0 +1,104 @@
+"""The noise of plain torch, drawn by an operator inside torch.compile, which calls it and does not trace it.
+
+Traced, Philox alone is a thousand operations, and the compiler takes minutes for what then runs no faster. An operator
+also draws the very bits that the step draws without the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, library
+
+from signstep.kernels import reference
+from signstep.kernels.reference import Segment
+
+_SEGMENTS = "int[] parameters, int[] starts, int[] sizes"
+library.define(
+    "signstep::directions",
+    f"(Tensor[] ms, Tensor[] sigmas, {_SEGMENTS}, int seed, Tensor step, str position) -> Tensor[]",
+)
+library.define("signstep::noise_bytes", f"({_SEGMENTS}, int stream, int seed, Tensor step, Device device) -> Tensor[]")
+
+
+def directions(
+    ms: Sequence[Tensor],
+    sigmas: Sequence[Tensor],
+    segments: Sequence[Segment],
+    *,
+    seed: int,
+    step: Tensor,
+    position: str,
+) -> list[Tensor]:
+    """See `signstep.kernels.reference.directions`."""
+    if not torch.compiler.is_compiling():
+        return reference.directions(ms, sigmas, segments, seed=seed, step=step, position=position)
+    drawn: list[Tensor] = torch.ops.signstep.directions(
+        ms, sigmas, *zip(*segments, strict=True), signed(seed), step, position
+    )
+    return drawn
+
+
+def noise_bytes(
+    segments: Sequence[Segment], stream: int, *, seed: int, step: Tensor, device: torch.device
+) -> list[Tensor]:
+    """See `signstep.kernels.reference.noise_bytes`."""
+    if not torch.compiler.is_compiling():
+        return reference.noise_bytes(segments, stream, seed=seed, step=step, device=device)
+    drawn: list[Tensor] = torch.ops.signstep.noise_bytes(
+        *zip(*segments, strict=True), stream, signed(seed), step, device
+    )
+    return drawn
+
+
+def signed(seed: int) -> int:
+    """The signed 64-bit number with the bits of an unsigned one, which operators do not take."""
+    return seed - (1 << 64) if seed >> 63 else seed
+
+
+def unsigned(seed: int) -> int:
+    """The inverse of `signed`."""
+    return seed % (1 << 64)
+
+
+@library.impl("signstep::directions", "CompositeExplicitAutograd")
+def _run_directions(
+    ms: list[Tensor],
+    sigmas: list[Tensor],
+    parameters: list[int],
+    starts: list[int],
+    sizes: list[int],
+    seed: int,
+    step: Tensor,
+    position: str,
+) -> list[Tensor]:
+    segments = [Segment(*each) for each in zip(parameters, starts, sizes, strict=True)]
+    return reference.directions(ms, sigmas, segments, seed=unsigned(seed), step=step, position=position)
+
+
+@library.impl("signstep::noise_bytes", "CompositeExplicitAutograd")
+def _run_noise_bytes(
+    parameters: list[int],
+    starts: list[int],
+    sizes: list[int],
+    stream: int,
+    seed: int,
+    step: Tensor,
+    device: torch.device,
+) -> list[Tensor]:
+    segments = [Segment(*each) for each in zip(parameters, starts, sizes, strict=True)]
+    drawn = reference.noise_bytes(segments, stream, seed=unsigned(seed), step=step, device=device)
+    return [x.contiguous() for x in drawn]
+
+
+library.register_fake(
+    "signstep::directions",
+    lambda ms, *others: [torch.empty(m.shape, dtype=torch.float32, device=m.device) for m in ms],
+)
+library.register_fake(
+    "signstep::noise_bytes",
+    lambda parameters, starts, sizes, stream, seed, step, device: [
+        torch.empty(size, dtype=torch.int64, device=device) for size in sizes
+    ],
+)

@@ -1,7 +1,7 @@
 """The noise of plain torch, drawn by an operator inside torch.compile, which calls it and does not trace it.
 
-Traced, Philox alone is a thousand operations, and the compiler takes minutes for what then runs no faster. An operator
-also draws the very bits that the step draws without the compiler.
+Traced, Philox alone is a thousand operations, and the compiler takes minutes. An operator also draws the very bits
+that the step draws without the compiler.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, library
 
-from signstep.kernels import reference
+from signstep.kernels import reference, rounding
 from signstep.kernels.reference import Segment
 
 _SEGMENTS = "int[] parameters, int[] starts, int[] sizes"
@@ -19,6 +19,7 @@ library.define(
     "signstep::directions",
     f"(Tensor[] ms, Tensor[] sigmas, {_SEGMENTS}, int seed, Tensor step, str position) -> Tensor[]",
 )
+library.define("signstep::round_parameters", f"(Tensor[] values, {_SEGMENTS}, int seed, Tensor step) -> Tensor[]")
 library.define("signstep::noise_bytes", f"({_SEGMENTS}, int stream, int seed, Tensor step, Device device) -> Tensor[]")
 
 
@@ -38,6 +39,16 @@ def directions(
         ms, sigmas, *zip(*segments, strict=True), signed(seed), step, position
     )
     return drawn
+
+
+def round_parameters(values: Sequence[Tensor], segments: Sequence[Segment], *, seed: int, step: Tensor) -> list[Tensor]:
+    """See `signstep.kernels.rounding.round_parameters`."""
+    if not torch.compiler.is_compiling():
+        return rounding.round_parameters(values, segments, seed=seed, step=step)
+    rounded: list[Tensor] = torch.ops.signstep.round_parameters(
+        values, *zip(*segments, strict=True), signed(seed), step
+    )
+    return rounded
 
 
 def noise_bytes(
@@ -77,6 +88,14 @@ def _run_directions(
     return reference.directions(ms, sigmas, segments, seed=unsigned(seed), step=step, position=position)
 
 
+@library.impl("signstep::round_parameters", "CompositeExplicitAutograd")
+def _run_round_parameters(
+    values: list[Tensor], parameters: list[int], starts: list[int], sizes: list[int], seed: int, step: Tensor
+) -> list[Tensor]:
+    segments = [Segment(*each) for each in zip(parameters, starts, sizes, strict=True)]
+    return rounding.round_parameters(values, segments, seed=unsigned(seed), step=step)
+
+
 @library.impl("signstep::noise_bytes", "CompositeExplicitAutograd")
 def _run_noise_bytes(
     parameters: list[int],
@@ -89,12 +108,16 @@ def _run_noise_bytes(
 ) -> list[Tensor]:
     segments = [Segment(*each) for each in zip(parameters, starts, sizes, strict=True)]
     drawn = reference.noise_bytes(segments, stream, seed=unsigned(seed), step=step, device=device)
-    return [x.contiguous() for x in drawn]
+    return [x.clone() for x in drawn]  # of their own, where these are parts of longer ones
 
 
 library.register_fake(
     "signstep::directions",
     lambda ms, *others: [torch.empty(m.shape, dtype=torch.float32, device=m.device) for m in ms],
+)
+library.register_fake(
+    "signstep::round_parameters",
+    lambda values, *others: [torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for x in values],
 )
 library.register_fake(
     "signstep::noise_bytes",

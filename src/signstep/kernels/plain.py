@@ -16,7 +16,7 @@ from signstep.kernels import opaque_noise, reference
 from signstep.kernels.engine import Direction, Options, Projected, Tensors, real_tensors, sigmas
 from signstep.kernels.momentum import enter_momenta, enter_momentum, mean_square, widened
 from signstep.kernels.reference import Segment, expected_sign
-from signstep.kernels.rounding import round_parameters, rounds_at_random
+from signstep.kernels.rounding import rounds_at_random
 
 __all__ = ["dithered", "multi_tensor_step", "single_tensor_step"]
 
@@ -53,7 +53,9 @@ def single_tensor_step(tensors: Tensors, options: Options) -> None:
         param.copy_(target)
         if rounds_at_random(param.dtype, options):
             # Of the number alone: to autograd, rounding is the identity.
-            (rounded,) = round_parameters([target.detach()], [segment], options)
+            (rounded,) = opaque_noise.round_parameters(
+                [target.detach()], [segment], seed=options.seed, step=options.step
+            )
             param.detach().copy_(rounded)
 
 
@@ -139,6 +141,8 @@ def _move(tensors: Tensors, indices: Sequence[int], directions: Sequence[Tensor]
     else:
         torch._foreach_add_(targets, steps, alpha=-rate)
     if stochastic:
-        targets = round_parameters(targets, _segments(tensors, indices), options)
+        targets = opaque_noise.round_parameters(
+            targets, _segments(tensors, indices), seed=options.seed, step=options.step
+        )
     if targets[0] is not params[0]:
         torch._foreach_copy_(params, targets)

@@ -37,18 +37,19 @@ def to_bfloat16(x: Tensor, random: Tensor) -> Tensor:
     return torch.where(x.isnan(), torch.nan, upper.to(torch.int16).view(torch.bfloat16))
 
 
-def round_parameters(values: Sequence[Tensor], segments: Sequence[Segment], options: Options) -> list[Tensor]:
+def round_parameters(values: Sequence[Tensor], segments: Sequence[Segment], *, seed: int, step: Tensor) -> list[Tensor]:
     """The bfloat16 that parameters become.
 
     Args:
         values: their new values, float32, on one device; elements count in row-major order.
         segments: for each, which elements of which parameter it holds.
-        options: of the step: its seed and number are the noise's key.
+        seed: in [0, 2^64).
+        step: 0-dim int64 tensor, the step count k.
     """
 
     def rounded(pieces: list[Tensor], covered: list[Segment], _: list[int]) -> Tensor:
         x = torch.cat(pieces)
-        noise = noise_halves(covered, PARAM_ROUNDING, seed=options.seed, step=options.step, device=x.device)
+        noise = noise_halves(covered, PARAM_ROUNDING, seed=seed, step=step, device=x.device)
         return to_bfloat16(x, torch.cat(noise))
 
     return in_pieces(values, segments, torch.bfloat16, rounded)

@@ -60,7 +60,7 @@ CASES: dict[str, tuple[type[SignSGD], dict[str, Any], set[str]]] = {
     "16 bits": (
         HybridSignSGD,
         PLAIN | DITHERS["relative"] | {"calibration": "applied", "state_dtype": torch.bfloat16},
-        {"signstep.directions", "signstep.noise_bytes", "signstep.round_parameters"},
+        {"signstep.directions", "signstep.noise_bytes", "signstep.round_parameters", "signstep.mean_square"},
     ),
 }
 SHORT = ("default", "16 bits")
@@ -98,6 +98,20 @@ def test_a_compiled_dithered_step_is_hardly_longer_than_a_clean_one(engine: dict
     assert len(dithered[1].graph.nodes) <= 1.5 * len(clean[1].graph.nodes)
 
 
+def test_autograd_follows_the_noise_of_a_compiled_step() -> None:
+    """Noise after the sign is a multiple of sigma, which no operator has a derivative of."""
+    m, step = torch.ones(9), torch.tensor(3)
+
+    def noise(sigma: Tensor) -> Tensor:
+        (drawn,) = opaque_noise.directions([m], [sigma], [Segment(0, 0, 9)], seed=1, step=step, position="post")
+        return drawn.sum()
+
+    sigma = torch.tensor(0.5, requires_grad=True)
+    torch._dynamo.reset()
+    slopes = [torch.autograd.grad(f(sigma), sigma)[0] for f in (noise, torch.compile(noise, backend="eager"))]
+    assert slopes[0] == slopes[1] != 0
+
+
 def test_operators_are_what_torch_expects_of_them() -> None:
     """Schemas, and the shapes, dtypes and layouts that are promised to the compiler."""
     m, step = torch.linspace(-1, 1, 35).view(5, 7), torch.tensor(3)
@@ -107,6 +121,7 @@ def test_operators_are_what_torch_expects_of_them() -> None:
     for name, arguments in {
         "directions": ([m.t(), m[:0]], sigmas, *numbers, seed, step, "post"),
         "round_parameters": ([m.t(), m[:0]], *numbers, seed, step),
+        "mean_square": (m,),
         "noise_bytes": (*numbers, reference.ROUNDING, seed, step, torch.device("cpu")),
     }.items():
         operator = getattr(torch.ops.signstep, name).default

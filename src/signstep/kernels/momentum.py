@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from signstep.kernels.engine import Options, Tensors, real
-from signstep.kernels.opaque_noise import noise_bytes
+from signstep.kernels.opaque_noise import in_operators, noise_bytes
 from signstep.kernels.reference import ROUNDING, Segment
 from signstep.kernels.rounding import to_bfloat16
 
@@ -142,8 +142,20 @@ def _average(tensors: Tensors, i: int, grad: Tensor, options: Options) -> Tensor
 
 
 def mean_square(m: Tensor) -> Tensor:
-    """Mean of the squares over all elements, 0-dim float32; 0 if there are none."""
+    """Mean of the squares over all elements, 0-dim float32; 0 if there are none.
+
+    Inside torch.compile an operator: a sum over each tensor is a kernel, which takes longer to compile than to run, and
+    adds up in another order.
+    """
+    if in_operators():
+        mean: Tensor = torch.ops.signstep.mean_square(m)
+        return mean
     return m.to(torch.float32).square().sum() / max(1, m.numel())
+
+
+library.define("signstep::mean_square", "(Tensor m) -> Tensor")
+library.impl("signstep::mean_square", "CompositeExplicitAutograd")(mean_square)
+library.register_fake("signstep::mean_square", lambda m: torch.empty((), dtype=torch.float32, device=m.device))
 
 
 def _blocks(x: Tensor) -> Tensor:

@@ -23,6 +23,11 @@ library.define("signstep::round_parameters", f"(Tensor[] values, {_SEGMENTS}, in
 library.define("signstep::noise_bytes", f"({_SEGMENTS}, int stream, int seed, Tensor step, Device device) -> Tensor[]")
 
 
+def in_operators() -> bool:
+    """Whether a compiler is tracing, and autograd is not: it could not follow an operator."""
+    return torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
 def directions(
     ms: Sequence[Tensor],
     sigmas: Sequence[Tensor],
@@ -33,7 +38,7 @@ def directions(
     position: str,
 ) -> list[Tensor]:
     """See `signstep.kernels.reference.directions`."""
-    if not torch.compiler.is_compiling():
+    if not in_operators():
         return reference.directions(ms, sigmas, segments, seed=seed, step=step, position=position)
     drawn: list[Tensor] = torch.ops.signstep.directions(
         ms, sigmas, *zip(*segments, strict=True), signed(seed), step, position
@@ -43,7 +48,7 @@ def directions(
 
 def round_parameters(values: Sequence[Tensor], segments: Sequence[Segment], *, seed: int, step: Tensor) -> list[Tensor]:
     """See `signstep.kernels.rounding.round_parameters`."""
-    if not torch.compiler.is_compiling():
+    if not in_operators():
         return rounding.round_parameters(values, segments, seed=seed, step=step)
     rounded: list[Tensor] = torch.ops.signstep.round_parameters(
         values, *zip(*segments, strict=True), signed(seed), step
@@ -55,7 +60,7 @@ def noise_bytes(
     segments: Sequence[Segment], stream: int, *, seed: int, step: Tensor, device: torch.device
 ) -> list[Tensor]:
     """See `signstep.kernels.reference.noise_bytes`."""
-    if not torch.compiler.is_compiling():
+    if not in_operators():
         return reference.noise_bytes(segments, stream, seed=seed, step=step, device=device)
     drawn: list[Tensor] = torch.ops.signstep.noise_bytes(
         *zip(*segments, strict=True), stream, signed(seed), step, device

@@ -30,8 +30,7 @@ CALIBRATION_STATE = ("calibrated_lr", "lr_ratio", "inner_avg", "square_avg", "lr
 
 def complete_state(group: dict[str, Any]) -> None:
     """Give a param_group that version 0.1 saved what that did not keep, as if its lr had always been what it is."""
-    taken = "calibrated_lr" in group and int(group["step"]) > 0
-    if taken and "avg_weight" not in group:
+    if "calibrated_lr" in group and "avg_weight" not in group and int(group["step"]) > 0:
         group["avg_weight"] = 1 - group["ema_decay"] ** int(group["step"])
         group["lr_avg"] = float(group["lr"]) * group["avg_weight"]
 

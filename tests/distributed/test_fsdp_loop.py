@@ -2,12 +2,15 @@
 
 import copy
 import re
+import tempfile
 import warnings
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from fsdp_cases import (
     RELATIVE,
     Branches,
@@ -209,8 +212,22 @@ def test_a_worker_resumes_what_the_other_wrapper_saved() -> None:
 
 @on_ranks(2)
 def test_distributed_checkpoints() -> None:
-    """They take a step of their own to make state, which does not count."""
-    for optimizer_class, options in ((SignSGD, {}), (HybridSignSGD, {"switch_step": 2, "sgd_momentum": 0.9})):
+    """Before, at and after the switch; they take a step of their own to make state, which does not count."""
+    folder: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    hybrid = {"switch_step": 2, "calibration": "ratio"}
+    kinds: list[tuple[type[SignSGD], dict[str, Any]]] = [
+        (SignSGD, {}),
+        (HybridSignSGD, hybrid | {"sgd_momentum": 0.9}),
+        (HybridSignSGD, hybrid | {"sgd_momentum": 0.9, "momentum": 0.0}),
+        (HybridSignSGD, hybrid | {"sgd_momentum": 0.0}),
+    ]
+
+    def state(model: Any, optimizer: SignSGD) -> dict[str, Any]:
+        parts = get_state_dict(model, optimizer)
+        return {"model": parts[0], "optimizer": parts[1]}
+
+    for (kind, (optimizer_class, options)), saved in product(enumerate(kinds), (1, 2, 4)):
         runs = []
         for _ in range(2):
             model = shard(Net())
@@ -219,15 +236,18 @@ def test_distributed_checkpoints() -> None:
         (model, optimizer, vote), (again, fresh, its_vote) = runs
         get_state_dict(model, optimizer)
         assert int(optimizer.param_groups[0]["step"]) == 0
-        for step in range(5):
-            if step == 3:
-                states = copy.deepcopy(get_state_dict(model, optimizer))
-                set_state_dict(again, fresh, model_state_dict=states[0], optim_state_dict=states[1])
+        for step in range(6):
+            if step == saved:
+                place = f"{folder[0]}/{kind}-{saved}"
+                dcp.save(state(model, optimizer), checkpoint_id=place)
+                loaded = state(again, fresh)
+                dcp.load(loaded, checkpoint_id=place)
+                set_state_dict(again, fresh, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
                 its_vote.load_state_dict(copy.deepcopy(vote.state_dict()))
-            for m, o, _ in runs if step >= 3 else runs[:1]:
+            for m, o, _ in runs if step >= saved else runs[:1]:
                 train_step(step, (m, o))
         for p, q in zip(model.parameters(), again.parameters(), strict=True):
-            assert torch.equal(p.to_local(), q.to_local())
+            assert torch.equal(p.to_local(), q.to_local()), (kind, saved)
 
 
 @on_ranks(2)

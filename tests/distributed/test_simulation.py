@@ -286,6 +286,26 @@ def test_momentum_of_the_optimizer_goes_to_every_worker() -> None:
     assert larger.workers[1].steps == [2]
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3)])
+def test_sgd_starts_from_the_mean_of_the_workers_momenta(shape: tuple[int, ...]) -> None:
+    net = nn.Module()
+    net.weight = nn.Parameter(torch.ones(shape))
+    optimizer = HybridSignSGD(net.parameters(), lr=0.1, momentum=0.9, switch_step=2, sgd_momentum=0.8)
+    optimizer.state[net.weight]["slow"] = torch.ones(shape)  # as a wrapper keeps it
+    sim = SimulatedVote(net, optimizer, 2)
+    gradients = [{"weight": torch.full(shape, g)} for g in (1.0, 3.0)]
+    momentum = torch.full(shape, (1 - 0.9**2) * 2.0)
+    for _ in range(2):
+        sim.vote(gradients)
+        optimizer.step()
+    for _ in range(3):
+        sim.vote(gradients)
+        optimizer.step()
+        momentum = 0.8 * momentum + 0.2 * 2.0
+        torch.testing.assert_close(optimizer.state[net.weight]["exp_avg"], momentum)
+    assert "slow" in optimizer.state[net.weight]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     net = nn.Linear(2, 1, bias=False)
     optimizer = SignSGD(net.parameters())

@@ -352,7 +352,8 @@ class SignSGD(Optimizer):
             state = self.state[p]
             fresh = "exp_avg" not in state
             if "exp_avg" in kept and fresh:
-                state.update(new_momentum(p, dtype))
+                zeros = new_momentum(p, dtype)
+                state.update(zeros if kept["exp_avg"] else {name: freed(x) for name, x in zeros.items()})
             if kept.get("exp_avg"):
                 if self.calibrates and is_freed(state["exp_avg"]):  # it has been in a phase that did not use it
                     state.update(new_momentum(p, dtype))

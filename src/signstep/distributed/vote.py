@@ -259,26 +259,21 @@ class Vote:
         name = self.first.names[param]
         group = self.optimizer.param_groups[self.first.groups[name]]
         kept = [worker.state.pop(state_key(name, start), {}) for worker in self.workers]
-        exp_avg: Any = self.optimizer.state.get(param, {}).get("exp_avg")
-        if group["sgd_momentum"] == 0 or not (exp_avg is None or _waits(exp_avg)):
+        if group["sgd_momentum"] == 0 or name in self.first.handed_over:
             return
-        momenta = [
-            torch.zeros(param.numel() if size is None else size, dtype=torch.float32, device=param.device) for _ in kept
-        ]
-        for momentum, state in zip(momenta, kept, strict=True):
-            if "exp_avg" in state:
-                momentum.copy_(read_momentum(state["exp_avg"], state.get("exp_avg_scale")))
-        state = new_momentum(param, STATE_DTYPES[group["state_dtype"]])
+        self.first.handed_over.add(name)
+        momenta = [torch.zeros(param.numel() if size is None else size, device=param.device) for _ in kept]
+        for momentum, own in zip(momenta, kept, strict=True):
+            if "exp_avg" in own:
+                momentum.copy_(read_momentum(own["exp_avg"], own.get("exp_avg_scale")))
         started = mean(momenta)
-        exp_avg = state["exp_avg"]
+        state = self.optimizer.state[param]
+        if "exp_avg" not in state or is_freed(state["exp_avg"]):
+            state.update(new_momentum(param, STATE_DTYPES[group["state_dtype"]]))
+        exp_avg: Any = state["exp_avg"]
         if exp_avg.is_floating_point():  # 8 bits start from 0
-            in_memory_order(exp_avg.to_local() if hasattr(exp_avg, "to_local") else exp_avg).copy_(started)
-        self.optimizer.state[param].update(state)
-
-
-def _waits(exp_avg: Tensor) -> bool:
-    """Whether SGD's momentum has not been started; one without dimensions may be started again while it is 0."""
-    return is_freed(exp_avg) or (exp_avg.ndim == 0 and not bool(exp_avg))
+            # One of both is 0: the optimizer's until now, or the workers' if a loaded run had handed them over.
+            in_memory_order(exp_avg.to_local() if hasattr(exp_avg, "to_local") else exp_avg).add_(started)
 
 
 def nonfinite_rule(nonfinite: str | None, *, scaled: bool) -> str:

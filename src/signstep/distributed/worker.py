@@ -19,7 +19,8 @@ from signstep.kernels.momentum import MOMENTUM, STOCHASTIC, enter_momentum, is_f
 from signstep.kernels.reference import Segment
 from signstep.optim.dither import dither_std
 from signstep.optim.options import STATE_DTYPES
-from signstep.optim.signsgd import SignSGD, noise_ordinals, rate_and_decay
+from signstep.optim.ordinals import noise_ordinals
+from signstep.optim.signsgd import SignSGD, rate_and_decay
 from signstep.optim.wrappers import unwrap
 
 __all__ = ["Gradient", "Worker", "resplit", "worker_seed"]
@@ -107,6 +108,8 @@ class Worker:
         self.error_feedback = error_feedback
         self._sigma_factor = math.sqrt(world_size) if dither_workers == "scaled" else 1.0
         self.state: dict[str, dict[str, Tensor]] = {}
+        self.handed_over: set[str] = set()
+        """Parameters whose momentum SGD has taken over since this worker was made or loaded."""
         self.groups: dict[str, int] = {}
         self.ordinals: dict[str, int] = {}
         if optimizer.steps_in_backward:
@@ -293,6 +296,7 @@ class Worker:
                 )
         devices = {name: p.device for p, name in self.names.items()}
         self.steps = list(state["steps"])
+        self.handed_over.clear()
         self.state = {
             name: {key: x.to(devices[name.partition("@")[0]], copy=True) for key, x in tensors.items()}
             for name, tensors in state["state"].items()

@@ -16,16 +16,16 @@ from signstep.kernels.engine import Direction, Options, Tensors, real
 from signstep.kernels.momentum import MOMENTUM, check_momentum, freed, is_freed
 from signstep.kernels.plain import multi_tensor_step, single_tensor_step
 from signstep.optim import step_length
-from signstep.optim.calibration import CALIBRATION_STATE
 from signstep.optim.dither import dither_std
 from signstep.optim.options import (
-    HYBRID_OPTIONS,
     SIGNSGD_OPTIONS,
     STATE_DTYPES,
     Option,
     check_options,
     name_state_dtype,
 )
+from signstep.optim.ordinals import check_first_ordinal, noise_ordinals
+from signstep.optim.saving import changes_nothing, completed_group, fill_freed
 from signstep.optim.shards import (
     WHOLE,
     Shards,
@@ -37,7 +37,7 @@ from signstep.optim.shards import (
     shards_of,
 )
 
-__all__ = ["ENGINE_CHOICE", "SignSGD", "noise_ordinals", "rate_and_decay", "signsgd"]
+__all__ = ["ENGINE_CHOICE", "SignSGD", "rate_and_decay", "signsgd"]
 
 ENGINE_CHOICE = ("foreach", "fused", "differentiable")
 """The options of a param_group that choose between engines, see `signsgd`."""
@@ -173,7 +173,7 @@ class SignSGD(Optimizer):
         try:
             check_options(group)
             name_state_dtype(group)
-            _check_first_ordinal(group)
+            check_first_ordinal(group)
             own = check_sharding(group["params"], differentiable=group["differentiable"])
             if group["fused"]:
                 fused_engines.require(own)
@@ -257,10 +257,7 @@ class SignSGD(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer, see `torch.optim.Optimizer.state_dict`; momentum that is not used is 0 there."""
         saved: dict[str, Any] = super().state_dict()
-        owners = [(p, STATE_DTYPES[group["state_dtype"]]) for group in self.param_groups for p in group["params"]]
-        for index, state in saved["state"].items():
-            if "exp_avg" in state and is_freed(state["exp_avg"]):
-                saved["state"][index] = state | new_momentum(*owners[index])
+        fill_freed(saved["state"], self.param_groups)
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -274,9 +271,9 @@ class SignSGD(Optimizer):
         loaded: dict[str, Any] = {}
 
         def complete(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-            groups = [self._completed(*pair) for pair in zip(state["param_groups"], self.param_groups, strict=False)]
-            if len(groups) == len(state["param_groups"]) == len(self.param_groups):  # else torch says what is wrong
-                state = state | {"param_groups": groups}
+            if len(state["param_groups"]) == len(self.param_groups):  # else torch says what is wrong
+                groups = zip(state["param_groups"], self.param_groups, strict=True)
+                state = state | {"param_groups": [self._completed(saved, own) for saved, own in groups]}
             loaded.update(state)
             return state
 
@@ -302,21 +299,7 @@ class SignSGD(Optimizer):
                 hook.remove()
 
     def _completed(self, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-        """A saved param_group with what it lacks of our own, but for how far that has come."""
-        if not {"momentum", "step"} <= saved.keys():
-            names = ", ".join(sorted(saved.keys() - {"params"}))
-            raise ValueError(
-                f"this state is not one of SignSGD or HybridSignSGD: its param_group has {names}; load it into the "
-                "optimizer that saved it, and start this one without a state"
-            )
-        if saved.get("phase") == "sgd" and "phase" not in self._progress(own):
-            raise ValueError(
-                f"this state was saved after its switch to SGD, and {type(self).__name__} takes sign steps only; load "
-                "it into HybridSignSGD"
-            )
-        strange = {*HYBRID_OPTIONS, *CALIBRATION_STATE, "phase"} - self.OPTIONS.keys() - set(self._progress(own))
-        kept = {name: value for name, value in own.items() if name not in self._progress(own)}
-        return kept | {name: value for name, value in saved.items() if name not in strange}
+        return completed_group(saved, own, self.OPTIONS.keys(), self._progress(own), type(self).__name__)
 
     def _progress(self, group: dict[str, Any]) -> Collection[str]:
         """The keys of a param_group that say how far it has come."""
@@ -415,7 +398,7 @@ class SignSGD(Optimizer):
         taken: list[tuple[dict[str, Any], list[Tensor]]] = []
         measured: list[tuple[Shards, Tensor | None]] = []
         for group, batch, parts in batches:
-            if stateless and self._changes_nothing(group, batch):
+            if stateless and changes_nothing(group, batch.grads):
                 continue
             total = self.new_sums(group) if self.calibrates else None
             sums = [] if total is None else [total, *(torch.zeros_like(total) for _ in parts[1:])]
@@ -429,17 +412,6 @@ class SignSGD(Optimizer):
         for group, sums in taken:
             self.finish_step(group, reduce(torch.add, sums) if sums else None)
         return loss
-
-    def _changes_nothing(self, group: dict[str, Any], batch: Tensors) -> bool:
-        """True for a step with lr 0 and zero gradients, which is not counted while the optimizer has no state.
-
-        torch.distributed.checkpoint takes such a step, to make state, whenever it finds an optimizer without any.
-        """
-        lr = group["lr"]
-        on_host = not isinstance(lr, Tensor) or lr.device.type == "cpu"
-        if group["capturable"] or not on_host or lr != 0:
-            return False
-        return not any(g.is_meta or _of_all_ranks(g.any()) for g in batch.grads)
 
     # The parts of a step, for callers that do not take it in one call: backward, and the ranks of a vote.
 
@@ -513,31 +485,6 @@ def signsgd(
         single_tensor_step(tensors, options)
 
 
-def noise_ordinals(param_groups: Sequence[Mapping[str, Any]]) -> list[range]:
-    """The numbers of each param_group's parameters, which key their noise.
-
-    Parameters are counted over all param_groups. A group with ``first_ordinal`` counts its own from there: for a caller
-    that spreads a model's parameters over several optimizers, which would each count from 0 and draw the same noise.
-
-    Example:
-        >>> noise_ordinals([{"params": ["a", "b"]}, {"params": ["c"]}, {"params": ["d"], "first_ordinal": 7}])
-        [range(0, 2), range(2, 3), range(7, 8)]
-    """
-    ranges = []
-    counted = 0
-    for group in param_groups:
-        first = group.get("first_ordinal", counted)
-        ranges.append(range(first, first + len(group["params"])))
-        counted += len(group["params"])
-    return ranges
-
-
-def _check_first_ordinal(group: Mapping[str, Any]) -> None:
-    first = group.get("first_ordinal", 0)
-    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-        raise ValueError(f"Invalid first_ordinal: {first!r}, expected an integer >= 0; leave it out to count from 0")
-
-
 def rate_and_decay(group: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor, float]:
     """The learning rate of a param_group, and how its weight decay acts.
 
@@ -552,9 +499,3 @@ def rate_and_decay(group: Mapping[str, Any]) -> tuple[float | Tensor, float | Te
     if not group["decoupled_weight_decay"]:
         return lr, 1.0, weight_decay
     return lr, (1 - lr * weight_decay if weight_decay != 0 else 1.0), 0.0
-
-
-def _of_all_ranks(x: Tensor) -> Tensor:
-    """A number that a sharded tensor was reduced to, over all shards."""
-    whole: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x
-    return whole

@@ -15,10 +15,11 @@ namespace SIGNSTEP_ISA {
 #include "noise.h"
 #include "masks.h"
 #include "decide.h"
-#include "momentum.h"
-#include "rounding.h"
 
 namespace {
+
+#include "momentum.h"
+#include "rounding.h"
 
 // Of what is called once per tile by more than one caller, which would else not be compiled for each.
 #define INLINE __attribute__((always_inline)) inline
@@ -83,20 +84,19 @@ inline W moved(W param, W direction, const Options& o) {
 // Where the decisions of a tensor go: its parameters, which each moves ...
 template <class T, class W, class Rounding>
 struct Moves {
-  struct Place {
+  struct Place : Rounding::Random {
     T* param;
     T before;
-    uint16_t random;
   };
   const Options& o;
   const Rounding& rounding;
   T* param;  // of the tile
 
-  Place place(int i) const { return {param + i, param[i], rounding.random(i)}; }
+  Place place(int i) const { return {rounding.random(i), param + i, param[i]}; }
 
   void settle(const Place& place, float m, bool up) const {
     const W direction = W(up ? 1 : -1) + W(m - m);
-    *place.param = Rounding::round(moved(W(widen(place.before)), direction, o), place.random);
+    *place.param = Rounding::round(moved(W(widen(place.before)), direction, o), place);
   }
 };
 
@@ -273,11 +273,14 @@ struct Sums {
 template <class T, class W, class Rounding, class Direction>
 void apply(T* __restrict param, int n, const Options& o, const Rounding& rounding, Direction direction) {
   const W rate = W(-o.rate), decay = W(o.decay);
-  const auto move = [&](int i, W from) { param[i] = rounding.round(fused(rate, direction(i), from), rounding.random(i)); };
   if (decay == 1) {
-    for (int i = 0; i < n; ++i) move(i, W(widen(param[i])));
+    for (int i = 0; i < n; ++i) {
+      param[i] = rounding.round(fused(rate, direction(i), W(widen(param[i]))), rounding.random(i));
+    }
   } else {
-    for (int i = 0; i < n; ++i) move(i, W(widen(param[i])) * decay);
+    for (int i = 0; i < n; ++i) {
+      param[i] = rounding.round(fused(rate, direction(i), W(widen(param[i])) * decay), rounding.random(i));
+    }
   }
 }
 
@@ -439,23 +442,33 @@ void cast(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end
   if (sums != nullptr) total.write(sums);
 }
 
-template <class T, class W, class Rounding = ToNearest<T, W>>
+template <class T, class W>
 void step_or_cast(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end, float sigma, double* sums) {
-  return t.bits == 0 ? step<T, W, Rounding>(t, o, begin, end, sigma, sums) : cast<T, W>(t, o, begin, end, sigma, sums);
+  return t.bits == 0 ? step<T, W, ToNearest<T, W>>(t, o, begin, end, sigma, sums) : cast<T, W>(t, o, begin, end, sigma, sums);
 }
 
 }  // namespace
+
+#if defined(SIGNSTEP_AT_RANDOM)
+
+void step_at_random(const signstep_tensor& t, const signstep_options& o, int64_t begin, int64_t end, float sigma, double* sums) {
+  return step<Bfloat16, float, AtRandom>(t, o, begin, end, sigma, sums);
+}
+
+#else
 
 void chunk(const signstep_tensor& t, const signstep_options& o, int64_t begin, int64_t end, float sigma, double* sums) {
   switch (t.dtype) {
     case SIGNSTEP_FLOAT32: return step_or_cast<float, float>(t, o, begin, end, sigma, sums);
     case SIGNSTEP_FLOAT64: return step_or_cast<double, double>(t, o, begin, end, sigma, sums);
     case SIGNSTEP_BFLOAT16:
-      if (o.stochastic_params) return step_or_cast<Bfloat16, float, AtRandom>(t, o, begin, end, sigma, sums);
+      if (o.stochastic_params && t.bits == 0) return step_at_random(t, o, begin, end, sigma, sums);
       return step_or_cast<Bfloat16, float>(t, o, begin, end, sigma, sums);
     case SIGNSTEP_FLOAT16: return step_or_cast<Float16, float>(t, o, begin, end, sigma, sums);
   }
 }
+
+#endif
 
 }  // namespace SIGNSTEP_ISA
 }  // namespace signstep

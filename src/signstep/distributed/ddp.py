@@ -148,7 +148,8 @@ class MajorityVote(GradientHook):
         election = self._vote.hold(ballot, names, self.group)
         outcome = self._vote.accept(self.worker, ballot, election, names, outs, spoiled=self._spoiled)
         self._voted |= outcome.voted
-        self._sums += outcome.sums
+        if outcome.sums is not None:
+            self._sums += outcome.sums
         self._spoiled = outcome.spoiled
 
     def _average(self, bucket: Bucket, entries: Sequence[Entry], how: str) -> None:

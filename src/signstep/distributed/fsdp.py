@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from signstep.distributed.collectives import all_gather, mean_over, own_group, reduce_scatter
 from signstep.distributed.fsdp_shards import Part, Reduced, Routes, Unit, check_groups, check_optimizer, find_units
-from signstep.distributed.vote import Ballot, Vote, cast, flag_gradients, flags_of, nonfinite_rule, words_of
+from signstep.distributed.vote import Ballot, Vote, cast, flag_gradients, flags_of, nonfinite_rule, voters_of, words_of
 from signstep.distributed.worker import Gradient, Worker, check_choice, sign_optimizer, state_key
 from signstep.kernels.bits import word_count
 from signstep.kernels.engine import Slot
@@ -277,7 +277,7 @@ class FSDPMajorityVote:
         group = self.optimizer.param_groups[self.worker.groups[part.name]]
         return group["weight_decay"] != 0 and not group["decoupled_weight_decay"]
 
-    def _flags(self, voting: Sequence[Reduced], gradients: Sequence[Gradient], reduced: Tensor) -> list[int]:
+    def _flags(self, voting: Sequence[Reduced], gradients: Sequence[Gradient], reduced: Tensor) -> bytes:
         finite = bool(reduced.dot(reduced).isfinite())
         return flag_gradients([g.flat for g in gradients], [r.present for r in voting], finite=finite)
 
@@ -293,6 +293,7 @@ class FSDPMajorityVote:
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing, group=self.group)
         flags = flags_of(incoming[:, width:], len(names))
+        voters = voters_of(flags)
         slots, outs, first = [], [], 0
         for r in voting:
             size = r.part.count(self._shard)
@@ -300,7 +301,7 @@ class FSDPMajorityVote:
             slots.append(Slot(first, Segment(ordinal, r.part.begin(self._shard), size)))
             outs.append(shard[r.column : r.column + size])
             first += word_count(r.part.run)
-        election = self._vote.election(self._vote.tally(incoming[:, :width], flags, slots, names), flags)
+        election = self._vote.election(self._vote.tally(incoming[:, :width], voters, slots, names), flags, voters)
         self._vote.accept(self.worker, ballot._replace(slots=slots), election, names, outs)
 
     def _elect_replicas(self, unit: Unit, voting: Sequence[Reduced], shard: Tensor) -> None:
@@ -312,9 +313,9 @@ class FSDPMajorityVote:
             gradients.append(Gradient(r.part.name, weight, flat, r.part.begin(self._shard)))
         flags = self._flags(voting, gradients, shard)
         if self._shards > 1:  # a worker has one opinion, that of its least finite shard
-            agreed = torch.tensor(flags, dtype=torch.uint8, device=self.device)
+            agreed = torch.tensor(list(flags), dtype=torch.uint8, device=self.device)
             dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self._shard_group)
-            flags = agreed.tolist()
+            flags = bytes(agreed.tolist())
         ballot = cast(self.worker, gradients, flags)
         self._share_mean_squares(voting)
         self._elect_whole(unit, gradients, ballot)
@@ -348,7 +349,8 @@ class FSDPMajorityVote:
         names, outs = [g.name for g in gradients], [g.flat for g in gradients]
         election = self._vote.hold(ballot, names, self.group)
         outcome = self._vote.accept(self.worker, ballot, election, names, outs)
-        unit.sums[tuple(names)] = (list(self.worker.steps), outcome.sums)
+        if outcome.sums is not None:
+            unit.sums[tuple(names)] = (list(self.worker.steps), outcome.sums)
 
     def _share_sums(self) -> None:
         """After a backward: the sums of the calibration, over what has been voted on for this step."""

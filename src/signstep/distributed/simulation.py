@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from signstep.distributed.attacks import Attack, Collude
 from signstep.distributed.hooks import Entry
-from signstep.distributed.vote import Vote, cast_entries, nonfinite_rule
+from signstep.distributed.vote import Vote, cast_entries, nonfinite_rule, voters_of
 from signstep.distributed.worker import Worker, check_choice, in_memory_order
 
 __all__ = ["SimulatedMean", "SimulatedVote", "per_worker_gradients"]
@@ -208,9 +208,10 @@ class SimulatedVote(_Simulation):
         for worker, entries in zip(self.workers, everyone, strict=True):
             whole = torch.cat([e.flat for e in entries])
             ballots.append(cast_entries(worker, entries, finite=bool(whole.dot(whole).isfinite())))
-        flags = torch.tensor([b.flags for b in ballots], dtype=torch.uint8, device="cpu")
-        result = vote.tally(torch.stack([b.words for b in ballots]), flags, ballots[0].slots, names)
-        election = vote.election(result, flags)
+        flags = [b.flags for b in ballots]
+        voters = voters_of(flags)
+        result = vote.tally(torch.stack([b.words for b in ballots]), voters, ballots[0].slots, names)
+        election = vote.election(result, flags, voters)
         outcomes = []
         for worker, entries, ballot in zip(self.workers, everyone, ballots, strict=True):
             outcomes.append(vote.accept(worker, ballot, election, names, [e.flat for e in entries]))
@@ -218,7 +219,7 @@ class SimulatedVote(_Simulation):
                 break
         vote.count_votes(outcomes[0].voted)
         if self.optimizer.calibrates:
-            sums = sum((o.sums for o in outcomes), vote.no_sums(result.device))
+            sums = sum((o.sums for o in outcomes if o.sums is not None), vote.no_sums(result.device))
             vote.receive_means(sums / self.world_size)
 
     def _mean_of_all(self, momenta: list[Tensor]) -> Tensor:

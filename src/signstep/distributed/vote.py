@@ -8,6 +8,8 @@ ddp.py, fsdp.py and simulation.py. What one worker does with its own gradients i
 
 from __future__ import annotations
 
+import functools
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,8 +37,8 @@ class Ballot(NamedTuple):
     """What a worker has cast on some parameters."""
 
     words: Tensor
-    """int64 [W]; zeros where the worker abstains."""
-    flags: list[int]
+    """int64 [W], W a multiple of the number of workers; zeros where the worker abstains and after the last slot."""
+    flags: bytes
     """`ABSENT`, `PRESENT` or `NOT_FINITE`, for each parameter."""
     slots: list[Slot]
     """Where the bits of each parameter are, without gaps from word 0."""
@@ -49,8 +51,10 @@ class Election(NamedTuple):
     """The majority, int64 [W]."""
     ties: Tensor | None
     """Coordinates without a majority, int64 [W]; None where a coin has decided them."""
-    flags: Tensor
-    """uint8 [M, parameters], on the CPU: who has voted on what."""
+    flags: Sequence[bytes]
+    """Every worker's, for each parameter."""
+    voters: Sequence[int]
+    """How many have voted on each parameter."""
 
 
 class Outcome(NamedTuple):
@@ -58,9 +62,9 @@ class Outcome(NamedTuple):
 
     voted: set[int]
     """The param_groups in which somebody has voted."""
-    sums: Tensor
+    sums: Tensor | None
     """float64 [param_groups, 2]: <v, g> and ||g||^2 of the votes v and this worker's gradients g, where it has voted;
-    zeros unless the optimizer calibrates."""
+    None unless the optimizer calibrates."""
     spoiled: bool
     """The gradients have become NaN, so that a GradScaler skips the step."""
 
@@ -113,46 +117,45 @@ class Vote:
         """What `Outcome.sums` are added to, zeros."""
         return torch.zeros(len(self.optimizer.param_groups), 2, dtype=torch.float64, device=device)
 
-    def tally(self, ballots: Tensor, flags: Tensor, slots: Sequence[Slot], names: Sequence[str]) -> Tensor:
+    def tally(self, ballots: Tensor, voters: Sequence[int], slots: Sequence[Slot], names: Sequence[str]) -> Tensor:
         """Count the ballots on some parameters, which may differ in the seed and the step of the coins for ties.
 
         Args:
             ballots: int64 [M, W].
-            flags: uint8 [M, parameters].
+            voters: how many vote on each parameter.
             slots: for each parameter, where its bits are.
             names: of the parameters.
 
         Returns:
             int64 [1, W], the majority; where ties abstain [2, W], and the second row marks ties.
         """
-        voters = (flags == PRESENT).sum(dim=0).tolist()
-        result = torch.zeros(2 if self.keep_ties else 1, ballots.shape[1], dtype=torch.int64, device=ballots.device)
-        ties = torch.zeros_like(result[0]) if self.keep_ties else None
         by_coin: dict[tuple[int, int], list[int]] = {}
         for i, name in enumerate(names):
             index = self.first.groups[name]
             coin = (self.optimizer.param_groups[index]["seed"], self.first.steps[index])
             by_coin.setdefault(coin, []).append(i)
+        counted = []
         for (seed, step), members in by_coin.items():
             numbers, chosen = [voters[i] for i in members], [slots[i] for i in members]
-            result[0] |= bits.count(
-                ballots, numbers, chosen, seed=seed, step=torch.tensor(step, dtype=torch.int64, device="cpu"), ties=ties
-            )
-            if ties is not None:
-                result[1] |= ties
-        return result
+            at = torch.tensor(step, dtype=torch.int64, device="cpu")
+            ties = torch.empty_like(ballots[0]) if self.keep_ties else None
+            majority = bits.count(ballots, numbers, chosen, seed=seed, step=at, ties=ties)
+            counted.append(majority[None] if ties is None else torch.stack([majority, ties]))
+        if not counted:
+            return ballots.new_zeros(2 if self.keep_ties else 1, ballots.shape[1])
+        # None has a bit where another has one.
+        return functools.reduce(torch.bitwise_or, counted)
 
-    def election(self, result: Tensor, flags: Tensor) -> Election:
+    def election(self, result: Tensor, flags: Sequence[bytes], voters: Sequence[int]) -> Election:
         """What `tally` returns, with the flags."""
-        return Election(result[0], result[1] if self.keep_ties else None, flags)
+        return Election(result[0], result[1] if self.keep_ties else None, flags, voters)
 
     def hold(self, ballot: Ballot, names: Sequence[str], group: dist.ProcessGroup) -> Election:
         """One vote over the wire, with the same result on every rank; every rank calls it with the same slots.
 
         Every worker sends the m-th part of its words to worker m (all-to-all), which counts the ballots for this part
         and sends the result to all (all-gather). Bytes per rank, with W words and P parameters: 8 W (M - 1) / M in the
-        first phase, and as many in the second, twice that where ties abstain; W is rounded up to a multiple of M.
-        Beside that P bytes to each other rank.
+        first phase, and as many in the second, twice that where ties abstain. Beside that P bytes to each other rank.
 
         Args:
             ballot: this worker's.
@@ -160,30 +163,29 @@ class Vote:
             group: the workers; gloo or NCCL.
         """
         size, rank, device = dist.get_world_size(group), dist.get_rank(group), ballot.words.device
-        length = len(ballot.words)
-        share = -(-length // size)
+        share = len(ballot.words) // size
         header = words_of(ballot.flags, device)
-        outgoing = torch.zeros(size, share + len(header), dtype=torch.int64, device=device)
-        full, rest = divmod(length, share) if share else (0, 0)
-        outgoing[:full, :share] = ballot.words[: full * share].view(full, share)
-        if rest:
-            outgoing[full, :rest] = ballot.words[full * share :]
+        outgoing = torch.empty(size, share + len(header), dtype=torch.int64, device=device)
+        outgoing[:, :share] = ballot.words.view(size, share)
         outgoing[:, share:] = header
         incoming = outgoing
         if size > 1:
             incoming = torch.empty_like(outgoing)
             dist.all_to_all_single(incoming, outgoing, group=group)
         flags = flags_of(incoming[:, share:], len(names))
+        voters = voters_of(flags)
 
         cuts = [(i, cut) for i, slot in enumerate(ballot.slots) if (cut := _cut(slot, rank * share, share)) is not None]
         mine = [i for i, _ in cuts]
-        result = self.tally(incoming[:, :share], flags[:, mine], [cut for _, cut in cuts], [names[i] for i in mine])
+        result = self.tally(
+            incoming[:, :share], [voters[i] for i in mine], [cut for _, cut in cuts], [names[i] for i in mine]
+        )
         gathered = result[None]
         if size > 1:
             flat = torch.empty(size * result.numel(), dtype=torch.int64, device=device)
             all_gather(flat, result.view(-1), group=group)
             gathered = flat.view(size, *result.shape)
-        return self.election(gathered.transpose(0, 1).reshape(len(result), -1), flags)
+        return self.election(gathered.transpose(0, 1).reshape(len(result), -1), flags, voters)
 
     def accept(
         self, worker: Worker, ballot: Ballot, election: Election, names: Sequence[str], outs: Sequence[Tensor],
@@ -207,21 +209,22 @@ class Vote:
             raise CollectiveError(found)
         groups, device = self.optimizer.param_groups, outs[0].device
         calibrates = self.optimizer.calibrates
-        sums = torch.zeros(len(outs), 2, dtype=torch.float64, device=device) if calibrates else None
-        by_group = self.no_sums(device)
-        elected = (election.flags == PRESENT).any(dim=0).tolist()
-        voted = set()
+        sums = torch.empty(len(outs), 2, dtype=torch.float64, device=device) if calibrates else None
         bits.spread(election.words, election.ties, ballot.slots, outs, sums)
-        for i, (name, out) in enumerate(zip(names, outs, strict=True)):
-            index = worker.groups[name]
-            if not elected[i]:
+        indices = [worker.groups[name] for name in names]
+        for voters, out in zip(election.voters, outs, strict=True):
+            if voters == 0:
                 out.zero_()
-                continue
-            voted.add(index)
-            if sums is not None and ballot.flags[i] == PRESENT:
-                # What is averaged is -g under maximize, as in one process.
-                by_group[index, 0] += -sums[i, 0] if groups[index]["maximize"] else sums[i, 0]
-                by_group[index, 1] += sums[i, 1]
+        voted = {index for index, voters in zip(indices, election.voters, strict=True) if voters > 0}
+        by_group = None
+        if sums is not None:
+            totals = [[0.0, 0.0] for _ in groups]
+            for index, flag, (inner, square) in zip(indices, ballot.flags, sums.tolist(), strict=True):
+                if flag == PRESENT:
+                    # What is averaged is -g under maximize, as in one process.
+                    totals[index][0] += -inner if groups[index]["maximize"] else inner
+                    totals[index][1] += square
+            by_group = torch.tensor(totals, dtype=torch.float64, device=device)
         spoiled = spoiled or found is not None
         if spoiled:
             for out in outs:
@@ -291,7 +294,7 @@ def nonfinite_rule(nonfinite: str | None, *, scaled: bool) -> str:
     return nonfinite
 
 
-def flag_gradients(flats: Sequence[Tensor], present: Sequence[bool], *, finite: bool) -> list[int]:
+def flag_gradients(flats: Sequence[Tensor], present: Sequence[bool], *, finite: bool) -> bytes:
     """A worker's flag for each of its gradients.
 
     Args:
@@ -302,13 +305,14 @@ def flag_gradients(flats: Sequence[Tensor], present: Sequence[bool], *, finite: 
     flags = [PRESENT if each else ABSENT for each in present]
     if not finite:
         flags = [f if x.isfinite().all() else NOT_FINITE for f, x in zip(flags, flats, strict=True)]
-    return flags
+    return bytes(flags)
 
 
-def cast(worker: Worker, gradients: Sequence[Gradient], flags: list[int]) -> Ballot:
+def cast(worker: Worker, gradients: Sequence[Gradient], flags: bytes) -> Ballot:
     """The ballot on gradients, one flag each; those that are present enter the worker's momentum."""
     slots, size = worker.slots(gradients)
-    words = torch.zeros(size, dtype=torch.int64, device=gradients[0].flat.device)
+    share = -(-size // worker.world_size)
+    words = torch.zeros(share * worker.world_size, dtype=torch.int64, device=gradients[0].flat.device)
     casting = [i for i, flag in enumerate(flags) if flag == PRESENT and gradients[i].flat.numel() > 0]
     worker.cast([gradients[i] for i in casting], words, [slots[i] for i in casting])
     return Ballot(words, flags, slots)
@@ -318,20 +322,28 @@ def cast_entries(worker: Worker, entries: Sequence[Entry], *, finite: bool) -> B
     """`flag_gradients` and `cast` for whole parameters."""
     flags = flag_gradients([e.flat for e in entries], [e.present for e in entries], finite=finite)
     # Under DDP a gradient that backward has not reached says nothing, whatever it is.
-    flags = [flag if e.present else ABSENT for flag, e in zip(flags, entries, strict=True)]
+    flags = bytes(flag if e.present else ABSENT for flag, e in zip(flags, entries, strict=True))
     return cast(worker, [Gradient(e.name, in_memory_order(e.param), e.flat) for e in entries], flags)
 
 
-def words_of(flags: Sequence[int], device: torch.device) -> Tensor:
+def words_of(flags: bytes, device: torch.device) -> Tensor:
     """Flags as they are sent, a byte each: int64 [ceil(flags / 8)]."""
-    padded = torch.zeros(-(-len(flags) // 8) * 8, dtype=torch.uint8, device="cpu")
-    padded[: len(flags)] = torch.tensor(list(flags), dtype=torch.uint8, device="cpu")
-    return padded.view(torch.int64).to(device)
+    words = struct.unpack(f"={_words(len(flags))}q", flags.ljust(8 * _words(len(flags)), b"\0"))
+    return torch.tensor(words, dtype=torch.int64, device=device)
 
 
-def flags_of(words: Tensor, count: int) -> Tensor:
-    """The inverse of `words_of` for every rank's words, int64 [M, ...]: uint8 [M, count], on the CPU."""
-    return words.cpu().contiguous().view(torch.uint8)[:, :count]
+def flags_of(words: Tensor, count: int) -> list[bytes]:
+    """The inverse of `words_of` for every rank's words, int64 [M, ...]: for each rank `count` flags."""
+    return [struct.pack(f"={len(row)}q", *row)[:count] for row in words.tolist()]
+
+
+def _words(flags: int) -> int:
+    return -(-flags // 8)
+
+
+def voters_of(flags: Sequence[bytes]) -> list[int]:
+    """How many of the workers vote on each parameter, by the flags of each."""
+    return [column.count(PRESENT) for column in zip(*flags, strict=True)]
 
 
 def _cut(slot: Slot, first: int, share: int) -> Slot | None:
@@ -345,14 +357,14 @@ def _cut(slot: Slot, first: int, share: int) -> Slot | None:
     return Slot(begin - first, Segment(slot.segment.parameter, slot.segment.start + skipped, size))
 
 
-def _nonfinite_found(flags: Tensor, names: Sequence[str]) -> str | None:
+def _nonfinite_found(flags: Sequence[bytes], names: Sequence[str]) -> str | None:
     """Whose gradient is not finite, as a sentence; None if all are."""
-    found = (flags == NOT_FINITE).nonzero().tolist()
-    if not found:
+    count = sum(row.count(NOT_FINITE) for row in flags)
+    if count == 0:
         return None
-    rank, i = found[0]
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    rank = next(rank for rank, row in enumerate(flags) if NOT_FINITE in row)
+    more = f" (and {count - 1} more)" if count > 1 else ""
     return (
-        f"the gradient of {names[i]} on rank {rank} is not finite{more}: lower the learning rate, or "
-        'pass nonfinite="abstain" to leave such a worker out, or grad_scaler for float16'
+        f"the gradient of {names[flags[rank].index(NOT_FINITE)]} on rank {rank} is not finite{more}: lower the "
+        'learning rate, or pass nonfinite="abstain" to leave such a worker out, or grad_scaler for float16'
     )

@@ -28,17 +28,13 @@ _ENGINES = {"cpu": "signstep.kernels.native", "cuda": "signstep.kernels.triton"}
 
 def missing(params: Sequence[Tensor]) -> str | None:
     """Why these parameters cannot be stepped by fused kernels, one sentence; None if they can."""
-    kinds = _kinds(params)
+    kinds = frozenset((type(p), p.device.type, p.dtype) for p in params)
     reason = _unsupported(kinds)
     # Not while tracing: the compiler would trace the search for a library.
     if reason is not None or torch.compiler.is_compiling():
         return reason
     reasons = (importlib.import_module(_ENGINES[device_type]).unavailable() for _, device_type, _ in kinds)
     return next((reason for reason in reasons if reason is not None), None)
-
-
-def _kinds(params: Sequence[Tensor]) -> frozenset[tuple[type, str, torch.dtype]]:
-    return frozenset((type(p), p.device.type, p.dtype) for p in params)
 
 
 def _unsupported(kinds: frozenset[tuple[type, str, torch.dtype]]) -> str | None:
@@ -52,9 +48,6 @@ def _unsupported(kinds: frozenset[tuple[type, str, torch.dtype]]) -> str | None:
     return None if strange is None else f"there are no fused kernels for {strange}"
 
 
-_unsupported_once = functools.cache(_unsupported)
-
-
 def by_default(tensors: Tensors) -> bool:
     """Whether fused=None takes fused kernels for these tensors.
 
@@ -66,8 +59,15 @@ def by_default(tensors: Tensors) -> bool:
         return False
     if torch.is_grad_enabled() and any(p.requires_grad for p in params):
         return False
-    unsupported = _unsupported if torch.compiler.is_compiling() else _unsupported_once
-    return unsupported(_kinds(params)) is None and _library_is_there()
+    kinds = frozenset((type(p), p.device.type, p.dtype) for p in params)
+    if torch.compiler.is_compiling():
+        return _unsupported(kinds) is None and _library_is_there()
+    return _steps(kinds)
+
+
+@functools.cache
+def _steps(kinds: frozenset[tuple[type, str, torch.dtype]]) -> bool:
+    return _unsupported(kinds) is None and _library_is_there()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

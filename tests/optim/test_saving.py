@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from tests.pairwise import pairwise
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -16,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from pairwise import pairwise
 from signstep import HybridSignSGD, SignSGD
 from signstep.kernels.momentum import is_freed
 
@@ -291,48 +291,3 @@ def test_the_phase_is_shown() -> None:
     train(model, optimizer, range(1, 3))
     assert "param_group 0: SGD phase, 3 steps taken\n" in repr(optimizer)
     assert "calibration: paper" in repr(optimizer)
-
-
-# --- the numbers of parameters in the noise ---------------------------------------------------------------------------
-
-
-def noisy(groups: list[Any], seed: int = 0) -> SignSGD:
-    return SignSGD(groups, dither=1.0, lr=0.01, seed=seed)
-
-
-def moved(params: list[nn.Parameter], optimizers: list[SignSGD]) -> list[Tensor]:
-    for p in params:
-        p.grad = torch.full_like(p, 1e-3)
-    for optimizer in optimizers:
-        optimizer.step()
-    return [p.detach().clone() for p in params]
-
-
-def test_one_optimizer_per_parameter_draws_the_same_noise_unless_it_is_numbered() -> None:
-    def parameters() -> list[nn.Parameter]:
-        return [nn.Parameter(torch.zeros(1000)) for _ in range(3)]
-
-    together = parameters()
-    expected = moved(together, [noisy(together)])
-    apart = parameters()
-    first, second, _ = moved(apart, [noisy([p]) for p in apart])
-    assert torch.equal(first, second)  # the limit that the docs name
-    numbered = parameters()
-    optimizers = [noisy([{"params": [p], "first_ordinal": i}]) for i, p in enumerate(numbered)]
-    assert all(map(torch.equal, moved(numbered, optimizers), expected))
-    seeded = parameters()
-    first, second, _ = moved(seeded, [noisy([p], seed=i) for i, p in enumerate(seeded)])
-    assert 0.4 < float((first == second).float().mean()) < 0.6  # 6 standard errors of 1,000 coins
-
-
-def test_numbers_are_saved_checked_and_kept() -> None:
-    p = nn.Parameter(torch.zeros(4))
-    optimizer = noisy([{"params": [p], "first_ordinal": 5}])
-    state = deepcopy(optimizer.state_dict())
-    assert state["param_groups"][0]["first_ordinal"] == 5
-    del state["param_groups"][0]["first_ordinal"]
-    optimizer.load_state_dict(state)
-    assert optimizer.param_groups[0]["first_ordinal"] == 5
-    for bad in (-1, 1.5, "1", True):
-        with pytest.raises(ValueError, match="Invalid first_ordinal"):
-            noisy([{"params": [p], "first_ordinal": bad}])

@@ -22,13 +22,15 @@ class HybridSignSGD(SignSGD):
 
     Sign phase: the step of `SignSGD`, and a running average :math:`\bar\lambda` of the rate at which SGD's step equals
     the sign step's projection on the gradient (eq. 11-12). SGD phase, with :math:`\delta` the scheduled ``lr`` and
-    :math:`\delta_T` its value at the last sign step:
+    :math:`\bar\delta` its average over the sign steps, weighted as in :math:`\bar\lambda`:
 
     .. math::
-        x_{k+1} = x_k - \bar\lambda\,\frac{\delta_k}{\delta_T}\,g_k
+        x_{k+1} = x_k - \bar\lambda\,\frac{\delta_k}{\bar\delta}\,g_k
 
-    so a scheduler goes on scaling the step as it did before. Each param_group runs the algorithm by itself: it has its
-    own step count, its own :math:`\bar\lambda` over all its parameters, and its own phase.
+    so a scheduler goes on scaling the step as it did before, and no single rate decides the scale. Each param_group
+    runs the algorithm by itself: it has its own step count, its own :math:`\bar\lambda` over all its parameters, and
+    its own phase. ``print(optimizer)`` shows phase and step: without ``switch_step`` the sign phase does not end by
+    itself.
 
     Args:
         params, lr, momentum: as in `SignSGD`.
@@ -39,8 +41,8 @@ class HybridSignSGD(SignSGD):
             and divides after; "applied" is "ratio" for the expected dithered step. See `signstep.optim.calibration`.
             (default: "paper")
         sgd_momentum: mu in [0, 1) of the SGD phase, b <- mu b + (1 - mu) g, started from the sign phase's momentum: an
-            average, so that the calibrated rate keeps its meaning. At 0 the momentum buffers are freed at the switch.
-            (default: 0)
+            average, so that the calibrated rate keeps its meaning. At 0 the memory of the momentum is freed at the
+            switch; ``state_dict()`` has zeros in its place, so that checkpoints of both phases look alike. (default: 0)
         **others: every keyword of `SignSGD`. Dither acts in the sign phase only; decoupled weight decay uses the
             scheduled lr in both phases.
 

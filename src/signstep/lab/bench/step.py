@@ -25,8 +25,10 @@ class BenchStep:
     """Times that every optimizer is timed, in turn."""
     millions: float = 50.0
     """Parameters of the workload 50m, in millions."""
+    only: tuple[str, ...] = ()
+    """Rows to time, by their keys (clean, dither, hybrid, ...), beside fused SGD and the limit; default: all."""
     out: Path | None = None
-    """Folder to write bench-step.json, .md, .png and .svg to."""
+    """Folder to write bench-step-<processor>-<instruction set>.json, .md, .png and .svg to."""
 
     def run(self) -> int:
         from rich.console import Console
@@ -44,7 +46,13 @@ class BenchStep:
         for workload in workloads:
             with progress() as say:
                 result = measure_workload(
-                    workload, dtype=self.dtype, device=device, rounds=self.rounds, millions=self.millions, say=say
+                    workload,
+                    dtype=self.dtype,
+                    device=device,
+                    rounds=self.rounds,
+                    millions=self.millions,
+                    only=self.only,
+                    say=say,
                 )
             step_report.show(console, result, self.dtype)
             results.append(result)

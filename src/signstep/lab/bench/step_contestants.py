@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from signstep import HybridSignSGD, SignSGD
+from signstep.lab.errors import BadInput
 
 PEER, COPY = "sgd-fused", "copy"
 """The contestant that ratios are over, and the one that measures the memory's speed."""
@@ -61,22 +62,21 @@ class Contestant:
 
 
 class CopyLoop:
-    """Copies that move as many bytes as the clean step, in buffers that take as much memory as its p, g and m.
+    """Moves the bytes that the clean step moves, in place as it does, with as little work on them as there can be.
 
-    The step reads p, g and m and writes p and m: 5 numbers a parameter. Copying n bytes moves 2 n, so 2.5 numbers a
-    parameter are copied, in five copies among six buffers of half a number a parameter each.
+    The step reads p, g and m and writes p and m. So does this, in three buffers as large as its three: m ^= g, p = ~p.
+    A copy from one place to another is no limit for a step in place: on some machines it takes twice as long.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        size = max(1, sum(p.numel() for p in params) // 2)
-        self._sources = [params[0].new_ones(size) for _ in range(3)]
-        self._targets = [params[0].new_zeros(size) for _ in range(3)]
+        words = max(1, sum(p.numel() for p in params) * params[0].element_size() // 8)
+        self._p, self._g, self._m = (params[0].new_zeros(words, dtype=torch.int64) for _ in range(3))
         self.state: dict[Any, Any] = {}
-        self.bytes_moved = 5 * 2 * size * params[0].element_size()
+        self.bytes_moved = 5 * 8 * words
 
     def step(self) -> None:
-        for i in range(5):
-            self._targets[i % 3].copy_(self._sources[i % 3])
+        self._m.bitwise_xor_(self._g)
+        self._p.bitwise_not_()
 
 
 class PlainDither:
@@ -187,7 +187,7 @@ def _package(key: str, module: str, name: str, project: str) -> Contestant:
 
 def _everywhere(peer: str) -> Iterator[Contestant]:
     """What every group of contestants has, so that the groups can be compared."""
-    yield Contestant(COPY, "copy loop", "limit", CopyLoop)
+    yield Contestant(COPY, "same bytes in place", "limit", CopyLoop)
     yield _sgd(peer, peer)
     yield _ours("clean", "SignSGD")
     yield _ours("dither", "SignSGD, dither", dither=_ALPHA)
@@ -207,12 +207,16 @@ def _variants(dtype: torch.dtype) -> Iterator[Contestant]:
     yield _eager("eager", "SignSGD, foreach")
 
 
-def groups(dtype: torch.dtype, peer: str = PEER) -> dict[str, list[Contestant]]:
+def groups(dtype: torch.dtype, peer: str = PEER, only: Collection[str] = ()) -> dict[str, list[Contestant]]:
     """The contestants by group. The groups run one after the other, which bounds the memory that states take.
 
     Args:
         dtype: of the parameters.
         peer: what `peer_for` said.
+        only: keys of those that are wanted, beside the peer and the limit; none: all.
+
+    Raises:
+        BadInput: a key is nobody's.
 
     The group "plain dither" is many times slower than the others.
     """
@@ -236,4 +240,18 @@ def groups(dtype: torch.dtype, peer: str = PEER) -> dict[str, list[Contestant]]:
             _plain("plain-compiled", "plain torch dither, torch.compile", compiled=True),
         ],
     }
-    return {name: [*_everywhere(peer), *own] for name, own in members.items()}
+    found = {name: [*_everywhere(peer), *own] for name, own in members.items()}
+    if not only:
+        return found
+    known = dict.fromkeys(each.key for group in found.values() for each in group)
+    for key in only:
+        if key not in known:
+            raise BadInput(f"--only {key}: expected some of {', '.join(known)}")
+    chosen: dict[str, list[Contestant]] = {}
+    left = set(only)
+    for name, group in found.items():
+        wanted = [each for each in group if each.key in left]
+        if wanted:
+            left -= {each.key for each in wanted}
+            chosen[name] = [*(each for each in group if each.key in (COPY, peer) and each not in wanted), *wanted]
+    return chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,18 @@ from signstep.lab.bench.step_timing import StepEntry, StepResult
 from signstep.lab.bench.targets import TARGETS_HEAD
 from signstep.lab.output import figures
 from signstep.lab.output.files import write_all
-from signstep.lab.output.machine import now
+from signstep.lab.output.machine import machine_kind, now
 from signstep.lab.output.tables import markdown_table
 
-NAME = "bench-step"
 _WIDTH = 100
-HEAD = ("optimizer", "ns", "over SGD", "bytes", "of copy", "state")
+HEAD = ("optimizer", "ns", "over SGD", "bytes", "of limit", "state")
 NOTES = (
     "ns: nanoseconds per parameter, median over the rounds",
     "over SGD: time over that of torch SGD(momentum=0.9), fused where it works; as with all ratios, the median over "
     "the rounds of two times of the same round, then the 10th and 90th percentile",
     "bytes: per parameter, what a step must move: p and its state read and written, g read",
-    "of copy: those bytes per second, over the bytes per second of a loop of copies that moves the clean step's bytes "
-    "in as much memory; a step works in place and can pass 1",
+    "of limit: those bytes per second, over the bytes per second of a loop that reads and writes the clean step's "
+    "bytes in place, with a bit operation in between",
     "state: bytes per parameter, counted in the optimizer's state",
 )
 _PACKAGES = ("pytorch-optimizer", "lion-pytorch", "heavyball", "triton")
@@ -44,8 +43,13 @@ _KINDS = {
     "torch": ("torch.optim", "black"),
     "package": ("other packages", "pink"),
     "plain": ("plain torch", "orange"),
-    "limit": ("copy", "green"),
+    "limit": ("limit", "green"),
 }
+
+
+def record_name(made: Mapping[str, Any], dtype: str) -> str:
+    """Of the files: one result per kind of machine, and per dtype other than float32."""
+    return "-".join(["bench-step", machine_kind(made), *([] if dtype == "float32" else [dtype])])
 
 
 def row(result: StepResult, key: str) -> tuple[str, ...]:
@@ -76,7 +80,7 @@ def show(console: Console, result: StepResult, dtype: str) -> None:
     for entry in result.entries.values():
         if entry.missing is not None:
             console.print(f"{entry.label}: {entry.missing}", highlight=False, markup=False)
-    print_table(console, "targets", TARGETS_HEAD, [target.row for target in step_targets(result, dtype)], width=_WIDTH)
+    print_table(console, "targets", TARGETS_HEAD, [target.row for target in step_targets(result)], width=_WIDTH)
 
 
 def _entry(result: StepResult, key: str, entry: StepEntry) -> dict[str, Any]:
@@ -112,7 +116,7 @@ def to_dict(results: Sequence[StepResult], *, dtype: str, device: torch.device, 
                 "parameters": result.parameters,
                 "peer": result.peer,
                 "contestants": {key: _entry(result, key, entry) for key, entry in result.entries.items()},
-                "targets": [target.to_dict() for target in step_targets(result, dtype)],
+                "targets": [target.to_dict() for target in step_targets(result)],
                 "rounds": [asdict(each) for each in result.rounds],
             }
             for result in results
@@ -126,14 +130,15 @@ def markdown(results: Sequence[StepResult], record: dict[str, Any]) -> str:
     dtype = record["dtype"]
     lines = ["# What a step costs", "", f"`{record['command']}`, {record['date']}", ""]
     lines.append(
-        f"{made['device']}, {made['cpu']}, {made['threads']} threads, {made['platform']}; torch {made['torch']}, "
+        f"{made['device']}, {made['cpu']} ({made['cpu_model']}), {made['isa'] or 'no native library'}, caches "
+        f"{made['caches'] or 'unknown'}, {made['threads']} threads, {made['platform']}; torch {made['torch']}, "
         f"signstep {made['signstep']} ({made['git'] or 'no checkout'})"
     )
     for result in results:
         lines += ["", f"## {_headline(result, dtype)}", ""]
         rows = [row(result, key) for key in result.entries]
         lines += markdown_table(HEAD, [[*each, *[""] * (len(HEAD) - len(each))] for each in rows])
-        lines += ["", *markdown_table(TARGETS_HEAD, [target.row for target in step_targets(result, dtype)])]
+        lines += ["", *markdown_table(TARGETS_HEAD, [target.row for target in step_targets(result)])]
     lines += ["", *(f"- {note}" for note in NOTES)]
     return "\n".join(lines) + "\n"
 
@@ -163,17 +168,19 @@ def draw(results: Sequence[StepResult], heading: tuple[str, str]) -> Figure:
 
 
 def write(results: Sequence[StepResult], out: Path, *, dtype: str, device: torch.device, command: str) -> list[Path]:
-    """Write the four files into `out`, made where there is none, and return their paths."""
+    """Write the four files of this machine into `out`, made where there is none, and return their paths."""
     record = to_dict(results, dtype=dtype, device=device, command=command)
     made = record["machine"]
     title = f"Time of a step over {results[0].entries[results[0].peer].label}"
-    subtitle = f"{dtype}, {made['cpu'] if device.type == 'cpu' else made['device']}; median, 10 to 90 %"
+    processor = f"{made['cpu']}, {made['isa'] or 'no native library'}"
+    subtitle = f"{dtype}, {processor if device.type == 'cpu' else made['device']}; median, 10 to 90 %"
     drawn = draw(results, (title, subtitle))
-    drawing = figures.svg(drawn, name=NAME, description=f"{title}; {subtitle}", alone=True)
+    name = record_name(made, dtype)
+    drawing = figures.svg(drawn, name=name, description=f"{title}; {subtitle}", alone=True)
     contents = {
-        f"{NAME}.json": record,
-        f"{NAME}.md": markdown(results, record),
-        f"{NAME}.png": figures.png(drawn),
-        f"{NAME}.svg": drawing,
+        f"{name}.json": record,
+        f"{name}.md": markdown(results, record),
+        f"{name}.png": figures.png(drawn),
+        f"{name}.svg": drawing,
     }
     return write_all(out, contents)

@@ -12,7 +12,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -258,6 +258,7 @@ def measure_workload(
     device: torch.device,
     rounds: int,
     millions: float = 50.0,
+    only: Collection[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> StepResult:
     """Measure one workload.
@@ -268,10 +269,11 @@ def measure_workload(
         device: where.
         rounds: of every group; the slow one, plain torch with dither, gets a third of them, at least 2.
         millions: parameters of the workload "50m", in millions.
+        only: keys of the contestants that are wanted, beside the peer and the limit; none: all.
         say: told what happens.
 
     Raises:
-        ValueError: fewer than 2 rounds, or too few parameters.
+        BadInput: fewer than 2 rounds, too few parameters, or a key that is nobody's.
         BenchError: a contestant does nothing.
     """
     if rounds < 2:
@@ -282,7 +284,7 @@ def measure_workload(
     chosen: torch.dtype = getattr(torch, dtype)
     params, grads = make_parameters(shapes, chosen, device)
     result = StepResult(workload, title, len(params), sum(p.numel() for p in params), peer_for(chosen, device))
-    for name, contestants in groups(chosen, result.peer).items():
+    for name, contestants in groups(chosen, result.peer, only).items():
         # The shapes of earlier workloads would count towards torch's limit on recompilations.
         torch.compiler.reset()
         gc.collect()

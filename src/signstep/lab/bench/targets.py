@@ -21,11 +21,13 @@ class Target:
 
     @property
     def verdict(self) -> str:
-        """Met, not met, or not measured."""
+        """Met, missed, undecided where the 10 to 90 % of the rounds lie on both sides of the limit, or not measured."""
         if self.measured is None:
             return "not measured"
+        if self.measured.low < self.limit < self.measured.high:
+            return "undecided"
         value = self.measured.median
-        return "met" if (value >= self.limit if self.at_least else value <= self.limit) else "not met"
+        return "met" if (value >= self.limit if self.at_least else value <= self.limit) else "missed"
 
     @property
     def row(self) -> tuple[str, str, str, str]:

@@ -82,7 +82,7 @@ def _library_is_there() -> bool:
 @functools.cache
 def _warn_once(reason: str) -> None:
     warnings.warn(
-        f"{reason}; until then the step is plain torch, which is several times slower, and dithered a hundred times "
+        f"{reason}; until then the step is plain torch, which is several times slower, and dithered ten times or more "
         "(fused=False asks for it, without this warning)",
         stacklevel=2,
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, library
 
-from signstep.kernels import reference, rounding
+from signstep.kernels import plain_noise, rounding
 from signstep.kernels.reference import Segment
 
 _SEGMENTS = "int[] parameters, int[] starts, int[] sizes"
@@ -39,7 +39,7 @@ def directions(
 ) -> list[Tensor]:
     """See `signstep.kernels.reference.directions`."""
     if not in_operators():
-        return reference.directions(ms, sigmas, segments, seed=seed, step=step, position=position)
+        return plain_noise.directions(ms, sigmas, segments, seed=seed, step=step, position=position)
     drawn: list[Tensor] = torch.ops.signstep.directions(
         ms, sigmas, *zip(*segments, strict=True), signed(seed), step, position
     )
@@ -59,9 +59,9 @@ def round_parameters(values: Sequence[Tensor], segments: Sequence[Segment], *, s
 def noise_bytes(
     segments: Sequence[Segment], stream: int, *, seed: int, step: Tensor, device: torch.device
 ) -> list[Tensor]:
-    """See `signstep.kernels.reference.noise_bytes`."""
+    """See `signstep.kernels.plain_noise.noise_bytes`."""
     if not in_operators():
-        return reference.noise_bytes(segments, stream, seed=seed, step=step, device=device)
+        return plain_noise.noise_bytes(segments, stream, seed=seed, step=step, device=device)
     drawn: list[Tensor] = torch.ops.signstep.noise_bytes(
         *zip(*segments, strict=True), stream, signed(seed), step, device
     )
@@ -90,7 +90,7 @@ def _run_directions(
     position: str,
 ) -> list[Tensor]:
     segments = [Segment(*each) for each in zip(parameters, starts, sizes, strict=True)]
-    return reference.directions(ms, sigmas, segments, seed=unsigned(seed), step=step, position=position)
+    return plain_noise.directions(ms, sigmas, segments, seed=unsigned(seed), step=step, position=position)
 
 
 @library.impl("signstep::round_parameters", "CompositeExplicitAutograd")
@@ -112,8 +112,7 @@ def _run_noise_bytes(
     device: torch.device,
 ) -> list[Tensor]:
     segments = [Segment(*each) for each in zip(parameters, starts, sizes, strict=True)]
-    drawn = reference.noise_bytes(segments, stream, seed=unsigned(seed), step=step, device=device)
-    return [x.clone() for x in drawn]  # of their own, where these are parts of longer ones
+    return plain_noise.noise_bytes(segments, stream, seed=unsigned(seed), step=step, device=device)
 
 
 library.register_fake(
@@ -127,6 +126,6 @@ library.register_fake(
 library.register_fake(
     "signstep::noise_bytes",
     lambda parameters, starts, sizes, stream, seed, step, device: [
-        torch.empty(size, dtype=torch.int64, device=device) for size in sizes
+        torch.empty(size, dtype=torch.int32, device=device) for size in sizes
     ],
 )

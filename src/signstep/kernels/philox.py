@@ -6,6 +6,7 @@ implementation Random123, whose known-answer vectors the tests check.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
@@ -32,18 +33,17 @@ def philox4x32(counter: Words, key: tuple[int, int], rounds: int = 10) -> Words:
         >>> [hex(int(w)) for w in philox4x32((zero, zero, zero, zero), (0, 0))]
         ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    c0, c1, c2, c3 = counter
+    c0, c1, c2, c3 = (c.clone() for c in torch.broadcast_tensors(*counter))  # type: ignore[no-untyped-call]
+    p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
     k0, k1 = key
     for _ in range(rounds):
         # int64 holds the unsigned 64-bit product bit for bit: the multiplication wraps, and the mask drops the sign.
-        p0 = c0 * _MULTIPLIERS[0]
-        p1 = c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
+        # Of c1 and c3 only the low 32 bits count.
+        torch.mul(c0, _MULTIPLIERS[0], out=p0)
+        torch.mul(c2, _MULTIPLIERS[1], out=p1)
+        torch.bitwise_right_shift(p1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
+        torch.bitwise_right_shift(p0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
+        c1, c3, p0, p1 = p1, p0, c3, c1
         k0 = (k0 + _KEY_STEPS[0]) & _MASK
         k1 = (k1 + _KEY_STEPS[1]) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)

@@ -167,8 +167,9 @@ def in_pieces(
     segments: Sequence[Segment],
     dtype: torch.dtype,
     compute: Callable[[list[Tensor], list[Segment], list[int]], Tensor],
+    chunk: int = CHUNK,
 ) -> list[Tensor]:
-    """What a function makes of every element, `CHUNK` elements a call: for each x a new tensor of its shape.
+    """What a function makes of every element, so many elements a call: for each x a new tensor of its shape.
 
     Args:
         xs: tensors on one device; elements count in row-major order.
@@ -176,10 +177,11 @@ def in_pieces(
         dtype: of the results.
         compute: takes pieces of the xs as vectors, their segments, and the index of the x of each; returns the results,
             one after another in one vector.
+        chunk: elements of a call.
     """
     out = [torch.empty(x.shape, dtype=dtype, device=x.device) for x in xs]
     flat_in, flat_out = [x.reshape(-1) for x in xs], [y.view(-1) for y in out]
-    for pieces in _pieces([x.numel() for x in xs]):
+    for pieces in _pieces([x.numel() for x in xs], chunk):
         computed = compute(
             [flat_in[i][a:b] for i, a, b in pieces],
             [Segment(segments[i].parameter, segments[i].start + a, b - a) for i, a, b in pieces],
@@ -190,8 +192,8 @@ def in_pieces(
     return out
 
 
-def _pieces(sizes: Sequence[int]) -> list[list[tuple[int, int, int]]]:
-    """All elements of tensors of these sizes, in order, as lists of (tensor, first, end), `CHUNK` elements a list."""
+def _pieces(sizes: Sequence[int], chunk: int) -> list[list[tuple[int, int, int]]]:
+    """All elements of tensors of these sizes, in order, as lists of (tensor, first, end), `chunk` elements a list."""
     lists: list[list[tuple[int, int, int]]] = []
     room = 0
     for i, size in enumerate(sizes):
@@ -199,7 +201,7 @@ def _pieces(sizes: Sequence[int]) -> list[list[tuple[int, int, int]]]:
         while first < size:
             if room == 0:
                 lists.append([])
-                room = CHUNK
+                room = chunk
             end = min(size, first + room)
             lists[-1].append((i, first, end))
             room -= end - first

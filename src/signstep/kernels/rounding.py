@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from signstep.kernels.engine import Options
-from signstep.kernels.reference import PARAM_ROUNDING, Segment, in_pieces, noise_halves
+from signstep.kernels.plain_noise import chunk, noise_halves
+from signstep.kernels.reference import CHUNK, PARAM_ROUNDING, Segment, in_pieces
 
 
 def rounds_at_random(dtype: torch.dtype, options: Options) -> bool:
@@ -31,7 +32,7 @@ def to_bfloat16(x: Tensor, random: Tensor) -> Tensor:
 
     Args:
         x: float32, contiguous.
-        random: integers in [0, 2^16), int64, of x's shape.
+        random: integers in [0, 2^16), int32 or int64, of x's shape.
     """
     upper = (x.view(torch.int32) + random) >> 16
     return torch.where(x.isnan(), torch.nan, upper.to(torch.int16).view(torch.bfloat16))
@@ -52,4 +53,5 @@ def round_parameters(values: Sequence[Tensor], segments: Sequence[Segment], *, s
         noise = noise_halves(covered, PARAM_ROUNDING, seed=seed, step=step, device=x.device)
         return to_bfloat16(x, torch.cat(noise))
 
-    return in_pieces(values, segments, torch.bfloat16, rounded)
+    most = chunk() if values[0].device.type == "cpu" else CHUNK
+    return in_pieces(values, segments, torch.bfloat16, rounded, most)

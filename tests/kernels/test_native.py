@@ -220,7 +220,7 @@ def test_a_library_that_cannot_be_loaded_is_said_once_and_done_without(
         path.write_bytes(whole.read_bytes()[:-4096])
         assert f"signstep's native library {path} cannot be loaded (the file is cut short): install" in reason()
         give_gradients(params, 0)
-        engines._steps.cache_clear()
+        engines._SERVED.clear()
         engines._warn_once.cache_clear()
         with pytest.warns(UserWarning, match=f"{path} .*cut short.*: install .* until then the step is plain torch"):
             SignSGD(params, fused=None).step()
@@ -231,7 +231,7 @@ def test_a_library_that_cannot_be_loaded_is_said_once_and_done_without(
     finally:
         monkeypatch.undo()
         native._load.cache_clear()
-        engines._steps.cache_clear()
+        engines._SERVED.clear()
     SignSGD(params, fused=True)
 
 

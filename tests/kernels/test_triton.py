@@ -338,12 +338,12 @@ def test_native_step_compiled_equals_eager(
 
 def test_compiled_step_of_complex_parameters() -> None:
     def step(p: Tensor, g: Tensor, m: Tensor) -> None:
-        fused.step(Tensors([p], [g], [m], [], [], [0], [0]), request(momentum=0.5))
+        fused.step(Tensors([p], [g], [m], [], [], [0], [0]), request(momentum=0.5), demanded=True)
 
     whole = [torch.randn(300, dtype=torch.complex64, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     whole = [x.to(DEVICE) for x in whole]
     p, g, m = values = [x.clone() for x in whole]
-    fused.step(Tensors([p], [g], [m], [], [], [0], [0]), request(momentum=0.5))
+    fused.step(Tensors([p], [g], [m], [], [], [0], [0]), request(momentum=0.5), demanded=True)
     torch._dynamo.reset()
     torch.compile(step, backend="aot_eager", fullgraph=True)(*whole)
     assert all(torch.equal(x, y) for x, y in zip(whole, values, strict=True))

@@ -13,7 +13,7 @@ ON_GPU = DEVICE.type == "cuda"
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from signstep.kernels import fused  # noqa: E402
+from signstep.kernels import fused, self_check  # noqa: E402
 from signstep.kernels import triton as engine  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,7 +30,7 @@ if engine.unavailable() is not None:
 
 @contextmanager
 def triton_steps_cpu_tensors() -> Iterator[None]:
-    """Inside, fused=True takes the Triton engine, and the interpreter rounds to bfloat16 as a GPU does."""
+    """Inside, Triton steps CPU tensors, without a self-check; the interpreter rounds to bfloat16 as a GPU does."""
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
             from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -46,6 +46,8 @@ def triton_steps_cpu_tensors() -> Iterator[None]:
             # It truncates.
             patch.setattr(InterpreterBuilder, "cast_impl", rounding_cast)
             patch.setitem(fused._ENGINES, "cpu", engine.__name__)
+            patch.setattr(fused, "_SERVED", set())
+            patch.setitem(self_check.FOUND, torch.device("cpu"), None)
         yield
 
 

@@ -1,6 +1,7 @@
 """The choice of a fused engine: the native library steps tensors on CPUs, Triton steps tensors on GPUs.
 
-Inside torch.compile the step is one operator, `signstep::step`, which the compiler calls and does not trace.
+A GPU is stepped by Triton once its kernels have passed `signstep.kernels.self_check` there. Inside torch.compile the
+step is one operator, `signstep::step`, which the compiler calls and does not trace.
 """
 
 from __future__ import annotations
@@ -8,16 +9,17 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from signstep.kernels import native
+from signstep.kernels import native, self_check
 from signstep.kernels.engine import Direction, Options, Projected, Tensors, real_tensors, select
 from signstep.kernels.opaque_noise import signed, unsigned
+from signstep.kernels.plain import multi_tensor_step
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -28,20 +30,38 @@ _ENGINES = {"cpu": "signstep.kernels.native", "cuda": "signstep.kernels.triton"}
 
 def missing(params: Sequence[Tensor]) -> str | None:
     """Why these parameters cannot be stepped by fused kernels, one sentence; None if they can."""
-    kinds = frozenset((type(p), p.device.type, p.dtype) for p in params)
+    kinds = _kinds(params)
     reason = _unsupported(kinds)
     # Not while tracing: the compiler would trace the search for a library.
     if reason is not None or torch.compiler.is_compiling():
         return reason
-    reasons = (importlib.import_module(_ENGINES[device_type]).unavailable() for _, device_type, _ in kinds)
-    return next((reason for reason in reasons if reason is not None), None)
+    return _lacking({device for _, device, _ in kinds})
 
 
-def _unsupported(kinds: frozenset[tuple[type, str, torch.dtype]]) -> str | None:
+def _lacking(devices: Iterable[torch.device]) -> str | None:
+    """Why the engine for one of these devices cannot be used, one sentence; None if all can."""
+    for device in devices:
+        engine = importlib.import_module(_ENGINES[device.type])
+        reason: str | None = engine.unavailable()
+        if reason is None and engine is not native:
+            reason = self_check.failure(engine, device)
+        if reason is not None:
+            return reason
+    return None
+
+
+_Kinds = frozenset[tuple[type, torch.device, torch.dtype]]
+
+
+def _kinds(params: Sequence[Tensor]) -> _Kinds:
+    return frozenset((type(p), p.device, p.dtype) for p in params)
+
+
+def _unsupported(kinds: _Kinds) -> str | None:
     odd = {kind for kind, _, _ in kinds} - {Tensor, torch.nn.Parameter}
     if odd:
         return f"there are no fused kernels for tensors of type {', '.join(sorted(t.__name__ for t in odd))}"
-    elsewhere = next((device_type for _, device_type, _ in kinds if device_type not in _ENGINES), None)
+    elsewhere = next((device.type for _, device, _ in kinds if device.type not in _ENGINES), None)
     if elsewhere is not None:
         return f"there are no fused kernels for {elsewhere} tensors"
     strange = next((d for _, _, d in kinds if d.is_floating_point and d not in _DTYPES), None)
@@ -49,25 +69,34 @@ def _unsupported(kinds: frozenset[tuple[type, str, torch.dtype]]) -> str | None:
 
 
 def by_default(tensors: Tensors) -> bool:
-    """Whether fused=None takes fused kernels for these tensors.
+    """Whether fused=None takes fused kernels for these tensors; if only an engine is missing, a warning says so once.
 
-    Not for gradients of another dtype, nor where autograd follows the step, nor on GPUs yet: the Triton kernels agree
-    with plain torch under the interpreter and compile for sm_90 and gfx942, but have not run on a device.
+    Not for gradients of another dtype, nor where autograd follows the step.
     """
     params = tensors.params
-    if any(g.dtype != p.dtype or p.device.type != "cpu" for g, p in zip(tensors.grads, params, strict=True)):
+    if any(g.dtype != p.dtype for g, p in zip(tensors.grads, params, strict=True)):
         return False
     if torch.is_grad_enabled() and any(p.requires_grad for p in params):
         return False
-    kinds = frozenset((type(p), p.device.type, p.dtype) for p in params)
+    kinds = _kinds(params)
     if torch.compiler.is_compiling():
-        return _unsupported(kinds) is None and _library_is_there()
-    return _steps(kinds)
+        # On GPUs the operator decides when it runs: a check on the device cannot be traced.
+        on_cpu = any(device.type == "cpu" for _, device, _ in kinds)
+        return _unsupported(kinds) is None and (not on_cpu or _library_is_there())
+    if kinds in _SERVED:
+        return True
+    if _unsupported(kinds) is not None:
+        return False
+    reason = _lacking({device for _, device, _ in kinds})
+    if reason is None:
+        _SERVED.add(kinds)
+    else:
+        _warn_once(reason)
+    return reason is None
 
 
-@functools.cache
-def _steps(kinds: frozenset[tuple[type, str, torch.dtype]]) -> bool:
-    return _unsupported(kinds) is None and _library_is_there()
+_SERVED: set[_Kinds] = set()
+"""Kinds of parameters that fused kernels are known to step."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -91,14 +120,22 @@ def _warn_once(reason: str) -> None:
 def require(params: Sequence[Tensor]) -> None:
     """Raise a RuntimeError that says why these parameters cannot be stepped by fused kernels, if so."""
     if (reason := missing(params)) is not None:
-        raise RuntimeError(f"Invalid fused: True, {reason}; pass fused=None to do without")
+        raise _refusal(reason)
 
 
-def step(tensors: Tensors, options: Options) -> None:
-    """One step of all tensors, in place, one call per device."""
+def _refusal(reason: str) -> RuntimeError:
+    return RuntimeError(f"Invalid fused: True, {reason}; pass fused=None to do without")
+
+
+def step(tensors: Tensors, options: Options, *, demanded: bool) -> None:
+    """One step of all tensors, in place, one call per device.
+
+    While a compiler traces it, whether there is an engine is not known yet: if there is none when the step runs, plain
+    torch takes it, or, where fused kernels are `demanded`, a RuntimeError says why.
+    """
     if torch.compiler.is_compiling():
         # The engines read addresses, which tensors do not have while a step is traced.
-        _call_operator(tensors, options)
+        _call_operator(tensors, options, demanded)
         return
     if any(p.is_complex() for p in tensors.params):
         tensors = real_tensors(tensors)
@@ -113,8 +150,8 @@ def step(tensors: Tensors, options: Options) -> None:
 
 # --- the operator ----------------------------------------------------------------------------------------------------
 
-# The operator takes the fields of Tensors and Options, in their order. A field that may be a float or a tensor
-# is passed as both; the tensor counts if there is one.
+# The operator takes the fields of Tensors and Options, in their order, and whether fused kernels are demanded. A field
+# that may be a float or a tensor is passed as both; the tensor counts if there is one.
 _NUMBERS = ("rate", "decay")
 _ARGUMENTS: dict[str, str] = {
     "params": "Tensor(a!)[]",
@@ -139,11 +176,12 @@ _ARGUMENTS: dict[str, str] = {
     "sums": "Tensor(e!)?",
     "projected": "int",
     "stochastic_params": "bool",
+    "demanded": "bool",
 }
 library.define("signstep::step", f"({', '.join(f'{kind} {name}' for name, kind in _ARGUMENTS.items())}) -> ()")
 
 
-def _call_operator(tensors: Tensors, options: Options) -> None:
+def _call_operator(tensors: Tensors, options: Options, demanded: bool) -> None:
     """One step of all tensors, in place, by the operator."""
     values: list[Any] = []
     value: Any
@@ -154,7 +192,7 @@ def _call_operator(tensors: Tensors, options: Options) -> None:
             values.append(signed(value))
         else:
             values.append(int(value) if isinstance(value, IntEnum) else value)
-    torch.ops.signstep.step(*tensors, *values)
+    torch.ops.signstep.step(*tensors, *values, demanded)
 
 
 @library.impl("signstep::step", "CompositeExplicitAutograd")
@@ -166,7 +204,16 @@ def _run_operator(*arguments: Any) -> None:
     tensors = Tensors(*(values.pop(name) for name in Tensors._fields))
     values |= {"seed": unsigned(values["seed"])}
     values |= {"direction": Direction(values["direction"]), "projected": Projected(values["projected"])}
-    step(tensors, Options(**values))
+    demanded = values.pop("demanded")
+    options = Options(**values)
+    reason = _lacking({p.device for p in tensors.params})
+    if reason is None:
+        step(tensors, options, demanded=demanded)
+    elif demanded:
+        raise _refusal(reason)
+    else:
+        _warn_once(reason)
+        multi_tensor_step(tensors, options)
 
 
 library.register_fake("signstep::step", lambda *arguments: None)

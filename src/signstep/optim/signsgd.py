@@ -469,8 +469,8 @@ def signsgd(
         >>> p
         tensor([0.7500, 1.2500])
     """
-    params = tensors.params
-    if fused:
+    params, demanded = tensors.params, bool(fused)
+    if demanded:
         fused_engines.require(params)
     elif fused is None and foreach is None and not differentiable:
         fused = fused_engines.by_default(tensors)
@@ -478,7 +478,7 @@ def signsgd(
         # One draw of noise serves all tensors, on any device.
         foreach = not differentiable and {type(p) for p in params} <= {Tensor, torch.nn.Parameter}
     if fused:
-        fused_engines.step(tensors, options)
+        fused_engines.step(tensors, options, demanded=demanded)
     elif foreach:
         multi_tensor_step(tensors, options)
     else:

@@ -84,8 +84,8 @@ class SignSGD(Optimizer):
             that on average no step is lost, see `signstep.kernels.rounding`; "nearest" loses every step below half the
             spacing of bfloat16: at lr 1e-3 weights above 0.5 never move. None is "stochastic" for bfloat16. Other
             parameters are always rounded to the nearest: float32 has bits to spare, float16 weights above 0.25 stand
-            still at lr 1e-4, and float16 with "stochastic" is refused. Without fused kernels, so by default on GPUs,
-            the noise costs as much as dither. (default: None)
+            still at lr 1e-4, and float16 with "stochastic" is refused. Without fused kernels the noise costs as much
+            as dither. (default: None)
         seed: key of the noise, in [0, 2^64). Two optimizers of one seed draw the same noise for parameters of the same
             number, see `noise_ordinals`. (default: 0)
         weight_decay: (default: 0)
@@ -95,7 +95,8 @@ class SignSGD(Optimizer):
         foreach: True or False picks the multi-tensor or the one-by-one implementation; None takes the multi-tensor one
             where it applies. (default: None)
         fused: True demands the fused kernels, which do the step in one pass over memory (CPU: the native library; GPU:
-            Triton, which has not run on one yet); None takes them on CPUs, if nothing else was asked for. Inside
+            Triton); None takes them where they can be used, if nothing else was asked for, and warns where they cannot.
+            No GPU has run the Triton kernels yet: on each they must first pass `signstep.kernels.self_check`. Inside
             torch.compile they are one operator. (default: None)
         capturable: keep the step count on the parameters' device, so that a CUDA graph of the step advances it.
         (default: False)

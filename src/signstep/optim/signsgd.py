@@ -237,10 +237,7 @@ class SignSGD(Optimizer):
     def _place_group_state(self, group: dict[str, Any]) -> None:
         """Create what is missing and move what was loaded; load_state_dict itself moves nothing in a param_group."""
         for name, (dtype, device) in self._group_tensors(group).items():
-            value = group.get(name, 0)
-            if not isinstance(value, Tensor):
-                value = torch.tensor(value, dtype=dtype, device=device)
-            group[name] = value.to(device, dtype)
+            group[name] = torch.as_tensor(group.get(name, 0), dtype=dtype, device=device)
 
     def _follow_parameters(self, group: dict[str, Any]) -> None:
         if any(group[name].device != device for name, (_, device) in self._group_tensors(group).items()):
@@ -273,8 +270,11 @@ class SignSGD(Optimizer):
 
         def complete(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
             if len(state["param_groups"]) == len(self.param_groups):  # else torch says what is wrong
-                groups = zip(state["param_groups"], self.param_groups, strict=True)
-                state = state | {"param_groups": [self._completed(saved, own) for saved, own in groups]}
+                groups = [
+                    completed_group(saved, own, self.OPTIONS.keys(), self._progress(own), type(self).__name__)
+                    for saved, own in zip(state["param_groups"], self.param_groups, strict=True)
+                ]
+                state = state | {"param_groups": groups}
             loaded.update(state)
             return state
 
@@ -298,9 +298,6 @@ class SignSGD(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _completed(self, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-        return completed_group(saved, own, self.OPTIONS.keys(), self._progress(own), type(self).__name__)
 
     def _progress(self, group: dict[str, Any]) -> Collection[str]:
         """The keys of a param_group that say how far it has come."""

@@ -284,10 +284,10 @@ def test_state_dtype_errors() -> None:
 
 def test_the_phase_is_shown() -> None:
     _, optimizer = make(HybridSignSGD)
-    assert "param_group 0: sign phase (no switch_step: only switch() ends it), 0 steps taken\n" in repr(optimizer)
+    assert "param_group 0: sign phase (no switch_step: only switch() ends it), 0 steps taken" in repr(optimizer)
     model, optimizer = make(HybridSignSGD, switch_step=2)
     train(model, optimizer, range(1))
-    assert "param_group 0: sign phase (switches at step 2), 1 steps taken\n" in repr(optimizer)
+    assert "param_group 0: sign phase (switches at step 2), 1 steps taken" in repr(optimizer)
     train(model, optimizer, range(1, 3))
-    assert "param_group 0: SGD phase, 3 steps taken\n" in repr(optimizer)
+    assert "param_group 0: SGD phase, 3 steps taken" in repr(optimizer)
     assert "calibration: paper" in repr(optimizer)

@@ -161,14 +161,14 @@ class HybridSignSGD(SignSGD):
         return {"phase", *super()._progress(group)}
 
     def __repr__(self) -> str:
-        """The phase and the step of each param_group, above what torch shows of every optimizer."""
+        """What torch shows of every optimizer, with the phase and the step of each param_group below."""
         lines = []
         for index, group in enumerate(self.param_groups):
             step, switch = int(group["step"]), group["switch_step"]
             until = "no switch_step: only switch() ends it" if switch is None else f"switches at step {switch}"
             phase = f"sign phase ({until})" if self.in_sign_phase(group) else "SGD phase"
             lines.append(f"param_group {index}: {phase}, {step} steps taken")
-        return "\n".join([*lines, super().__repr__()])
+        return "\n".join([super().__repr__(), *lines])
 
     def kept_state(self, group: dict[str, Any]) -> Mapping[str, bool]:
         """What is kept in any phase, and whether the next step uses it, see `SignSGD.kept_state`."""

@@ -42,7 +42,8 @@ def fill_freed(state: dict[int, dict[str, Any]], param_groups: Sequence[Mapping[
     """
     owners = [(p, STATE_DTYPES[group["state_dtype"]]) for group in param_groups for p in group["params"]]
     for index, kept in state.items():
-        if "exp_avg" in kept and is_freed(kept["exp_avg"]):
+        # Others may keep there what they like.
+        if isinstance(kept, dict) and "exp_avg" in kept and is_freed(kept["exp_avg"]):
             state[index] = kept | new_momentum(*owners[index])
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from signstep.distributed.collectives import CollectiveError, all_gather
 from signstep.distributed.hooks import Entry
-from signstep.distributed.worker import Gradient, Worker, check_choice, in_memory_order, state_key
+from signstep.distributed.worker import Gradient, Worker, check_choice, in_memory_order, state_key, step_tensor
 from signstep.kernels import bits
 from signstep.kernels.bits import WORD
 from signstep.kernels.engine import Slot
@@ -137,9 +137,8 @@ class Vote:
         counted = []
         for (seed, step), members in by_coin.items():
             numbers, chosen = [voters[i] for i in members], [slots[i] for i in members]
-            at = torch.tensor(step, dtype=torch.int64, device="cpu")
             ties = torch.empty_like(ballots[0]) if self.keep_ties else None
-            majority = bits.count(ballots, numbers, chosen, seed=seed, step=at, ties=ties)
+            majority = bits.count(ballots, numbers, chosen, seed=seed, step=step_tensor(step), ties=ties)
             counted.append(majority[None] if ties is None else torch.stack([majority, ties]))
         if not counted:
             return ballots.new_zeros(2 if self.keep_ties else 1, ballots.shape[1])
@@ -175,11 +174,8 @@ class Vote:
         flags = flags_of(incoming[:, share:], len(names))
         voters = voters_of(flags)
 
-        cuts = [(i, cut) for i, slot in enumerate(ballot.slots) if (cut := _cut(slot, rank * share, share)) is not None]
-        mine = [i for i, _ in cuts]
-        result = self.tally(
-            incoming[:, :share], [voters[i] for i in mine], [cut for _, cut in cuts], [names[i] for i in mine]
-        )
+        mine, cuts = _cuts(tuple(ballot.slots), rank * share, share)
+        result = self.tally(incoming[:, :share], [voters[i] for i in mine], cuts, [names[i] for i in mine])
         gathered = result[None]
         if size > 1:
             flat = torch.empty(size * result.numel(), dtype=torch.int64, device=device)
@@ -326,8 +322,9 @@ def cast_entries(worker: Worker, entries: Sequence[Entry], *, finite: bool) -> B
     return cast(worker, [Gradient(e.name, in_memory_order(e.param), e.flat) for e in entries], flags)
 
 
+@functools.lru_cache(maxsize=64)
 def words_of(flags: bytes, device: torch.device) -> Tensor:
-    """Flags as they are sent, a byte each: int64 [ceil(flags / 8)]."""
+    """Flags as they are sent, a byte each: int64 [ceil(flags / 8)], only to be read."""
     words = struct.unpack(f"={_words(len(flags))}q", flags.ljust(8 * _words(len(flags)), b"\0"))
     return torch.tensor(words, dtype=torch.int64, device=device)
 
@@ -355,6 +352,13 @@ def _cut(slot: Slot, first: int, share: int) -> Slot | None:
     skipped = (begin - slot.first) * WORD
     size = min(slot.segment.size - skipped, (end - begin) * WORD)
     return Slot(begin - first, Segment(slot.segment.parameter, slot.segment.start + skipped, size))
+
+
+@functools.lru_cache(maxsize=256)
+def _cuts(slots: tuple[Slot, ...], first: int, share: int) -> tuple[list[int], list[Slot]]:
+    """Which of the slots have a part in words [first, first + share), and the parts; the same in every step."""
+    found = [(i, cut) for i, slot in enumerate(slots) if (cut := _cut(slot, first, share)) is not None]
+    return [i for i, _ in found], [cut for _, cut in found]
 
 
 def _nonfinite_found(flags: Sequence[bytes], names: Sequence[str]) -> str | None:

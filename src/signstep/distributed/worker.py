@@ -5,6 +5,7 @@ How ballots are exchanged and counted is in vote.py.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -46,6 +47,12 @@ def worker_seed(seed: int, rank: int) -> int:
         7
     """
     return seed ^ (rank * _GOLDEN % (1 << 64))
+
+
+@functools.lru_cache(maxsize=16)
+def step_tensor(step: int) -> Tensor:
+    """A number of steps as engines take it, 0-dim int64, only to be read: buckets of a step share it."""
+    return torch.tensor(step, dtype=torch.int64, device="cpu")
 
 
 class Gradient(NamedTuple):
@@ -210,15 +217,12 @@ class Worker:
         """The standard deviation of the noise that this worker adds to a param_group's momentum; None: it adds none."""
         if group["dither"] == 0:
             return None
-        return (
-            dither_std(torch.tensor(step, dtype=torch.int64, device="cpu"), group["dither"], group["dither_decay"])
-            * self._sigma_factor
-        )
+        return dither_std(step_tensor(step), group["dither"], group["dither_decay"]) * self._sigma_factor
 
     def _options(self, group: dict[str, Any], step: int) -> Options:
         sigma = self.sigma(group, step)
         return Options(
-            step=torch.tensor(step, dtype=torch.int64, device="cpu"),
+            step=step_tensor(step),
             rate=0.0,
             decay=1.0,
             coupled_weight_decay=rate_and_decay(group)[2],

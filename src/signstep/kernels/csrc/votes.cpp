@@ -132,6 +132,16 @@ inline void vote(uint64_t up, uint64_t ties, void* out) {
   Vector bit;
   for (int i = 0; i < LANES; ++i) bit[i] = U(1) << i;
   const Vector none = {};
+#if defined(__AVX512F__)
+  if constexpr (sizeof(U) == 4) {  // a bit of a mask for each number
+    const Vector plus = none + ONE, minus = plus | U(1) << 31;
+    for (int i = 0; i < 64; i += 16) {
+      const __m512i either = _mm512_mask_blend_epi32(__mmask16(up >> i), (__m512i)minus, (__m512i)plus);
+      _mm512_storeu_si512(static_cast<U*>(out) + i, _mm512_maskz_mov_epi32(__mmask16(~(ties >> i)), either));
+    }
+    return;
+  }
+#endif
   for (int i = 0; i < 64; i += LANES) {
     const U up_here = U(up >> i), tied_here = U(ties >> i);
     const Vector down = (Vector)(((none + up_here) & bit) == none), clear = (Vector)(((none + tied_here) & bit) == none);

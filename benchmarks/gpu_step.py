@@ -1,12 +1,13 @@
 """The Triton engine on a GPU: is every step what plain torch says, and what does it cost beside torch and a copy?
 
-    python benchmarks/gpu_step.py              # results/gpu/<device>/step.json and step.md
+    python benchmarks/gpu_step.py              # results/bench-gpu/<device>.json and <device>.md, to commit
     python benchmarks/gpu_step.py --interpret  # the script itself, on a CPU, in Triton's interpreter, on tiny sizes
     python benchmarks/gpu_step.py --sanitize   # the comparison alone, under compute-sanitizer, in a process per tool
 
-The comparison steps the same tensors on the device and, in plain torch, on the CPU. Timing runs signstep's and torch's
+First the self-check runs that decides whether the engine is the default here. The comparison does the same at length:
+it steps the same tensors on the device and, in plain torch, on the CPU. Timing runs signstep's and torch's
 contestants of `signstep bench step` once a round, in a shuffled order: some steps in a row between two events, so that
-the host does not wait after each. Ratios are taken within a round. Exit code 1: a comparison failed.
+the host does not wait after each. Ratios are taken within a round. Exit code 1: the self-check or a comparison failed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from signstep.kernels import fused, momentum  # noqa: E402
+from signstep.kernels import fused, momentum, self_check  # noqa: E402
 from signstep.kernels import triton as engine  # noqa: E402
 from signstep.kernels.engine import Direction, Options, Projected, Tensors  # noqa: E402
 from signstep.kernels.plain import multi_tensor_step  # noqa: E402
@@ -52,6 +53,7 @@ STEPS = 3
 DTYPES = {x: getattr(torch, x) for x in ("float32", "bfloat16", "float16", "float64")}
 STATE_DTYPES: list[torch.dtype | None] = [None, torch.float32, torch.bfloat16, torch.int8]
 POSITIONS = ("clean", "pre", "post", "relative", "gradient")
+PEERS = ("sgd-fused", "adamw-fused")
 OURS = {"clean": "clean", "dither": "dither", "relative": "relative dither"}
 SHARE, OVER_ADAMW = 0.9, 0.75
 
@@ -219,6 +221,17 @@ def summary(results: Sequence[Comparison]) -> str:
     )
 
 
+def run_self_check(device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
+    """What the self-check finds, and what it costs: first with the compilation of its kernels, then without."""
+    costs = []
+    for _ in range(2):
+        started = time.perf_counter()
+        differs = self_check.difference(engine, device)
+        costs.append(time.perf_counter() - started)
+    say(f"self-check: {differs or 'passed'}, {costs[0]:.1f} s with compilation, {costs[1]:.3f} s without")
+    return {"passed": differs is None, "difference": differs, "first_seconds": costs[0], "seconds": costs[1]}
+
+
 # --- timing ----------------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +301,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What this ran on."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter",
+        "driver": self_check.driver(),
         "torch": str(torch.__version__),
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
@@ -304,6 +318,8 @@ def timing_record(result: bench.StepResult, dtype: str) -> dict[str, Any]:
         contestants[key] = asdict(entry)
         if (share := result.share(key)) is not None:
             contestants[key] |= {"median_seconds": result.median(key), "share_of_copy": asdict(share)}
+            ratios = {peer: result.ratio(key, peer) for peer in PEERS}
+            contestants[key]["ratios"] = {peer: None if r is None else asdict(r) for peer, r in ratios.items()}
     return {
         "title": result.title,
         "dtype": dtype,
@@ -324,7 +340,10 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         f"`{record['command']}`",
         "",
-        f"torch {made['torch']}, Triton {made['triton']}, CUDA {made['cuda']}, HIP {made['hip']}, {made['platform']}",
+        f"torch {made['torch']}, Triton {made['triton']}, CUDA {made['cuda']}, HIP {made['hip']}, "
+        f"driver {made['driver']}, {made['platform']}",
+        "",
+        f"Self-check: {record['self_check']['difference'] or 'passed'}.",
         "",
         f"Against plain torch on the CPU: {record['summary']}.",
     ]
@@ -334,12 +353,15 @@ def markdown(record: dict[str, Any]) -> str:
         lines += [f"Copy: {timing['copy_bytes_per_second'] / 1e9:.0f} GB/s", ""]
         rows = []
         for entry in timing["contestants"].values():
-            row = [entry["label"], entry["missing"] or "", "", ""]
+            row = [entry["label"], entry["missing"] or "", "", "", "", ""]
             if entry["missing"] is None:
                 row[1:3] = f"{entry['median_seconds'] * 1e3:.4f}", f"{entry['bytes_per_parameter']:g}"
                 row[3] = f"{entry['share_of_copy']['median']:.2f}"
+                row[4:] = (f"{r['median']:.2f}" if (r := entry["ratios"][peer]) else "" for peer in PEERS)
             rows.append(row)
-        lines += markdown_table(["optimizer", "ms", "bytes", "share of the copy"], rows)
+        lines += markdown_table(
+            ["optimizer", "ms", "bytes", "share of the copy", "over SGD, fused", "over AdamW, fused"], rows
+        )
         rows = []
         for target in timing["targets"]:
             value = "" if target["measured"] is None else f"{target['measured']['median']:.2f}"
@@ -386,16 +408,17 @@ def main() -> int:
     parser.add_argument("--millions", type=float, help="parameters that are timed, in millions")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=20, help="in a row, per contestant and round")
-    parser.add_argument("--out", type=Path, help="folder, results/gpu/<device> if not given")
+    parser.add_argument("--out", type=Path, help="folder, results/bench-gpu if not given")
     arguments = parser.parse_args()
     if arguments.sanitize:
         return sanitize()
     if not (arguments.interpret or torch.cuda.is_available()):
         parser.error("there is no GPU here; --interpret runs the script on the CPU")
-    device = torch.device("cpu" if arguments.interpret else "cuda")
+    device = torch.device("cpu") if arguments.interpret else torch.device("cuda", 0)
     sizes, millions = "200003,65536,257,1,0,1024", 100.0
     if arguments.interpret:
-        fused._engine = lambda device_type: engine
+        fused._ENGINES["cpu"] = engine.__name__
+        self_check.FOUND[device] = None
         sizes, millions = "300,16,0", 0.002
         arguments.rounds, arguments.steps = 2, 1
     sizes, millions = arguments.sizes or sizes, arguments.millions or millions
@@ -403,8 +426,9 @@ def main() -> int:
     def say(line: str) -> None:
         print(line, flush=True)
 
+    checked = run_self_check(device, say)
     comparisons = compare_all(device, [int(n) for n in sizes.split(",")], say)
-    failed = int(any(c.failed for c in comparisons))
+    failed = int(not checked["passed"] or any(c.failed for c in comparisons))
     if arguments.only_compare:
         return failed
     timings = []
@@ -419,16 +443,15 @@ def main() -> int:
     record = {
         "command": shlex.join(["python", "benchmarks/gpu_step.py", *sys.argv[1:]]),
         "machine": machine(device),
+        "self_check": checked,
         "summary": summary(comparisons),
         "comparisons": [asdict(c) for c in comparisons],
         "timings": timings,
     }
-    folder = ROOT / "results" / "gpu" / record["machine"]["device"].replace(" ", "-")
-    if arguments.interpret:
-        folder = Path(tempfile.mkdtemp())
-    folder = arguments.out or folder
-    write_all(folder, {"step.json": record, "step.md": markdown(record)})
-    say(f"written: {folder}/step.json, step.md")
+    folder = Path(tempfile.mkdtemp()) if arguments.interpret else ROOT / "results" / "bench-gpu"
+    name = record["machine"]["device"].replace(" ", "-")
+    written = write_all(arguments.out or folder, {f"{name}.json": record, f"{name}.md": markdown(record)})
+    say(f"written: {', '.join(map(str, written))}")
     return failed
 
 

@@ -163,9 +163,9 @@ class Asked:
         self.found: dict[str, str] = {}
         self.driver = "570.1"
         self.names = {"cuda:0": "one GPU", "cuda:1": "another GPU"}
-        monkeypatch.setattr(self_check, "_difference", self._difference)
+        monkeypatch.setattr(self_check, "difference", self._difference)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: self.names[str(device)])
-        monkeypatch.setattr(self_check, "_driver", lambda: self.driver)
+        monkeypatch.setattr(self_check, "driver", lambda: self.driver)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def _difference(self, engine: ModuleType, device: torch.device) -> str | None:

@@ -55,12 +55,12 @@ def failure(engine: Any, device: torch.device) -> str | None:
                 f"the Triton kernels have not been compared with plain torch on {device} yet, which cannot be done "
                 "while a CUDA graph is captured: take a step before"
             )
-        difference = _difference(engine, device)
-        if difference is None:
+        differs = difference(engine, device)
+        if differs is None:
             known.keep()
         else:
             found = (
-                f"the Triton kernels fail their self-check on {device}, {known.name} ({difference}): update Triton and "
+                f"the Triton kernels fail their self-check on {device}, {known.name} ({differs}): update Triton and "
                 "the driver, or report it"
             )
     FOUND[device] = found
@@ -83,7 +83,7 @@ class _Known:
         with contextlib.suppress(OSError, RuntimeError):  # the source is in an archive; nobody has a home
             self._record = {
                 "device": self.name,
-                "driver": _driver(),
+                "driver": driver(),
                 "torch": str(torch.__version__),
                 "triton": engine.triton.__version__,
                 "interpreter": os.environ.get("TRITON_INTERPRET"),
@@ -125,7 +125,7 @@ def _digest(*contents: bytes) -> str:
     return hashlib.sha256(b"".join(contents)).hexdigest()
 
 
-def _driver() -> str | None:
+def driver() -> str | None:
     """The version of the GPUs' driver."""
     for driver in ("nvidia", "amdgpu"):
         with contextlib.suppress(OSError):
@@ -289,7 +289,7 @@ def _filled(case: _Case, options: Options) -> _Buffers:
 # --- the comparison --------------------------------------------------------------------------------------------------
 
 
-def _difference(engine: Any, device: torch.device) -> str | None:
+def difference(engine: Any, device: torch.device) -> str | None:
     """In which case the engine does something else than plain torch, and how many numbers differ; None: in none."""
     with torch.inference_mode(False), torch.no_grad():
         for case in _CASES:

@@ -37,6 +37,22 @@ native_directions = functools.partial(directions, engine_step=native.step)
 ISAS = list(native.ISAS)[1 : 1 + native.ISAS[native.best_isa()]] if native.unavailable() is None else []
 
 
+def test_the_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        for isa in ISAS:
+            monkeypatch.setenv("SIGNSTEP_ISA", isa)
+            native.best_isa.cache_clear()
+            assert native.best_isa() == isa
+            assert native._request("best", False).isa == native.ISAS[isa]
+        for wrong in ("neon", "best"):
+            monkeypatch.setenv("SIGNSTEP_ISA", wrong)
+            native.best_isa.cache_clear()
+            with pytest.raises(RuntimeError, match=f"SIGNSTEP_ISA={wrong}: this machine has {', '.join(ISAS)};"):
+                native.unavailable()
+    finally:
+        native.best_isa.cache_clear()
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("z", [0.0, 1e-30, 0.001, 0.3, 1.0, 2.5, 3.9, 4.0, 4.1, 6.0, 40.0])
 def test_decisions_are_the_references(isa: str, z: float) -> None:

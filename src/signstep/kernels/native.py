@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,16 +65,34 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def unavailable() -> str | None:
-    """Why the engine cannot be used here, one sentence; None if it can."""
-    return _load()[1]
+    """Why the engine cannot be used here, one sentence; None if it can.
+
+    Raises:
+        RuntimeError: as `best_isa`.
+    """
+    library, reason = _load()
+    if library is not None:
+        best_isa()
+    return reason
 
 
+@functools.cache
 def best_isa() -> str:
-    """The instruction set that the library takes on this machine."""
+    """The instruction set that the library takes: SIGNSTEP_ISA of the environment, else the best of this machine.
+
+    Raises:
+        RuntimeError: SIGNSTEP_ISA names none, or one that this machine does not have.
+    """
     library, _ = _load()
     assert library is not None
-    number: int = library.signstep_best_isa()
-    return list(ISAS)[number]
+    best = list(ISAS)[library.signstep_best_isa()]
+    chosen = os.environ.get("SIGNSTEP_ISA") or best
+    here = [isa for isa, number in ISAS.items() if 0 < number <= ISAS[best]]
+    if chosen not in here:
+        raise RuntimeError(
+            f"SIGNSTEP_ISA={chosen}: this machine has {', '.join(here)}; set it to one of these or unset it"
+        )
+    return chosen
 
 
 @functools.cache
@@ -92,7 +111,8 @@ def _parallel() -> int | None:
 
 def _request(isa: str, own_threads: bool, options: Options | None = None) -> _Options:
     """The options of a call: those of every call, and with `options` those that a step and a ballot have in common."""
-    request = _Options(isa=ISAS[isa], threads=torch.get_num_threads(), parallel=None if own_threads else _parallel())
+    number = ISAS[best_isa() if isa == "best" else isa]
+    request = _Options(isa=number, threads=torch.get_num_threads(), parallel=None if own_threads else _parallel())
     if options is not None:
         request.coupled_decay = options.coupled_weight_decay
         request.gradient_weight = 1 - options.momentum

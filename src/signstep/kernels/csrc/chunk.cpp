@@ -4,7 +4,11 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
+
+#include <cstddef>
 
 #include "chunk.h"
 
@@ -15,22 +19,24 @@ namespace SIGNSTEP_ISA {
 #include "noise.h"
 #include "masks.h"
 #include "decide.h"
+#include "vectors.h"
 
 namespace {
-
-#include "momentum.h"
-#include "rounding.h"
 
 // Of what is called once per tile by more than one caller, which would else not be compiled for each.
 #define INLINE __attribute__((always_inline)) inline
 
 using Options = signstep_options;
 
+constexpr float SQRT_HALF = 0.70710678f;
+
+#include "momentum.h"
+#include "rounding.h"
+#include "sums.h"
+#include "straight.h"
+
 // More than the error of Phi by reciprocal_erfc in float32: a comparison that is not clear by that much is made exactly.
 constexpr float CLOSE = 2e-6f;
-
-constexpr float SQRT_HALF = 0.70710678f;
-constexpr int LANES = 16;
 
 template <class W>
 struct Tile {
@@ -210,66 +216,6 @@ inline W post_direction(W m, W noise) {
   return (m == 0 ? W(0) : W(float(m > 0 ? 1.0f : -1.0f) + float(noise))) + (m - m);
 }
 
-// [<s, g>, ||g||^2, sum m^2], of a tile in 16 lanes of W, so that their rounding is the same whatever the instruction set,
-// and of all in as many of float64.
-template <class W>
-struct Sums {
-  typedef W Vector __attribute__((vector_size(LANES * sizeof(W))));
-  typedef double Wide __attribute__((vector_size(LANES * sizeof(double))));
-  Wide total[3] = {};
-
-  static Vector load(const W* from) {
-    Vector v;
-    __builtin_memcpy(&v, from, sizeof v);
-    return v;
-  }
-
-  void add(int which, Vector sum) { total[which] += __builtin_convertvector(sum, Wide); }
-
-  // The following are of full tiles; what is beyond a tensor's end is 0.
-
-  void add_moment(const W* m) {
-    Vector moment = {};
-    for (int i = 0; i < TILE; i += LANES) moment += load(m + i) * load(m + i);
-    add(2, moment);
-  }
-
-  // s = sign(m): g with the sign of m, none where m is 0.
-  void add_calibration(const W* m, const W* g) {
-    using Bits = decltype(Vector{} != Vector{});
-    const Bits sign_bit = (Bits)(-Vector{});
-    Vector inner = {}, square = {};
-    for (int i = 0; i < TILE; i += LANES) {
-      const Vector gi = load(g + i), mi = load(m + i);
-      inner += (Vector)(((Bits)gi ^ ((Bits)mi & sign_bit)) & (mi != Vector{}));
-      square += gi * gi;
-    }
-    add(0, inner), add(1, square);
-  }
-
-  // s = E sign(m + xi) = erf(m / (sigma sqrt 2)).
-  void add_expected_calibration(const W* m, const W* g, float sigma) {
-    alignas(64) W s[TILE];
-    const float inverse = SQRT_HALF / sigma;
-    for (int i = 0; i < TILE; ++i) {
-      const float x = float(m[i]) * inverse, size = 1.0f - 1.0f / reciprocal_erfc(x);
-      s[i] = W(m[i] == 0 ? 0.0f : (x > 0 ? size : -size));
-    }
-    Vector inner = {}, square = {};
-    for (int i = 0; i < TILE; i += LANES) {
-      inner += load(s + i) * load(g + i);
-      square += load(g + i) * load(g + i);
-    }
-    add(0, inner), add(1, square);
-  }
-
-  void write(double* sums) const {
-    for (int which = 0; which < 3; ++which) {
-      for (int lane = 0; lane < LANES; ++lane) sums[which] += total[which][lane];
-    }
-  }
-};
-
 template <class T, class W, class Rounding, class Direction>
 void apply(T* __restrict param, int n, const Options& o, const Rounding& rounding, Direction direction) {
   const W rate = W(-o.rate), decay = W(o.decay);
@@ -447,6 +393,13 @@ void step_or_cast(const signstep_tensor& t, const Options& o, int64_t begin, int
   return t.bits == 0 ? step<T, W, ToNearest<T, W>>(t, o, begin, end, sigma, sums) : cast<T, W>(t, o, begin, end, sigma, sums);
 }
 
+// Of float32 and float64.
+template <class W>
+void step_or_cast_unconverted(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end, float sigma, double* sums) {
+  if (t.bits == 0 && is_straight(t, o)) return step_straight<W>(t, o, begin, end, sums);
+  return step_or_cast<W, W>(t, o, begin, end, sigma, sums);
+}
+
 }  // namespace
 
 #if defined(SIGNSTEP_AT_RANDOM)
@@ -459,8 +412,8 @@ void step_at_random(const signstep_tensor& t, const signstep_options& o, int64_t
 
 void chunk(const signstep_tensor& t, const signstep_options& o, int64_t begin, int64_t end, float sigma, double* sums) {
   switch (t.dtype) {
-    case SIGNSTEP_FLOAT32: return step_or_cast<float, float>(t, o, begin, end, sigma, sums);
-    case SIGNSTEP_FLOAT64: return step_or_cast<double, double>(t, o, begin, end, sigma, sums);
+    case SIGNSTEP_FLOAT32: return step_or_cast_unconverted<float>(t, o, begin, end, sigma, sums);
+    case SIGNSTEP_FLOAT64: return step_or_cast_unconverted<double>(t, o, begin, end, sigma, sums);
     case SIGNSTEP_BFLOAT16:
       if (o.stochastic_params && t.bits == 0) return step_at_random(t, o, begin, end, sigma, sums);
       return step_or_cast<Bfloat16, float>(t, o, begin, end, sigma, sums);

@@ -289,5 +289,7 @@ def test_the_phase_is_shown() -> None:
     train(model, optimizer, range(1))
     assert "param_group 0: sign phase (switches at step 2), 1 steps taken" in repr(optimizer)
     train(model, optimizer, range(1, 3))
-    assert "param_group 0: SGD phase, 3 steps taken" in repr(optimizer)
+    group = optimizer.param_groups[0]
+    rate = float(group["lr_ratio"]) * group["lr"]
+    assert f"param_group 0: SGD phase at rate {rate:.3g}, 3 steps taken" in repr(optimizer)
     assert "calibration: paper" in repr(optimizer)

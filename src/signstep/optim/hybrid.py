@@ -34,8 +34,10 @@ class HybridSignSGD(SignSGD):
 
     Args:
         params, lr, momentum: as in `SignSGD`.
-        switch_step: sign steps before the switch; None: only `switch()` switches. With a value, the step reads its
-            count on the host, so it cannot be captured whole (``capturable=True`` needs None). (default: None)
+        switch_step: sign steps before the switch, those of a loaded state included; None: only `switch()` switches. A
+            group that is past it without having calibrated, from a state of SignSGD, takes one sign step more. With a
+            value, the step reads its count on the host, so it cannot be captured whole (``capturable=True`` needs
+            None). (default: None)
         ema_decay: eta, the decay of the running averages. (default: 0.99)
         calibration: "paper" is eq. (12) to the letter; "ratio" averages the signed inner product and the squared norm
             and divides after; "applied" is "ratio" for the expected dithered step. See `signstep.optim.calibration`.
@@ -48,7 +50,10 @@ class HybridSignSGD(SignSGD):
 
     Attributes:
         phase: "sign", or "sgd" once every group that has taken a step has switched.
-        calibrated_lr: lambda_bar, in units of a learning rate for SGD; reading it waits for the device.
+        calibrated_lr: lambda_bar, in units of a learning rate for SGD; a list with several param_groups, and 0 before
+            the first sign step. Under "paper" it averages over the learning rates of the sign steps, under the other
+            rules it is that of the last one. A step of SGD has the rate ``group["lr_ratio"] * group["lr"]``. Reading
+            it waits for the device.
 
     Raises:
         RuntimeError: `switch()` before the first sign step: there is no rate yet.
@@ -166,7 +171,8 @@ class HybridSignSGD(SignSGD):
         for index, group in enumerate(self.param_groups):
             step, switch = int(group["step"]), group["switch_step"]
             until = "no switch_step: only switch() ends it" if switch is None else f"switches at step {switch}"
-            phase = f"sign phase ({until})" if self.in_sign_phase(group) else "SGD phase"
+            rate = float(group["lr_ratio"] * group["lr"])
+            phase = f"sign phase ({until})" if self.in_sign_phase(group) else f"SGD phase at rate {rate:.3g}"
             lines.append(f"param_group {index}: {phase}, {step} steps taken")
         return "\n".join([super().__repr__(), *lines])
 

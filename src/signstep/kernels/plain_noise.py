@@ -24,7 +24,7 @@ from signstep.kernels.reference import LOW_BITS, TOP_BITS, Segment, blocks, in_p
 
 SLACK = 2.0**-4
 """More than 256 times the estimate of Phi is off."""
-_A, _B = 0.070566, torch.tensor(1.5976, device="cpu")
+_A, _B = 0.070566, torch.tensor(1.5976, dtype=torch.float32, device="cpu")
 _PER_THREAD, _IN_CACHE = 1 << 19, 1 << 17
 """Elements per thread that are drawn, and that are decided, at a time."""
 
@@ -141,11 +141,15 @@ def _decide(
     z: Tensor, top: Tensor, where: Tensor, segments: list[Segment], sizes: list[int], seed: int, step: Tensor
 ) -> Tensor:
     """1 where U < T and -1 elsewhere, as the reference decides it, for the elements at these places of a chunk."""
-    ends = torch.tensor(sizes, device="cpu").cumsum(0)
+
+    def integers(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+    ends = integers(sizes).cumsum(0)
     owner = torch.bucketize(where, ends, right=True)
-    shifts = torch.tensor([s.start for s in segments], device="cpu") - ends + torch.tensor(sizes, device="cpu")
+    shifts = integers([s.start for s in segments]) - ends + integers(sizes)
     element = where + shifts[owner]
-    parameter = torch.tensor([s.parameter for s in segments], device="cpu")[owner]
+    parameter = integers([s.parameter for s in segments])[owner]
     mask = 0xFFFFFFFF
     counter = ((element >> 2) & mask, step & mask, parameter & mask, torch.full_like(element, LOW_BITS))
     words = torch.stack(philox4x32(counter, (seed & mask, seed >> 32)))

@@ -99,13 +99,16 @@ _SERVED: set[_Kinds] = set()
 """Kinds of parameters that fused kernels are known to step."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _library_is_there() -> bool:
     """Whether the native library can be used; if not, a warning says so once."""
     reason = native.unavailable()
     if reason is not None:
         _warn_once(reason)
     return reason is None
+
+
+# What torch.compiler.assume_constant_result does, which imports the whole compiler first.
+_library_is_there._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -261,7 +261,9 @@ class Vote:
         if group["sgd_momentum"] == 0 or name in self.first.handed_over:
             return
         self.first.handed_over.add(name)
-        momenta = [torch.zeros(param.numel() if size is None else size, device=param.device) for _ in kept]
+        momenta = [
+            torch.zeros(param.numel() if size is None else size, dtype=torch.float32, device=param.device) for _ in kept
+        ]
         for momentum, own in zip(momenta, kept, strict=True):
             if "exp_avg" in own:
                 momentum.copy_(read_momentum(own["exp_avg"], own.get("exp_avg_scale")))

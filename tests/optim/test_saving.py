@@ -293,3 +293,28 @@ def test_the_phase_is_shown() -> None:
     rate = float(group["lr_ratio"]) * group["lr"]
     assert f"param_group 0: SGD phase at rate {rate:.3g}, 3 steps taken" in repr(optimizer)
     assert "calibration: paper" in repr(optimizer)
+
+
+def test_a_momentum_of_one_element_without_strides_is_not_taken_for_freed() -> None:
+    p = nn.Parameter(torch.full((), 0.5).expand(1, 1))
+    for cls in (SignSGD, HybridSignSGD):
+        optimizer = cls([p])
+        for _ in range(3):
+            p.grad = torch.ones(1, 1)
+            optimizer.step()
+        assert float(optimizer.state_dict()["state"][0]["exp_avg"]) == pytest.approx(1 - 0.9**3)
+
+
+def test_momentum_may_be_switched_off_saved_and_switched_on_again() -> None:
+    model, optimizer = make(SignSGD)
+    train(model, optimizer, range(1))
+    optimizer.param_groups[0]["momentum"] = 0.0
+    again, other = make(SignSGD)
+    other.load_state_dict(deepcopy(optimizer.state_dict()))
+    other.param_groups[0]["momentum"] = 0.9
+    train(again, other, range(1, 3))
+
+
+def test_a_capturable_hybrid_on_meta_is_printed() -> None:
+    optimizer = HybridSignSGD(nn.Linear(2, 2, device="meta").parameters(), capturable=True)
+    assert "? steps taken" in repr(optimizer)

@@ -170,7 +170,8 @@ class FSDPMajorityVote:
                     "the optimizer has taken steps with 8-bit momentum, which cannot be handed to a vote: make "
                     "FSDPMajorityVote before the first step"
                 )
-            for key, x in state.items():
+            for key in ("exp_avg", "mean_square"):
+                x = state.get(key)
                 if isinstance(x, DTensor):
                     state[key] = x.full_tensor() if self._among_shards or x.ndim == 0 else x.to_local()
 

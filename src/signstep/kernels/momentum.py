@@ -62,8 +62,8 @@ def freed(x: Any) -> Any:
 
 
 def is_freed(x: Any) -> bool:
-    """Whether a buffer is one that `freed` made; of one without dimensions, which takes no memory anyway, False."""
-    return x.ndim > 0 and not any(x.stride())
+    """Whether a buffer is one that `freed` made; False for one element, which takes no memory anyway."""
+    return x.numel() > 1 and not any(x.stride())
 
 
 def read_momentum(exp_avg: Tensor, scale: Tensor | None = None) -> Tensor:

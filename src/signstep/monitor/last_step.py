@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from signstep.kernels.momentum import mean_square, read_momentum
+from signstep.kernels.momentum import is_freed, mean_square, read_momentum
 from signstep.monitor.totals import flat
 from signstep.optim.dither import dither_std
 from signstep.optim.signsgd import SignSGD
@@ -148,10 +148,12 @@ def kept_momentum(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> Ten
 
     Returns:
         1-D, at least float32, a complex number as two coordinates; None where the optimizer keeps none, or one that is
-        no average of gradients.
+        no average of gradients, or one that the next step is the first to use.
     """
     state = optimizer.state.get(p, {})
     if isinstance(state.get("exp_avg"), Tensor):
+        if is_freed(state["exp_avg"]):
+            return None
         return flat(read_momentum(state["exp_avg"], state.get("exp_avg_scale")))
     buffer = state.get("momentum_buffer")
     if isinstance(optimizer, torch.optim.RMSprop) or not isinstance(buffer, Tensor):

@@ -169,11 +169,11 @@ class HybridSignSGD(SignSGD):
         """What torch shows of every optimizer, with the phase and the step of each param_group below."""
         lines = []
         for index, group in enumerate(self.param_groups):
-            step, switch = int(group["step"]), group["switch_step"]
+            step, switch = group["step"], group["switch_step"]
             until = "no switch_step: only switch() ends it" if switch is None else f"switches at step {switch}"
-            rate = float(group["lr_ratio"] * group["lr"])
-            phase = f"sign phase ({until})" if self.in_sign_phase(group) else f"SGD phase at rate {rate:.3g}"
-            lines.append(f"param_group {index}: {phase}, {step} steps taken")
+            rate = group["lr_ratio"] * group["lr"]
+            phase = f"sign phase ({until})" if self.in_sign_phase(group) else f"SGD phase at rate {float(rate):.3g}"
+            lines.append(f"param_group {index}: {phase}, {'?' if step.is_meta else int(step)} steps taken")
         return "\n".join([super().__repr__(), *lines])
 
     def kept_state(self, group: dict[str, Any]) -> Mapping[str, bool]:

@@ -304,8 +304,8 @@ class SignSGD(Optimizer):
         return self._group_tensors(group).keys()
 
     def _free_unused(self, group: dict[str, Any]) -> None:
-        """Give back the memory of momenta that the next step does not use; they keep their names and shapes."""
-        if not self.kept_state(group).get("exp_avg"):
+        """Give back the memory of momenta that this phase does not use; they keep their names and shapes."""
+        if self.calibrates and not self.kept_state(group).get("exp_avg"):
             for p in group["params"]:
                 state = self.state.get(p, {})
                 state.update({name: freed(state[name]) for name in MOMENTUM if name in state})
@@ -337,7 +337,6 @@ class SignSGD(Optimizer):
                 state.update(zeros if kept["exp_avg"] else {name: freed(x) for name, x in zeros.items()})
             if kept.get("exp_avg"):
                 if self.calibrates and is_freed(state["exp_avg"]):  # it has been in a phase that did not use it
-                    state.update(new_momentum(p, dtype))
                     state.update(new_momentum(p, dtype))
                 m, scale = state["exp_avg"], state.get("exp_avg_scale")
                 dims = 1 + is_sharded(p) if m.dtype == torch.int8 else None  # of the scales

@@ -1,5 +1,6 @@
 """The native engine alone: instruction sets, threads, the missing library, sanitizers, and momentum in fewer bits."""
 
+import ctypes
 import functools
 import math
 import os
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from engine_cases import RAGGED, Dither, directions, give_gradients, parameters, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import Parameter
 
 from signstep import SignSGD, kernels
 from signstep.kernels import fused as engines
@@ -376,17 +379,47 @@ def test_relative_dither_that_comes_late_starts_from_the_momentum_that_is_there(
     assert torch.equal((before - p.detach()).sign(), expected)
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "woken"), [(1000, 64, []), (3, 65536, [3]), (9, 65536, [4]), (65, 1024, [2])]
+)
+def test_threads_are_woken_for_as_much_as_a_chunk_each(
+    count: int, size: int, woken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+    @ctypes.CFUNCTYPE(None, work, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def parallel(function: Callable[[int], None], data: int, threads: int, flags: int) -> None:
+        asked.append(threads)
+        function(data)
+
+    monkeypatch.setattr(native, "_parallel", lambda: ctypes.cast(parallel, ctypes.c_void_p).value)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    p = Parameter(torch.zeros(count, size))
+    rows = [Parameter(row) for row in p.detach()]
+    for row in rows:
+        row.grad = torch.ones(size)
+    SignSGD(rows, lr=1e-2, momentum=0.0, fused=True).step()
+    assert (p == -0.01).all()
+    assert asked == woken
+
+
 # --- The library by itself --------------------------------------------------------------------------------------------
 
 
-def run_driver(build: Path, *arguments: str, **settings: str) -> None:
-    """Build the library and tests/kernels/native/driver.cpp with CMake's settings, and run the driver."""
+def run_driver(build: Path, *arguments: str, emulator: Sequence[str] = (), **settings: str) -> str:
+    """Build the library and tests/kernels/native/driver.cpp with CMake's settings, and run the driver.
+
+    Returns: the last line that it prints, the fingerprint of all bytes.
+    """
     definitions = [f"-D{name}={value}" for name, value in settings.items()]
     subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *definitions], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", str(build), "--parallel", "2"], check=True, capture_output=True)
-    ran = subprocess.run([str(build / "driver"), *arguments], capture_output=True, text=True, check=False)
+    make = ["cmake", "--build", str(build), "--target", "driver", "--parallel", "2"]
+    subprocess.run(make, check=True, capture_output=True)
+    ran = subprocess.run([*emulator, str(build / "driver"), *arguments], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr[-5000:]
     assert "equal" in ran.stdout
+    return ran.stdout.splitlines()[-1]
 
 
 needs_cmake = pytest.mark.skipif(
@@ -409,3 +442,21 @@ def test_sanitizers_find_nothing_in_the_best_instruction_set(tmp_path: Path) -> 
 def test_sanitizers_find_nothing(sanitizer: str, dtypes: str, tmp_path: Path) -> None:
     """The driver also compares instruction sets and numbers of threads, byte by byte."""
     run_driver(tmp_path, dtypes, SIGNSTEP_SANITIZE=sanitizer)
+
+
+@pytest.mark.long
+@needs_cmake
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-g++") is None or shutil.which("qemu-aarch64") is None,
+    reason="needs a compiler for aarch64 and an emulator: Debian's g++-aarch64-linux-gnu and qemu-user",
+)
+def test_neon_gives_the_same_bytes(tmp_path: Path) -> None:
+    cross = {
+        "CMAKE_SYSTEM_NAME": "Linux",
+        "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+        "CMAKE_CXX_COMPILER": "aarch64-linux-gnu-g++",
+    }
+    emulator = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
+    neon = run_driver(tmp_path / "neon", "4", "29", emulator=emulator, **cross)
+    assert neon.startswith("fingerprint")
+    assert neon == run_driver(tmp_path / "here", "4", "29")

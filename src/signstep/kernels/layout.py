@@ -32,15 +32,23 @@ def laid_out(tensors: Tensors, options: Options) -> Iterator[Tensors]:
         RuntimeError: a gradient, a momentum or a mean square that does not fit its parameter, one sentence.
     """
     copies: list[tuple[Tensor, Tensor]] = []
-    params, grads, exp_avgs = list(tensors.params), [g.resolve_neg() for g in tensors.grads], list(tensors.exp_avgs)
+    params, exp_avgs = list(tensors.params), list(tensors.exp_avgs)
+    grads = [g.resolve_neg() if g.is_neg() else g for g in tensors.grads]
+    plain = options.state_dtype is None and not tensors.scales and not tensors.mean_squares
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        m = exp_avgs[i] if exp_avgs else None
+        # The usual tensors, of which a step may have thousands, pass here.
+        shape, dtype = p.shape, p.dtype
+        alike = p.is_cpu and g.is_cpu and g.dtype is dtype and g.shape == shape
+        alike = alike and (m is None or (m.is_cpu and m.dtype is dtype and m.shape == shape and m.is_contiguous()))
+        if plain and alike and p.is_contiguous() and g.is_contiguous():
+            continue
         if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
             raise RuntimeError(
                 f"the gradient of a parameter, {p.dtype}, {tuple(p.shape)}, on {p.device}, is {g.dtype}, "
                 f"{tuple(g.shape)}, on {g.device}: fused kernels need it alike; pass fused=False for a gradient of "
                 "another dtype"
             )
-        m = exp_avgs[i] if exp_avgs else None
         if m is not None:
             check_momentum(p, m, tensors.scales[i] if tensors.scales else None, options.state_dtype)
         square = tensors.mean_squares[i] if tensors.mean_squares else None

@@ -153,6 +153,11 @@ Bytes count_and_spread(int64_t rows, int isa, int threads) {
   return out;
 }
 
+// FNV-1a of the bytes of all cases, which machines of different kinds compare.
+void mix(uint64_t& fingerprint, const Bytes& bytes) {
+  for (const unsigned char byte : bytes) fingerprint = (fingerprint ^ byte) * 0x100000001B3u;
+}
+
 }  // namespace
 
 // Arguments: how many of the dtypes, because threads do not depend on them; and n for every n-th case of a step, for a short
@@ -161,6 +166,7 @@ int main(int argc, char** argv) {
   std::vector<int> isas = {SIGNSTEP_PORTABLE};
   for (int isa = SIGNSTEP_AVX2; isa <= signstep_best_isa(); ++isa) isas.push_back(isa);
   int cases = 0, seen = 0;
+  uint64_t fingerprint = 0xCBF29CE484222325u;
   const int dtypes = argc > 1 ? std::atoi(argv[1]) : SIGNSTEP_FLOAT16 + 1;
   const int stride = argc > 2 ? std::atoi(argv[2]) : 1;
   for (int dtype = SIGNSTEP_FLOAT32; dtype < dtypes; ++dtype) {
@@ -182,6 +188,7 @@ int main(int argc, char** argv) {
           c.options.stochastic_params = variant / 2 % 2;
           c.options.sums = ballot ? int(SIGNSTEP_NO_SUMS) : variant % 3;
           const Bytes first = run(c, isas[0], 1);
+          mix(fingerprint, first);
           for (const int isa : isas) {
             for (const int threads : {1, 4}) {
               if (run(c, isa, threads) != first) {
@@ -198,6 +205,7 @@ int main(int argc, char** argv) {
   }
   for (const int64_t rows : {1, 4, 7, 8, 9, 70}) {
     const Bytes first = count_and_spread(rows, isas[0], 1);
+    mix(fingerprint, first);
     for (const int isa : isas) {
       for (const int threads : {1, 4}) {
         if (count_and_spread(rows, isa, threads) != first) {
@@ -217,5 +225,6 @@ int main(int argc, char** argv) {
   std::thread other([&] { run(c, SIGNSTEP_BEST, 3); });
   run(c, SIGNSTEP_BEST, 3);
   other.join();
-  std::printf("%d cases, %zu instruction sets: equal\n", cases, isas.size());
+  std::printf("%d cases, %zu instruction sets: equal\nfingerprint %016llx\n", cases, isas.size(),
+              static_cast<unsigned long long>(fingerprint));
 }

@@ -42,6 +42,13 @@ void total(const std::vector<Piece<Of>>& pieces, const F& done) {
   }
 }
 
+// A thread is woken for as much as a chunk only: for less, others are done before it is there, and where all cores are busy it
+// may come milliseconds late.
+int threads_for(int64_t elements, int threads) {
+  const int64_t worth = elements / CHUNK + 1;
+  return worth < threads ? int(worth) : threads;
+}
+
 int64_t words_of(int64_t size) { return (size + 63) / 64; }
 
 Kernels kernels_for(int isa) {
@@ -75,14 +82,17 @@ int signstep_best_isa() {
 
 int signstep_step(const signstep_tensor* tensors, int64_t count, const signstep_options* options, double* sums) try {
   std::vector<Piece<signstep_tensor>> pieces;
+  int64_t elements = 0;
   for (int64_t i = 0; i < count; ++i) {
     const signstep_tensor& t = tensors[i];
+    elements += t.size;
     float sigma = static_cast<float>(options->sigma);
     if (t.mean_square != 0) sigma *= std::sqrt(*reinterpret_cast<const float*>(t.mean_square));
     cut(pieces, t, t.size, CHUNK, sigma);
   }
   Chunk* const chunk = kernels_for(options->isa).chunk;
-  parallel_for(pieces.size(), options->threads, options->parallel, [&](size_t i) {
+  const int threads = threads_for(elements, options->threads);
+  parallel_for(pieces.size(), threads, options->parallel, [&](size_t i) {
     Piece<signstep_tensor>& piece = pieces[i];
     const bool wanted = sums != nullptr || piece.of->mean_square != 0;
     chunk(*piece.of, *options, piece.begin, piece.end, piece.sigma, wanted ? piece.sums : nullptr);

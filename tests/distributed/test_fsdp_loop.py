@@ -295,9 +295,9 @@ def test_steps_on_local_shards() -> None:
     engine_steps = []
     step = fused.step
 
-    def counted(tensors: Any, options: Any) -> None:
+    def counted(tensors: Any, options: Any, *, demanded: bool) -> None:
         engine_steps.append({type(p) for p in tensors.params})
-        step(tensors, options)
+        step(tensors, options, demanded=demanded)
 
     model: Any = fully_shard(nn.Linear(4, 2))
     before = model.weight.full_tensor()

@@ -38,11 +38,12 @@ _SMALLEST_SCALE = 2.0**-120
 
 def new_momentum(param: Tensor, state_dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Momentum of zeros, by its names in the optimizer's state: ``exp_avg`` and, in 8 bits, ``exp_avg_scale``."""
+    # One element may have any strides: those of 0 are for `freed`.
+    layout = torch.contiguous_format if param.numel() == 1 else torch.preserve_format
     if state_dtype is None:
-        return {"exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format)}
+        return {"exp_avg": torch.zeros_like(param, memory_format=layout)}
     if state_dtype != torch.int8:
-        zeros = torch.zeros_like(real(param), dtype=state_dtype, memory_format=torch.preserve_format)
-        return {"exp_avg": zeros}
+        return {"exp_avg": torch.zeros_like(real(param), dtype=state_dtype, memory_format=layout)}
     exp_avg = torch.zeros_like(real(param), dtype=torch.int8, memory_format=torch.contiguous_format)
     scale = torch.zeros(-(-exp_avg.numel() // BLOCK), dtype=torch.float32, device=param.device)
     return {"exp_avg": exp_avg, "exp_avg_scale": scale}
@@ -62,8 +63,8 @@ def freed(x: Any) -> Any:
 
 
 def is_freed(x: Any) -> bool:
-    """Whether a buffer is one that `freed` made; False for one element, which takes no memory anyway."""
-    return x.numel() > 1 and not any(x.stride())
+    """Whether a buffer is one that `freed` made; of one without dimensions, which takes no memory anyway, False."""
+    return x.ndim > 0 and not any(x.stride())
 
 
 def read_momentum(exp_avg: Tensor, scale: Tensor | None = None) -> Tensor:

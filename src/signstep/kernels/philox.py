@@ -33,7 +33,10 @@ def philox4x32(counter: Words, key: tuple[int, int], rounds: int = 10) -> Words:
         >>> [hex(int(w)) for w in philox4x32((zero, zero, zero, zero), (0, 0))]
         ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    c0, c1, c2, c3 = (c.clone() for c in torch.broadcast_tensors(*counter))  # type: ignore[no-untyped-call]
+    shape = torch.broadcast_shapes(*(c.shape for c in counter))  # type: ignore[no-untyped-call]
+    device = next((c.device for c in counter if c.ndim > 0), counter[0].device)
+    # A step on the CPU has no dimensions, so that it may be added to what is on any device.
+    c0, c1, c2, c3 = (torch.zeros(shape, dtype=torch.int64, device=device).add_(c) for c in counter)
     p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
     k0, k1 = key
     for _ in range(rounds):

@@ -45,7 +45,7 @@ def directions(
 ) -> list[Tensor]:
     """See `signstep.kernels.reference.directions`."""
     # A sigma that is 0 or not finite makes z infinite or NaN where m is neither: the reference says what that means.
-    if position != "pre" or not _here(*ms, *sigmas) or not all(0 < float(s) < math.inf for s in sigmas):
+    if position != "pre" or not _here(*ms, *sigmas) or not all(0 < float(s.detach()) < math.inf for s in sigmas):
         return reference.directions(ms, sigmas, segments, seed=seed, step=step, position=position)
     room = _Room(min(chunk(), sum(m.numel() for m in ms)))
 
@@ -154,7 +154,7 @@ def _decide(
     counter = ((element >> 2) & mask, step & mask, parameter & mask, torch.full_like(element, LOW_BITS))
     words = torch.stack(philox4x32(counter, (seed & mask, seed >> 32)))
     low = words.gather(0, (element & 3)[None])[0] & 0xFFFFFF
-    return torch.where(reference.less(top, low, reference.threshold(z)), 1.0, -1.0)
+    return reference.less(top, low, reference.threshold(z)).to(torch.float32).mul_(2).sub_(1)
 
 
 def _true(flags: Tensor) -> Tensor:

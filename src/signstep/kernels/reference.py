@@ -167,7 +167,7 @@ def in_pieces(
     segments: Sequence[Segment],
     dtype: torch.dtype,
     compute: Callable[[list[Tensor], list[Segment], list[int]], Tensor],
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> list[Tensor]:
     """What a function makes of every element, so many elements a call: for each x a new tensor of its shape.
 
@@ -177,11 +177,11 @@ def in_pieces(
         dtype: of the results.
         compute: takes pieces of the xs as vectors, their segments, and the index of the x of each; returns the results,
             one after another in one vector.
-        chunk: elements of a call.
+        chunk: elements of a call; None: `CHUNK`.
     """
     out = [torch.empty(x.shape, dtype=dtype, device=x.device) for x in xs]
     flat_in, flat_out = [x.reshape(-1) for x in xs], [y.view(-1) for y in out]
-    for pieces in _pieces([x.numel() for x in xs], chunk):
+    for pieces in _pieces([x.numel() for x in xs], chunk or CHUNK):
         computed = compute(
             [flat_in[i][a:b] for i, a, b in pieces],
             [Segment(segments[i].parameter, segments[i].start + a, b - a) for i, a, b in pieces],

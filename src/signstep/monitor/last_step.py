@@ -152,7 +152,9 @@ def kept_momentum(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> Ten
     """
     state = optimizer.state.get(p, {})
     if isinstance(state.get("exp_avg"), Tensor):
-        if is_freed(state["exp_avg"]):
+        if isinstance(optimizer, SignSGD) and (
+            not optimizer.kept_state(group).get("exp_avg") or is_freed(state["exp_avg"])
+        ):
             return None
         return flat(read_momentum(state["exp_avg"], state.get("exp_avg_scale")))
     buffer = state.get("momentum_buffer")

@@ -79,7 +79,7 @@ SIZES = {
 
 
 @pytest.mark.slow
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.data(),
     dither=st.sampled_from(list(DITHERS)),

@@ -36,9 +36,11 @@ def print_table(
 ) -> None:
     """Print a table. A pipe has no width of its own, so it gets `width`.
 
+    A terminal that is too narrow folds the lines: nothing is cut off.
     `left` has the numbers of the columns that are aligned left; the others hold numbers.
     """
-    console.width = console.width if console.is_terminal else max(console.width, width)
+    needed = 1 + sum(max(map(len, column)) + 3 for column in zip(head, *rows, strict=True))
+    console.width = max(console.width, needed if console.is_terminal else max(needed, width))
     table = Table(*head, title=escape(title), box=rich.box.SIMPLE, title_justify="left")
     for number, column in enumerate(table.columns):
         column.justify = "left" if number in left else "right"

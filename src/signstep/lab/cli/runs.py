@@ -49,12 +49,8 @@ class Runs:
         found.sort(key=lambda each: _order(each[0].config))
         if found:
             rows = [_row(run, running) for run, running in found]
-            # A line each, for a narrow terminal to fold: nothing is cut off.
-            width = 1 + sum(max(map(len, column)) + 3 for column in zip(_HEAD, *rows, strict=True))
-            console = Console()
-            console.width = max(console.width, width)
             count = f"{len(found)} run{'s' if len(found) > 1 else ''}"
-            print_table(console, f"{count} in {self.folder}", _HEAD, rows, width=width, left=_LEFT)
+            print_table(Console(), f"{count} in {self.folder}", _HEAD, rows, width=0, left=_LEFT)
         else:
             inside = sorted({str(path.parent) for path in self.folder.glob("*/*.jsonl")})
             print(f"no runs in {self.folder}" + (f"; there are records in {', '.join(inside)}" if inside else ""))

@@ -9,10 +9,11 @@ struct Lanewise {
 
 template <class W>
 struct Sums {
-  double total[3][LANES] = {};
+  typedef double Wide __attribute__((vector_size(PER_REGISTER<W> * sizeof(double))));
+  Wide total[3][REGISTERS<W>] = {};
 
   void add(int which, const Lanewise<W>& tile) {
-    for (int lane = 0; lane < LANES; ++lane) total[which][lane] += double(tile.part[lane / PER_REGISTER<W>][lane % PER_REGISTER<W>]);
+    for (int j = 0; j < REGISTERS<W>; ++j) total[which][j] += __builtin_convertvector(tile.part[j], Wide);
   }
 
   // term(i, j): what elements i and following add to register j.
@@ -62,7 +63,9 @@ struct Sums {
 
   void write(double* sums) const {
     for (int which = 0; which < 3; ++which) {
-      for (int lane = 0; lane < LANES; ++lane) sums[which] += total[which][lane];
+      for (int lane = 0; lane < LANES; ++lane) {
+        sums[which] += total[which][lane / PER_REGISTER<W>][lane % PER_REGISTER<W>];
+      }
     }
   }
 };

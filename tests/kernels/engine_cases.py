@@ -1,5 +1,6 @@
 """What every fused engine is asked for in the tests: options, parameters, gradients."""
 
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -158,3 +159,19 @@ def check_equal(engine: Engine, cls: type[SignSGD], options: dict[str, Any], mak
                     close(state[name].float(), wanted[name].float(), wide, 1e-6)
                 else:
                     assert differing(state[name], wanted[name]) == 0
+
+
+def five_steps(optimizer: SignSGD, params: list[Tensor], backend: Any = None) -> list[Tensor]:
+    """Parameters and state after five steps at falling rates, in one graph each if there is a compiler's backend."""
+    whole = torch.compile(inspect.unwrap(type(optimizer).step), backend=backend, fullgraph=True) if backend else None
+    for step in range(5):
+        give_gradients(params, step)
+        if whole is None:
+            optimizer.step()
+        else:
+            # The first step makes the state, so that the second one is another function.
+            with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=step > 1):
+                whole(optimizer)
+        optimizer.param_groups[0]["lr"].mul_(0.9)
+    assert optimizer.param_groups[0]["step"] == 5
+    return [*params, *(x for state in optimizer.state.values() for x in state.values())]

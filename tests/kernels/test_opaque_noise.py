@@ -2,13 +2,13 @@
 step has, and the same decisions as without it.
 """
 
-import inspect
 from typing import Any
 
 import pytest
 import torch
-from engine_cases import DITHERS, give_gradients, parameters
+from engine_cases import DITHERS, five_steps, parameters
 from torch import Tensor
+from torch.library import opcheck
 
 from signstep import HybridSignSGD, SignSGD
 from signstep.kernels import native, opaque_noise, reference
@@ -30,18 +30,7 @@ def train(
     torch._dynamo.reset()
     params = parameters(SHAPES, dtype)
     optimizer = cls(params, lr=torch.tensor(0.01), **options)
-    whole = torch.compile(inspect.unwrap(cls.step), backend=backend, fullgraph=True)
-    for step in range(5):
-        give_gradients(params, step)
-        if compiled:
-            # The first step makes the state, so that the second one is another function.
-            with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=step > 1):
-                whole(optimizer)
-        else:
-            optimizer.step()
-        optimizer.param_groups[0]["lr"].mul_(0.9)
-    assert optimizer.param_groups[0]["step"] == 5
-    return [*params, *(x for state in optimizer.state.values() for x in state.values())], graphs
+    return five_steps(optimizer, params, backend if compiled else None), graphs
 
 
 def operators(graphs: list[torch.fx.GraphModule]) -> set[str]:
@@ -125,7 +114,7 @@ def test_operators_are_what_torch_expects_of_them() -> None:
         "noise_bytes": (*numbers, reference.ROUNDING, seed, step, torch.device("cpu")),
     }.items():
         operator = getattr(torch.ops.signstep, name).default
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+        opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
     segments = [Segment(*each) for each in zip(*numbers, strict=True)]
     drawn = torch.ops.signstep.noise_bytes(*numbers, reference.ROUNDING, seed, step, torch.device("cpu"))
     expected = reference.noise_bytes(

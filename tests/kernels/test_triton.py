@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import os
 import subprocess
@@ -24,6 +23,7 @@ from engine_cases import (
     close,
     differing,
     directions,
+    five_steps,
     give_gradients,
     momenta,
     parameters,
@@ -301,17 +301,7 @@ def compiled_equals_eager(
     for compiled in (False, True):
         params = parameters([(30, 7), (5,), ()], torch.float32, device) + parameters([(40,)], torch.bfloat16, device)
         optimizer = cls(params, lr=torch.tensor(0.01), fused=True, **options)
-        whole = torch.compile(inspect.unwrap(cls.step), backend=backend, fullgraph=True)
-        for step in range(5):
-            give_gradients(params, step)
-            if compiled:
-                with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=step > 1):
-                    whole(optimizer)
-            else:
-                optimizer.step()
-            optimizer.param_groups[0]["lr"].mul_(0.9)
-        results.append([*params, *(x for state in optimizer.state.values() for x in state.values())])
-        assert optimizer.param_groups[0]["step"] == 5
+        results.append(five_steps(optimizer, params, backend if compiled else None))
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 

@@ -78,7 +78,7 @@ def by_default(tensors: Tensors) -> bool:
         return False
     if torch.is_grad_enabled() and any(p.requires_grad for p in params):
         return False
-    kinds = frozenset((type(p), p.device, p.dtype) for p in params)  # _kinds, without its call
+    kinds = _kinds(params)
     if torch.compiler.is_compiling():
         # On GPUs the operator decides when it runs: a check on the device cannot be traced.
         on_cpu = any(device.type == "cpu" for _, device, _ in kinds)

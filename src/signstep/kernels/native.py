@@ -76,6 +76,14 @@ def unavailable() -> str | None:
     return reason
 
 
+def machine_isa() -> str:
+    """The best instruction set of this machine that the library has, whatever SIGNSTEP_ISA says."""
+    library, _ = _load()
+    assert library is not None
+    number: int = library.signstep_best_isa()
+    return list(ISAS)[number]
+
+
 @functools.cache
 def best_isa() -> str:
     """The instruction set that the library takes: SIGNSTEP_ISA of the environment, else the best of this machine.
@@ -83,9 +91,7 @@ def best_isa() -> str:
     Raises:
         RuntimeError: SIGNSTEP_ISA names none, or one that this machine does not have.
     """
-    library, _ = _load()
-    assert library is not None
-    best = list(ISAS)[library.signstep_best_isa()]
+    best = machine_isa()
     chosen = os.environ.get("SIGNSTEP_ISA") or best
     here = [isa for isa, number in ISAS.items() if 0 < number <= ISAS[best]]
     if chosen not in here:

@@ -78,6 +78,10 @@ def unsigned(seed: int) -> int:
     return seed % (1 << 64)
 
 
+def _segments(parameters: list[int], starts: list[int], sizes: list[int]) -> list[Segment]:
+    return [Segment(*each) for each in zip(parameters, starts, sizes, strict=True)]
+
+
 @library.impl("signstep::directions", "CompositeExplicitAutograd")
 def _run_directions(
     ms: list[Tensor],
@@ -89,16 +93,16 @@ def _run_directions(
     step: Tensor,
     position: str,
 ) -> list[Tensor]:
-    segments = [Segment(*each) for each in zip(parameters, starts, sizes, strict=True)]
-    return plain_noise.directions(ms, sigmas, segments, seed=unsigned(seed), step=step, position=position)
+    return plain_noise.directions(
+        ms, sigmas, _segments(parameters, starts, sizes), seed=unsigned(seed), step=step, position=position
+    )
 
 
 @library.impl("signstep::round_parameters", "CompositeExplicitAutograd")
 def _run_round_parameters(
     values: list[Tensor], parameters: list[int], starts: list[int], sizes: list[int], seed: int, step: Tensor
 ) -> list[Tensor]:
-    segments = [Segment(*each) for each in zip(parameters, starts, sizes, strict=True)]
-    return rounding.round_parameters(values, segments, seed=unsigned(seed), step=step)
+    return rounding.round_parameters(values, _segments(parameters, starts, sizes), seed=unsigned(seed), step=step)
 
 
 @library.impl("signstep::noise_bytes", "CompositeExplicitAutograd")
@@ -111,8 +115,9 @@ def _run_noise_bytes(
     step: Tensor,
     device: torch.device,
 ) -> list[Tensor]:
-    segments = [Segment(*each) for each in zip(parameters, starts, sizes, strict=True)]
-    return plain_noise.noise_bytes(segments, stream, seed=unsigned(seed), step=step, device=device)
+    return plain_noise.noise_bytes(
+        _segments(parameters, starts, sizes), stream, seed=unsigned(seed), step=step, device=device
+    )
 
 
 library.register_fake(

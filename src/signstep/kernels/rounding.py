@@ -19,7 +19,7 @@ from torch import Tensor
 
 from signstep.kernels.engine import Options
 from signstep.kernels.plain_noise import chunk, noise_halves
-from signstep.kernels.reference import CHUNK, PARAM_ROUNDING, Segment, in_pieces
+from signstep.kernels.reference import PARAM_ROUNDING, Segment, in_pieces
 
 
 def rounds_at_random(dtype: torch.dtype, options: Options) -> bool:
@@ -53,5 +53,5 @@ def round_parameters(values: Sequence[Tensor], segments: Sequence[Segment], *, s
         noise = noise_halves(covered, PARAM_ROUNDING, seed=seed, step=step, device=x.device)
         return to_bfloat16(x, torch.cat(noise))
 
-    most = chunk() if values[0].device.type == "cpu" else CHUNK
+    most = chunk() if values[0].device.type == "cpu" else None
     return in_pieces(values, segments, torch.bfloat16, rounded, most)

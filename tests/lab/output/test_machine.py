@@ -28,11 +28,17 @@ def test_what_it_ran_on() -> None:
 @pytest.mark.skipif(native.unavailable() is not None, reason="no native library")
 def test_the_instruction_set_is_the_one_that_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SIGNSTEP_ISA", raising=False)
+    native.best_isa.cache_clear()
     found = environment(torch.device("cpu"), 1)
     assert found["isa"] == native.best_isa()
     monkeypatch.setenv("SIGNSTEP_ISA", "portable")
-    forced = environment(torch.device("cpu"), 1)
+    native.best_isa.cache_clear()
+    try:
+        forced = environment(torch.device("cpu"), 1)
+    finally:
+        native.best_isa.cache_clear()
     assert forced["isa"] == "portable"
+    assert forced["isa_best"] == native.machine_isa()
     assert machine_kind(forced).endswith("-portable")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,8 @@ class BenchStep:
         if self.out is not None:
             options = replace(self, workload=workloads, device="cuda" if device.type == "cuda" else "cpu")
             command = command_line(["bench", "step"], options, everything=True)
+            if forced := os.environ.get("SIGNSTEP_ISA"):
+                command = f"SIGNSTEP_ISA={forced} {command}"
             for path in step_report.write(results, self.out, dtype=self.dtype, device=device, command=command):
                 print(f"written: {path}")
         return 0

@@ -13,7 +13,7 @@ def option_words(options: Any, *, omit: Collection[str] = (), everything: bool =
 
     Args:
         options: a dataclass instance. A tuple becomes several words, a flag ``--name`` or ``--no-name``, a float its
-            shortest form; an option that is None is left out.
+            shortest form; an option that is None, or an empty tuple by default, is left out.
         omit: names of fields to leave out.
         everything: spell options that have their default too.
 
@@ -31,7 +31,7 @@ def option_words(options: Any, *, omit: Collection[str] = (), everything: bool =
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if field.name in omit or value is None or (value == default and not everything):
+        if field.name in omit or value is None or (value == default and not (everything and value != ())):
             continue
         option = field.name.replace("_", "-")
         if isinstance(value, bool):

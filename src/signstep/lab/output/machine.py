@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import re
 import shutil
@@ -59,8 +58,7 @@ def _instruction_sets() -> tuple[str | None, str | None]:
     """The one that the native library steps with, which SIGNSTEP_ISA may force, and the best of this machine."""
     if native.unavailable() is not None:
         return None, None
-    best = native.best_isa()
-    return os.environ.get("SIGNSTEP_ISA") or best, best
+    return native.best_isa(), native.machine_isa()
 
 
 def processor_name(cpu: str) -> str:

@@ -86,7 +86,8 @@ def make_idx(place: Path, *, zipped: tuple[bool, ...] = (True,) * 4, seed: int =
 
 @dataclasses.dataclass
 class Server:
-    """A web server on this machine that does what a bad one does. `log` has (path, first byte, bytes sent)."""
+    """A web server on this machine that does what a bad one does. `log` has (path, first byte, bytes to send), before any
+    is sent: a client that has its answer finds it there."""
 
     url: str
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)
@@ -110,26 +111,27 @@ def serve() -> Iterator[Server]:
             body = state.files.get(self.path.lstrip("/"))
             status = state.status.pop(0) if state.status else 0
             if body is None or status:
-                self.send_error(status or 404)
                 state.log.append((self.path, 0, 0))
+                self.send_error(status or 404)
                 return
             start = 0
             if state.ranges and (asked := self.headers.get("Range")):
                 start = int(asked.removeprefix("bytes=").removesuffix("-"))
                 if start >= len(body):
+                    state.log.append((self.path, start, 0))
                     self.send_response(416)
                     self.send_header("Content-Range", f"bytes */{len(body)}")
                     self.end_headers()
-                    state.log.append((self.path, start, 0))
                     return
                 self.send_response(206)
                 self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
             else:
                 self.send_response(200)
-            self.send_header("Content-Length", str(len(body) - start))
-            self.end_headers()
             cut = state.cut_after.pop(0) if state.cut_after else len(body)
             piece = body[start : start + cut]
+            state.log.append((self.path, start, len(piece)))
+            self.send_header("Content-Length", str(len(body) - start))
+            self.end_headers()
             try:
                 for at in range(0, len(piece), 1 << 16):
                     self.wfile.write(piece[at : at + (1 << 16)])
@@ -137,7 +139,6 @@ def serve() -> Iterator[Server]:
                     time.sleep(state.drip)
             except OSError:  # the client was killed
                 pass
-            state.log.append((self.path, start, len(piece)))
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     state = Server(f"http://127.0.0.1:{httpd.server_address[1]}/")

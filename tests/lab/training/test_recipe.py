@@ -7,7 +7,9 @@ import torch
 from tiny_runs import tiny
 
 from signstep.lab.training import models
+from signstep.lab.training.gradient_noise import NoisySGD
 from signstep.lab.training.recipe import build_optimizer, likely_cause, lr_factor
+from signstep.lab.training.swats import SWATS
 from signstep.optim import HybridSignSGD, SignSGD
 
 
@@ -58,6 +60,10 @@ def test_the_hybrid_switches_where_the_schedule_falls(total: int) -> None:
         ({"momentum": 0.0}, torch.optim.SGD, {"momentum": 0.0}),
         ({"optimizer": "adam"}, torch.optim.Adam, {"betas": (0.9, 0.999), "weight_decay": 0.0}),
         ({"optimizer": "adamw"}, torch.optim.AdamW, {"weight_decay": 0.0}),
+        ({"optimizer": "swats"}, SWATS, {"betas": (0.9, 0.999), "eps": 1e-9, "switch_tolerance": 1e-9}),
+        ({"optimizer": "swats", "switch_tolerance": 0.1, "weight_decay": 0.2}, SWATS, {"switch_tolerance": 0.1}),
+        ({"optimizer": "noisy-sgd", "seed": 5}, NoisySGD, {"momentum": 0.9, "gradient_noise": 0.01, "seed": 5}),
+        ({"optimizer": "noisy-sgd", "gradient_noise": 0.3, "momentum": 0.0}, NoisySGD, {"gradient_noise": 0.3}),
         ({"optimizer": "signsgd", "seed": 5}, SignSGD, {"momentum": 0.9, "dither": 0.0, "seed": 5}),
         (
             {
@@ -110,5 +116,7 @@ def test_optimizer_options(changes: dict[str, Any], kind: type, options: dict[st
 def test_the_likely_cause_fits_the_optimizer() -> None:
     hybrid = tiny(optimizer="hybrid", switch=0.5)
     assert "calibrated rate" in likely_cause(hybrid, "sgd")
+    assert "set calibration" in likely_cause(hybrid, "sgd")
+    assert "set calibration" not in likely_cause(tiny(optimizer="swats"), "sgd")
     assert "every weight moves" in likely_cause(hybrid, "sign")
     assert "adam" in likely_cause(tiny(optimizer="adam"), None)

@@ -35,6 +35,11 @@ _COLOURS = {
     "pre-relative": "violet",
     "hybrid": "green",
     "hybrid-ratio": "olive",
+    "swats": "green",
+    "swats-0.001": "olive",
+    "sgd-noise-0.01": "orange",
+    "sgd-noise-0.3": "vermillion",
+    "sgd-noise-1.0": "brown",
 }
 _SPARE = ("violet", "brown", "pink", "olive", "vermillion")
 

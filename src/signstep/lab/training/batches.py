@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from signstep.lab.data import augment, load, normalise, split
 from signstep.lab.errors import BadInput
 from signstep.lab.training.config import RunConfig
+from signstep.lab.training.seeds import derived_seed
 from signstep.lab.training.workers import Workers
 
 # Small enough for the activations of a small net to stay in a core's cache; a GPU wants more at a time.
@@ -54,7 +54,7 @@ class Batches:
         """
         config, workers = self._config, self._workers
         if epoch != self._epoch:
-            shuffle = torch.Generator().manual_seed(_seed("order", config.seed, epoch))
+            shuffle = torch.Generator().manual_seed(derived_seed("order", config.seed, epoch))
             self._epoch, self._order = (
                 epoch,
                 torch.randperm(len(self.train_x), generator=shuffle, device="cpu").to(workers.device),
@@ -62,7 +62,7 @@ class Batches:
         share = config.batch_size // workers.size
         first = index * config.batch_size + workers.rank * share
         rows = self._order[first : first + share]
-        self._generator.manual_seed(_seed("augment", config.seed, epoch, index, workers.rank))
+        self._generator.manual_seed(derived_seed("augment", config.seed, epoch, index, workers.rank))
         x = augment(
             self.train_x[rows],
             self._generator,
@@ -81,8 +81,3 @@ class Batches:
         size = _EVAL_BATCH_CPU if self._workers.device.type == "cpu" else _EVAL_BATCH
         for x, y in zip(torch.split(self.eval_x[share], size), torch.split(self.eval_y[share], size), strict=True):
             yield normalise(x, self.images.mean, self.images.std, channels_last=self._config.channels_last), y
-
-
-def _seed(*parts: object) -> int:
-    """63 bits that follow from `parts`."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

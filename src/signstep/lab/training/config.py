@@ -56,15 +56,20 @@ class RunConfig:
 
     # optimizer
     optimizer: OptimizerName = "sgd"
-    """adamw: Adam with decoupled weight decay; signsgd: SignSGD; hybrid: HybridSignSGD."""
+    """adamw: Adam with decoupled weight decay; swats: from Adam to SGD; noisy-sgd: SGD with annealed gradient noise;
+    signsgd: SignSGD; hybrid: HybridSignSGD."""
     lr: float = 0.1
     """Learning rate; of a sign method it is how far every weight moves in a step."""
     momentum: float | None = None
-    """Decay of the momentum, of sgd and the sign methods; None: 0.9."""
+    """Decay of the momentum, of sgd, noisy-sgd and the sign methods; None: 0.9."""
     weight_decay: float = 0.0
-    """Weight decay; decoupled in adamw and the sign methods."""
+    """Weight decay; decoupled in adamw, swats and the sign methods."""
     nesterov: bool | None = None
     """Nesterov's momentum, of sgd."""
+    switch_tolerance: float | None = None
+    """How near the rate that swats projects must come to its average before it switches; None: 1e-9."""
+    gradient_noise: float | None = None
+    """Variance of the noise that noisy-sgd adds to every gradient, at the first step; None: 0.01."""
     dither: float | None = None
     """Variance of a sign method's noise at its first step; None: no noise."""
     dither_decay: float | None = None

@@ -25,7 +25,9 @@ class KnownOptimizer:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values of the lab's own for options that are None."""
     signs: bool = False
-    """Its steps are signs: lr is the length of each weight's step, workers can vote, and it takes the run's seed."""
+    """Its steps are signs: lr is the length of each weight's step, and workers can vote."""
+    seeded: bool = False
+    """It draws noise, and takes the run's seed."""
 
 
 _SIGN_OPTIONS = ("momentum", "dither", "dither_decay", "dither_position", "dither_scale", "state_dtype")
@@ -35,8 +37,18 @@ OPTIMIZERS: dict[str, KnownOptimizer] = {
     "sgd": KnownOptimizer("torch.optim.SGD", 0.1, ("momentum", "nesterov"), {"momentum": 0.9}),
     "adam": KnownOptimizer("torch.optim.Adam", 1e-3),
     "adamw": KnownOptimizer("torch.optim.AdamW", 1e-3),
-    "signsgd": KnownOptimizer("signstep.optim.SignSGD", 3.16e-3, _SIGN_OPTIONS, signs=True),
-    "hybrid": KnownOptimizer("signstep.optim.HybridSignSGD", 3.16e-3, _SIGN_OPTIONS + _HYBRID_OPTIONS, signs=True),
+    "swats": KnownOptimizer("signstep.lab.training.swats.SWATS", 1e-3, ("switch_tolerance",)),
+    "noisy-sgd": KnownOptimizer(
+        "signstep.lab.training.gradient_noise.NoisySGD",
+        0.1,
+        ("momentum", "gradient_noise"),
+        {"momentum": 0.9},
+        seeded=True,
+    ),
+    "signsgd": KnownOptimizer("signstep.optim.SignSGD", 3.16e-3, _SIGN_OPTIONS, signs=True, seeded=True),
+    "hybrid": KnownOptimizer(
+        "signstep.optim.HybridSignSGD", 3.16e-3, _SIGN_OPTIONS + _HYBRID_OPTIONS, signs=True, seeded=True
+    ),
 }
 
 if TYPE_CHECKING:

@@ -87,7 +87,7 @@ def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> to
     known = OPTIMIZERS[config.optimizer]
     given = {name: value for name in known.options if (value := getattr(config, name)) is not None}
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, **known.defaults, **given}
-    if known.signs:
+    if known.seeded:
         options["seed"] = config.seed
     if "switch" in options:
         options["switch_step"] = max(1, step_at(options.pop("switch"), total_steps))
@@ -100,9 +100,10 @@ def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> to
 
 
 def likely_cause(config: RunConfig, phase: str | None) -> str:
-    """Why the loss of such a run is usually not finite, for a hybrid by its phase ("sign" or "sgd")."""
+    """Why the loss of such a run is usually not finite, for one that switches by its phase ("sgd" or another)."""
     if phase == "sgd":
-        return "likely cause: the calibrated rate is too high for SGD; lower lr, or set calibration to ratio"
+        other = ", or set calibration to ratio" if "calibration" in OPTIMIZERS[config.optimizer].options else ""
+        return f"likely cause: the calibrated rate is too high for SGD; lower lr{other}"
     if OPTIMIZERS[config.optimizer].signs:
         return f"likely cause: lr={config.lr:g}, by which every weight moves in each step, is too high; try a tenth"
     return f"likely cause: lr={config.lr:g} is too high for {config.optimizer}; try a tenth, or a longer warmup"

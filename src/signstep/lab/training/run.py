@@ -23,6 +23,7 @@ from signstep.lab.training import checkpoint, models, records
 from signstep.lab.training.batches import Batches
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.recipe import build_model, build_optimizer, lr_factor, require_compiler
+from signstep.lab.training.swats import SWATS
 from signstep.lab.training.watch import Watch
 from signstep.lab.training.workers import Workers
 from signstep.optim import HybridSignSGD
@@ -85,8 +86,8 @@ class TrainingRun:
 
     @property
     def phase(self) -> str | None:
-        """Which phase the hybrid optimizer is in, "sign" or "sgd"; None of another optimizer."""
-        return self.optimizer.phase if isinstance(self.optimizer, HybridSignSGD) else None
+        """Which phase an optimizer that switches is in, "sgd" after the switch; None of another optimizer."""
+        return self.optimizer.phase if isinstance(self.optimizer, HybridSignSGD | SWATS) else None
 
     def train_step(self) -> None:
         """One optimizer step on the next batch."""
@@ -157,7 +158,7 @@ class TrainingRun:
         }
         if epoch % self.config.eval_every == 0 or epoch == self.config.epochs:
             line["eval_loss"], line["eval_accuracy"] = self.evaluate()
-        if isinstance(self.optimizer, HybridSignSGD):
+        if isinstance(self.optimizer, HybridSignSGD | SWATS):
             rate = self.optimizer.calibrated_lr
             assert isinstance(rate, float)
             line["phase"] = self.phase

@@ -60,7 +60,7 @@ def laid_out(tensors: Tensors, options: Options) -> Iterator[Tensors]:
             )
         if p.is_contiguous() and g.is_contiguous() and (m is None or m.is_contiguous()):
             continue
-        if order_is_free(options, p.dtype) and _share_dense_order(p, g, m):
+        if order_is_free(options, p.dtype) and share_dense_order(p, g, m):
             continue
         params[i], grads[i] = _contiguous(p, copies), g.contiguous()
         if m is not None:
@@ -73,7 +73,7 @@ def laid_out(tensors: Tensors, options: Options) -> Iterator[Tensors]:
         torch.autograd.graph.increment_version(column)
 
 
-def _share_dense_order(p: Tensor, g: Tensor, m: Tensor | None) -> bool:
+def share_dense_order(p: Tensor, g: Tensor, m: Tensor | None = None) -> bool:
     """Whether the elements of each tensor lie side by side in memory, in the same order of dimensions for all."""
     if p.stride() != g.stride() or (m is not None and p.stride() != m.stride()):
         return False

@@ -14,7 +14,6 @@ A block that holds a momentum which is not finite becomes NaN.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,19 +91,18 @@ def enter_momentum(tensors: Tensors, i: int, options: Options) -> tuple[Tensor, 
     return _average(tensors, i, grad, options), grad
 
 
-def enter_momenta(tensors: Tensors, indices: Sequence[int], options: Options) -> tuple[list[Tensor], list[Tensor]]:
-    """`enter_momentum` of several tensors of one device and dtype at once."""
-    grads = [tensors.grads[i] for i in indices]
+def enter_momenta(tensors: Tensors, options: Options) -> tuple[list[Tensor], list[Tensor]]:
+    """`enter_momentum` of all of the tensors at once, which are of one device and dtype."""
+    grads, ms = tensors.grads, tensors.exp_avgs
     if options.maximize:
         grads = list(torch._foreach_neg(grads))
     if options.coupled_weight_decay != 0:
-        params = [widened(tensors.params[i]) for i in indices]
+        params = [widened(p) for p in tensors.params]
         grads = list(torch._foreach_add([widened(g) for g in grads], params, alpha=options.coupled_weight_decay))
-    if tensors.exp_avgs and options.state_dtype is None and grads[0].dtype == tensors.exp_avgs[indices[0]].dtype:
-        ms = [tensors.exp_avgs[i] for i in indices]
+    if ms and options.state_dtype is None and grads[0].dtype == ms[0].dtype:
         torch._foreach_lerp_(ms, grads, 1 - options.momentum)
         return ms, grads
-    return [_average(tensors, i, g, options) for i, g in zip(indices, grads, strict=True)], grads
+    return [_average(tensors, i, g, options) for i, g in enumerate(grads)], grads
 
 
 def widened(x: Tensor, param: Tensor | None = None) -> Tensor:

@@ -6,19 +6,25 @@ that of bfloat16 parameters in `signstep.kernels.rounding`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from signstep.kernels import opaque_noise, reference
-from signstep.kernels.engine import Direction, Options, Projected, Tensors, real_tensors, sigmas
-from signstep.kernels.momentum import enter_momenta, enter_momentum, mean_square, widened
+from signstep.kernels.engine import Direction, Options, Projected, Tensors, real_tensors, select, sigmas
+from signstep.kernels.layout import order_is_free, share_dense_order
+from signstep.kernels.momentum import BLOCK, enter_momenta, enter_momentum, mean_square, widened
+from signstep.kernels.plain_noise import chunk
 from signstep.kernels.reference import Segment, expected_sign
 from signstep.kernels.rounding import rounds_at_random
 
 __all__ = ["dithered", "multi_tensor_step", "single_tensor_step"]
+
+_PER_THREAD = 1 << 17
+"""Elements per thread of a batch on a CPU: few enough for the caches, and enough that threads seldom wait for each
+other, which takes milliseconds where data loaders keep the cores busy."""
 
 
 def single_tensor_step(tensors: Tensors, options: Options) -> None:
@@ -60,16 +66,70 @@ def single_tensor_step(tensors: Tensors, options: Options) -> None:
 
 
 def multi_tensor_step(tensors: Tensors, options: Options) -> None:
-    """The same step, all tensors of a device and dtype at once."""
+    """The same step, all tensors of a device and dtype at once; on CPUs in batches, which stay in the caches."""
     tensors = real_tensors(tensors)
     grouped = Optimizer._group_tensors_by_device_and_dtype([tensors.params, tensors.grads], with_indices=True)  # type: ignore[list-item]
     for _, indices in grouped.values():
-        ms, grads = enter_momenta(tensors, indices, options)
-        squares = [tensors.mean_squares[i] for i in indices] if tensors.mean_squares else []
-        directions = _directions(tensors, options, indices, ms, grads, squares)
-        for kept, m in zip(squares, ms, strict=bool(squares)):
-            kept.copy_(mean_square(m))
-        _move(tensors, indices, directions, options)
+        for batch in _batches(tensors if len(grouped) == 1 else select(tensors, indices), options):
+            ms, grads = enter_momenta(batch, options)
+            directions = _directions(batch, options, ms, grads)
+            for kept, m in zip(batch.mean_squares, ms, strict=bool(batch.mean_squares)):
+                kept.copy_(mean_square(m))
+            _move(batch, directions, options)
+
+
+def _batches(tensors: Tensors, options: Options) -> Iterator[Tensors]:
+    """Tensors of one device and dtype, on CPUs so many elements a batch, for which large tensors are cut into vectors.
+
+    What is computed of a batch is in the caches when it is used, and in memory that the last batch has used, where
+    fresh memory for whole tensors costs more than the step: the kernel fills it with zeros first.
+    """
+    if tensors.params[0].device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        yield tensors
+        return
+    free = order_is_free(options, tensors.params[0].dtype)
+    # Noise is drawn for several elements at a time, so that it takes more of them to occupy a thread.
+    most = _PER_THREAD * torch.get_num_threads() if free else -(-chunk() // BLOCK) * BLOCK
+    run: list[int] = []
+    room = most
+    for i, p in enumerate(tensors.params):
+        size = p.numel()
+        if size > room and run:
+            yield select(tensors, run)
+            run, room = [], most
+        vectors = _vectors(select(tensors, [i]), options, free) if size > most else None
+        if vectors is None:
+            run.append(i)
+            room -= size
+        else:
+            for first in range(0, size, most):
+                yield _cut(vectors, first, first + most)
+    if run:
+        yield select(tensors, run)
+
+
+def _vectors(one: Tensors, options: Options, order_is_free: bool) -> Tensors | None:
+    """The only tensor as a vector that a step may cut; None if it may not, or if there is no such view."""
+    if options.sums is not None or one.mean_squares:
+        return None  # Sums over its pieces would be rounded otherwise.
+    columns = (one.params, one.grads, one.exp_avgs)
+    p, g, *m = (x for column in columns for x in column)
+    if all(x.is_contiguous() for x in (p, g, *m)):
+        params, grads, exp_avgs = ([x.view(-1) for x in column] for column in columns)
+    elif order_is_free and share_dense_order(p, g, *m):
+        params, grads, exp_avgs = ([x.as_strided((x.numel(),), (1,)) for x in column] for column in columns)
+    else:
+        return None
+    return one._replace(params=params, grads=grads, exp_avgs=exp_avgs)
+
+
+def _cut(vector: Tensors, first: int, end: int) -> Tensors:
+    """Elements of the only tensor, a vector; `first` begins a block of 8-bit momentum."""
+    params, grads, exp_avgs = ([x[first:end] for x in column] for column in vector[:3])
+    scales = [x[first // BLOCK : -(-end // BLOCK)] for x in vector.scales]
+    return vector._replace(
+        params=params, grads=grads, exp_avgs=exp_avgs, scales=scales, offsets=[vector.offsets[0] + first]
+    )
 
 
 def _projects_expected_sign(options: Options) -> bool:
@@ -77,14 +137,7 @@ def _projects_expected_sign(options: Options) -> bool:
     return options.projected is Projected.EXPECTED_SIGN and options.direction is Direction.PRE
 
 
-def _directions(
-    tensors: Tensors,
-    options: Options,
-    indices: Sequence[int],
-    ms: list[Tensor],
-    grads: list[Tensor],
-    mean_squares: list[Tensor],
-) -> list[Tensor]:
+def _directions(tensors: Tensors, options: Options, ms: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     """The directions in which tensors of one device and dtype move; their inner products are added to the sums."""
     if options.direction is Direction.MOMENTUM:
         return [m.to(torch.promote_types(m.dtype, torch.float32), copy=True) for m in ms]
@@ -95,16 +148,17 @@ def _directions(
         # sign, with NaN where m is not finite: see reference.sign.
         torch._foreach_add_(directions, ms, alpha=0)
         return directions
-    stds = sigmas(options, mean_squares, len(ms))
+    stds = sigmas(options, tensors.mean_squares, len(ms))
     if options.sums is not None:
         expected = _projects_expected_sign(options)
         signs = [expected_sign(m, s) if expected else torch.sign(m) for m, s in zip(ms, stds, strict=True)]
         _add_sums(options.sums, signs, grads)
-    return dithered(ms, stds, _segments(tensors, indices), options)
+    return dithered(ms, stds, _segments(tensors), options)
 
 
-def _segments(tensors: Tensors, indices: Sequence[int]) -> list[Segment]:
-    return [Segment(tensors.ordinals[i], tensors.offsets[i], tensors.params[i].numel()) for i in indices]
+def _segments(tensors: Tensors) -> list[Segment]:
+    sizes = [p.numel() for p in tensors.params]
+    return [Segment(*each) for each in zip(tensors.ordinals, tensors.offsets, sizes, strict=True)]
 
 
 def dithered(
@@ -122,13 +176,12 @@ def _add_sums(sums: Tensor, directions: Sequence[Tensor], grads: Sequence[Tensor
         sums += torch.stack([(direction.to(sums.dtype) * g).sum(), g.square().sum()]).to(sums.device)
 
 
-def _move(tensors: Tensors, indices: Sequence[int], directions: Sequence[Tensor], options: Options) -> None:
+def _move(tensors: Tensors, directions: Sequence[Tensor], options: Options) -> None:
     """Param <- decay * param - rate * direction, in at least float32 and rounded to the parameter's dtype once.
 
     May overwrite directions.
     """
-    rate, decay = options.rate, options.decay
-    params = [tensors.params[i] for i in indices]
+    rate, decay, params = options.rate, options.decay, tensors.params
     decays = isinstance(decay, Tensor) or decay != 1
     stochastic = rounds_at_random(params[0].dtype, options)
     targets = [widened(p) for p in params] if decays or stochastic else params
@@ -141,8 +194,6 @@ def _move(tensors: Tensors, indices: Sequence[int], directions: Sequence[Tensor]
     else:
         torch._foreach_add_(targets, steps, alpha=-rate)
     if stochastic:
-        targets = opaque_noise.round_parameters(
-            targets, _segments(tensors, indices), seed=options.seed, step=options.step
-        )
+        targets = opaque_noise.round_parameters(targets, _segments(tensors), seed=options.seed, step=options.step)
     if targets[0] is not params[0]:
         torch._foreach_copy_(params, targets)

@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/signstep/
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(STAMP) ## train the paper's comparison on real images and write the report (minutes)
+demo: $(STAMP) ## train sign steps, their peers and the remedies on real images, say what to take from it (minutes)
 	$(BIN)/signstep demo
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal

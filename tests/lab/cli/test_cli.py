@@ -43,6 +43,7 @@ def run(*arguments: str) -> int:
         (["train", "--dataset", "digits", "--data", "/not/here"], "--data /not/here: there is no such folder; make it"),
         (["sweep", "fig2", "--data", "/not/here"], "--data /not/here: there is no such folder"),
         (["reproduce", "fig2", "--data", "/not/here"], "--data /not/here: there is no such folder"),
+        (["demo", "--processes", "0"], "--processes 0: expected at least 1"),
         (["demo", "--data", "/not/here"], "--data /not/here: there is no such folder"),
         (["data", "--data", "/not/here"], "--data /not/here: there is no such folder"),
         (["data", "get", "digits", "--data", "/not/here"], "--data /not/here: there is no such folder"),
@@ -378,15 +379,18 @@ def test_the_demo_falls_back_to_digits_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("signstep.lab.data.demo_dataset", lambda folder: ("digits", "Fashion-MNIST is not to be had"))
-    assert run("demo", "--out", str(tmp_path), "--seeds", "1", "--max-minutes", "0.01") == 0
+    assert run("demo", "--out", str(tmp_path), "--seeds", "1", "--max-minutes", "0.01", "--processes", "1") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "data set digits: Fashion-MNIST is not to be had"
     assert any("runs are left" in line for line in lines)
-    assert lines[-2:] == [
-        f"table: {tmp_path / 'demo-strong/table1.md'}",
-        f"report: {tmp_path / 'demo-strong/table1.html'}",
+    written = [line for line in lines if line.startswith(("table: ", "report: "))]
+    assert written == [
+        f"table: {tmp_path / 'demo-strong/demo.md'}",
+        f"report: {tmp_path / 'demo-strong/demo.html'}",
     ]
-    assert all(Path(line.partition(": ")[2]).exists() for line in lines[-2:])
+    assert all(Path(line.partition(": ")[2]).exists() for line in written)
+    assert " not run  SignSGD-M" in lines
+    assert lines[-1].startswith("On digits (8 × 8) there is no result yet of ")
 
 
 @pytest.mark.slow

@@ -184,6 +184,49 @@ def test_the_headline_names_a_winner_only_of_tuned_rates_and_three_seeds(tuned: 
         assert Sentences(results).headline.startswith("On Fashion-MNIST, Hybrid (SignSGD-M → SGD) beats SGD by 6.20 ±")
 
 
+@pytest.mark.parametrize(
+    ("means", "apart", "verdict"),
+    [
+        ({"pre-relative": 79.0, "pre-0.1": 50.0}, 2.0, "Use SignSGD-M + pre-noise (σ = rms(m)): seeds lie less far"),
+        ({"pre-relative": 70.0, "pre-0.1": 79.0}, 2.0, "Use SignSGD-M + pre-noise (α = 0.1): seeds lie less far"),
+        (
+            {"pre-relative": 79.0, "pre-0.1": 77.5},
+            2.0,
+            "Whether to use SignSGD-M + pre-noise (σ = rms(m)) or SignSGD-M",
+        ),
+        (
+            {"pre-relative": 79.0, "pre-0.1": 50.0},
+            None,
+            "Whether to use SignSGD-M + pre-noise (σ = rms(m)) or SignSGD-M",
+        ),
+    ],
+)
+def test_a_lesson_is_drawn_where_two_settings_differ_by_more_than_their_seeds(
+    means: dict[str, float], apart: float | None, verdict: str
+) -> None:
+    experiment = experiments.load("demo", scale="demo")
+    runs = [
+        run(experiment.row(row.key), "fashion-mnist", seed, means.get(row.key, 78.0) + offset)
+        for row in experiment.rows
+        for seed, offset in enumerate([0.0] if apart is None else [-apart / 2, apart / 2])
+    ]
+    headline = Sentences(Results(experiment, by_hash(*runs), {})).headline
+    first, second, *_ = headline.split("%. ")
+    assert first == "On Fashion-MNIST, SignSGD-M reaches 78.0 %, SGD 78.0 % and Adam (decoupled decay) 78.0 "
+    gains = [f"{means[key] - 78:+.1f}".replace("-", "−") for key in ("pre-relative", "pre-0.1")]
+    assert second.startswith(
+        f"SignSGD-M + pre-noise (σ = rms(m)) adds {gains[0]} points to SignSGD-M, "
+        f"the paper's SignSGD-M + pre-noise (α = 0.1) {gains[1]}. {verdict}"
+    )
+
+
+def test_a_lesson_names_the_rows_that_it_waits_for() -> None:
+    experiment = experiments.load("demo", scale="demo")
+    runs = by_hash(*(run(row, "fashion-mnist", 0, 70.0) for row in experiment.rows[:2]))
+    headline = Sentences(Results(experiment, runs, {})).headline
+    assert headline.startswith("On Fashion-MNIST there is no result yet of SignSGD-M, SignSGD-M + pre-noise")
+
+
 def test_one_method_with_fewer_seeds_leaves_the_order_open() -> None:
     experiment = experiments.load("fig2", scale="cpu")
     values = accuracies(experiment, 3)

@@ -2,19 +2,22 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from signstep.lab.cli import main
+from signstep.lab.errors import UserError
 from signstep.lab.paper import reproduce as reproducing
 from signstep.lab.paper.experiments import OF_THE_PAPER, load, load_all
 from signstep.lab.paper.plan import first_seeds, plan
 from signstep.lab.paper.reproduce import reproduce
 from signstep.lab.paper.tuned import learning_rate
 from signstep.lab.training.config import RunConfig
-from signstep.lab.training.records import is_done
+from signstep.lab.training.records import is_done, read_runs
 
 TABLE = load("table1", scale="smoke", datasets=["digits", "mnist"])
 
@@ -59,6 +62,41 @@ def test_seed_0_of_every_row_comes_first() -> None:
         len({(c.dataset, c.to_dict()["optimizer"], c.dither, c.dither_position) for c in lab.trained[:cells]}) == cells
     )
     assert {c.split for c in lab.trained} == {"final"}
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    few = replace(TABLE, rows=TABLE.rows[:3], datasets=("digits",))
+    assert reproduce([few], tmp_path / "two", seeds=1, tuned={}, processes=2)
+    printed = capfd.readouterr()
+    assert sorted(line.partition(":")[0] for line in printed.out.splitlines() if line.startswith("run ")) == [
+        "run 1 of 3",
+        "run 2 of 3",
+        "run 3 of 3",
+    ]
+    assert "epoch" not in printed.err
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert reproduce([few], tmp_path / "one", seeds=1, tuned={}, say=lambda line: None)
+    finally:
+        torch.set_num_threads(threads)
+    one, two = (read_runs(tmp_path / name / "runs") for name in ("one", "two"))
+    assert len(one) == 3
+    assert {key: run.final_accuracy for key, run in one.items()} == {
+        key: run.final_accuracy for key, run in two.items()
+    }
+    assert reproduce([few], tmp_path / "two", seeds=1, tuned={}, processes=2, say=lambda line: None)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs").mkdir()
+    few = replace(TABLE, rows=TABLE.rows[:1], datasets=("digits",))
+    (tmp_path / "runs" / f"{few.rows[0].config('digits').hash}.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="a process that trains has failed"):
+        reproduce([few], tmp_path, seeds=1, tuned={}, processes=2)
+    assert "is not a readable checkpoint" in capfd.readouterr().err
 
 
 def test_tuned_learning_rates_are_used_and_the_others_named() -> None:

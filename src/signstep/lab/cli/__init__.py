@@ -70,7 +70,7 @@ COMMANDS = Commands(
         ),
         "demo": (
             "signstep.lab.cli.demo:Demo",
-            "Train Table I's rows on Fashion-MNIST in a few minutes and write the report.",
+            "Train sign steps, their peers and the remedies on Fashion-MNIST in minutes, and say what to take from it.",
         ),
         "bench": (
             "signstep.lab.cli.bench:BENCHMARKS",

@@ -35,6 +35,8 @@ _COLOURS = {
     "pre-relative": "violet",
     "hybrid": "green",
     "hybrid-ratio": "olive",
+    "dither-norm": "vermillion",
+    "lion": "pink",
     "swats": "green",
     "swats-0.001": "olive",
     "sgd-noise-0.01": "orange",

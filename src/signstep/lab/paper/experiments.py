@@ -20,12 +20,12 @@ from signstep.lab.errors import BadInput
 from signstep.lab.training.config import Dataset, RunConfig
 from signstep.lab.training.optimizers import OPTIMIZERS
 
-Name = Literal["table1", "fig1", "fig2", "fig3", "beyond", "state", "baselines"]
+Name = Literal["table1", "fig1", "fig2", "fig3", "beyond", "state", "baselines", "demo"]
 Scale = Literal["smoke", "demo", "cpu", "full"]
 Recipe = Literal["strong", "paper"]
 
 OF_THE_PAPER: tuple[Name, ...] = ("table1", "fig1", "fig2", "fig3")
-NAMES: tuple[Name, ...] = (*OF_THE_PAPER, "beyond", "state", "baselines")
+NAMES: tuple[Name, ...] = (*OF_THE_PAPER, "beyond", "state", "baselines", "demo")
 TUNING_SEED = 1000
 """Seed of every tuning run; no final run has it, unless someone asks for more than a thousand seeds."""
 
@@ -91,6 +91,18 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """The rows, by key, that a headline compares which says what to take from an experiment."""
+
+    plain: str
+    """What the remedies are to mend."""
+    peers: Sequence[str]
+    """What it competes with."""
+    remedies: Mapping[str, str]
+    """Of each remedy as the paper publishes it, the row that is recommended in its place."""
+
+
+@dataclass(frozen=True)
 class Experiment:
     """A table or figure: which rows on which data sets, and the words that go with it."""
 
@@ -106,6 +118,8 @@ class Experiment:
     guesses: tuple[str, ...]
     """What the recipe assumes because the paper does not say it."""
     tune_epochs: int
+    lesson: Lesson | None = None
+    """What its headline compares; None: the best row with the others."""
 
     def row(self, key: str) -> Row:
         """The row called `key`; BadInput with the known keys otherwise."""
@@ -187,6 +201,7 @@ def load(
         scale_summary=scale_values["summary"],
         guesses=tuple(recipe_values["guesses"]),
         tune_epochs=scale_values["tune_epochs"],
+        lesson=Lesson(**values["lesson"]) if "lesson" in values else None,
     )
 
 

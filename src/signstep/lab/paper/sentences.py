@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from signstep.lab.output import stats
-from signstep.lab.paper.experiments import Row
+from signstep.lab.paper.experiments import Lesson, Row
 from signstep.lab.paper.results import Results
 
 
@@ -19,7 +19,9 @@ class Sentences:
 
     @property
     def headline(self) -> str:
-        """The outcome in one sentence."""
+        """The outcome in one sentence; for an experiment that has a lesson, what to take from it in a few."""
+        if self._experiment.lesson is not None:
+            return " ".join(self._draw(self._experiment.lesson, d) for d in self._experiment.datasets)
         parts = [f"on {self._titles[d]}, {self._outcome(d)}" for d in self._experiment.datasets]
         sentence = "; ".join(parts)
         return f"{sentence[0].upper()}{sentence[1:]}."
@@ -49,6 +51,38 @@ class Sentences:
         verb = "beats" if gap.mean > 0 else "is highest, but is beaten seed by seed by"
         name = rival.label if rival.key == "sgd" else f"the next best, {rival.label},"
         return f"{best.label} {verb} {name} by {stats.with_interval(gap)} points"
+
+    def _draw(self, lesson: Lesson, dataset: str) -> str:
+        """What sign steps reach beside their peers, what each remedy adds to them, and which of two to use.
+
+        The last is left open where seeds of either lie as far apart as the two.
+        """
+        keys = (lesson.plain, *lesson.peers, *lesson.remedies, *lesson.remedies.values())
+        rows = {key: self._experiment.row(key).label for key in keys}
+        cells = {key: self._cells[key, dataset] for key in keys}
+        means = {key: estimate.mean for key, cell in cells.items() if (estimate := cell.estimate)}
+        title, plain = self._titles[dataset], rows[lesson.plain]
+        if missing := [rows[key] for key in rows if key not in means]:
+            return f"On {title} there is no result yet of {listed(missing)}."
+        peers = listed([f"{rows[key]} {stats.number(means[key], 1)} %" for key in lesson.peers])
+        sentences = [f"On {title}, {plain} reaches {stats.number(means[lesson.plain], 1)} %, {peers}."]
+        use, open_ = [], []
+        for published, ours in lesson.remedies.items():
+            added = [stats.signed(means[key] - means[lesson.plain], 1) for key in (ours, published)]
+            sentences.append(
+                f"{rows[ours]} adds {added[0]} points to {plain}, the paper's {rows[published]} {added[1]}."
+            )
+            values = [list(cells[key].accuracies.values()) for key in (ours, published)]
+            ahead, apart = means[ours] - means[published], max(max(each) - min(each) for each in values)
+            if min(map(len, values)) == 1 or abs(ahead) <= apart:
+                open_.append(f"{rows[ours]} or {rows[published]}")
+            else:
+                use.append(rows[ours if ahead > 0 else published])
+        if use:
+            sentences.append(f"Use {listed(use)}: seeds lie less far apart.")
+        if open_:
+            sentences.append(f"Whether to use {', and whether '.join(open_)}, these runs do not tell.")
+        return " ".join(sentences)
 
     def _doubts(self, dataset: str, rows: Sequence[Row]) -> list[str]:
         """Why no row may be called the best."""

@@ -17,6 +17,7 @@ def train_run(
     data: Path | None = None,
     device: str = "auto",
     max_minutes: float | None = None,
+    progress: bool = True,
 ) -> Literal["done", "diverged", "stopped", "busy"]:
     """Train one run, or go on with it; arguments as of `signstep.lab.training.loop.train`.
 
@@ -27,7 +28,7 @@ def train_run(
         KeyboardInterrupt: a signal has stopped the run, which has its checkpoint; the series is to stop as well.
     """
     try:
-        status = train(config, out, data=data, device=device, max_minutes=max_minutes)
+        status = train(config, out, data=data, device=device, max_minutes=max_minutes, progress=progress)
     except RunBusy:
         return "busy"
     if status == "interrupted":

@@ -78,7 +78,7 @@ class SWATS(Optimizer):
 
     @property
     def phase(self) -> Literal["adam", "sgd"]:
-        """ "sgd" once every group has switched."""
+        """Which of the two takes the next step: SGD once every group has switched."""
         return "sgd" if all(group["phase"] == "sgd" for group in self.param_groups) else "adam"
 
     @property

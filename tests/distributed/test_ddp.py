@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gang import gang, on_ranks
 from signstep import SignSGD
-from signstep.distributed import MajorityVote
+from signstep.distributed import CollectiveError, MajorityVote
 from signstep.distributed.worker import in_memory_order, worker_seed
 from signstep.kernels import bits, reference
 from signstep.kernels.reference import TIE_COINS, ZERO_COINS, Segment
@@ -123,6 +124,32 @@ FEW_CASES = ["one bucket", "channels_last", "ties abstain"]
 def test_follows_the_slow_vote(size: int, steps: int, cases: list[str]) -> None:
     for kind, ddp, options, vote in (CASES[name] for name in cases):
         assert gang(size).run(_follow, kind, ddp, options, vote, steps, 1) == [steps] * size
+
+
+def _follow_in_parts(kind: str, ddp: dict[str, Any], options: dict[str, Any], vote: dict[str, Any]) -> int:
+    with mock.patch("signstep.distributed.ddp.LEAST_PART", 200):
+        return _follow(kind, ddp, options, vote, 3, 1)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_parts_of_a_bucket_that_are_voted_on_in_turns(size: int) -> None:
+    for kind, ddp, options, vote in (CASES[name] for name in FEW_CASES):
+        assert gang(size).run(_follow_in_parts, kind, ddp, options, vote) == [3] * size
+
+
+@on_ranks(3)
+def test_a_part_that_is_not_finite_stops_all_ranks_while_others_are_on_the_wire() -> None:
+    model = DistributedDataParallel(small_net("linear"))
+    MajorityVote(model, SignSGD(model.parameters()))
+    if dist.get_rank() == 1:
+        # The first part that is cast is of the last layer.
+        next(reversed(list(model.parameters()))).register_hook(lambda g: g * torch.inf)
+    x, y = batch_of("linear", 0)
+    with (
+        mock.patch("signstep.distributed.ddp.LEAST_PART", 1),
+        pytest.raises(CollectiveError, match=r"gradient of 4.bias on rank 1 is not finite"),
+    ):
+        F.cross_entropy(model(x), y).backward()
 
 
 def test_gradients_accumulated_in_no_sync_are_voted_on_once() -> None:

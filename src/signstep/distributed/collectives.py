@@ -11,7 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["CollectiveError", "all_gather", "mean_over", "own_group", "reduce_scatter"]
+__all__ = [
+    "CollectiveError",
+    "all_gather",
+    "mean_over",
+    "own_group",
+    "reduce_scatter",
+    "start_all_gather",
+    "start_all_to_all",
+]
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """Concatenates one tensor per rank; torch renamed it."""
@@ -22,6 +30,21 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 class CollectiveError(RuntimeError):
     """An error that all ranks raise together, because all of them know of it."""
+
+
+def start_all_to_all(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Send the m-th part of x to rank m, for every m; once the work has been waited for, out has what each has sent."""
+    work: dist.Work = dist.all_to_all_single(out, x, group=group, async_op=True)
+    return work
+
+
+def start_all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Send x, 1-D, to every rank; out has every rank's, side by side, when the work has been waited for."""
+    if x.is_cpu:
+        # gloo's all-gather is a ring, M - 1 hops that wait for each other: as many bytes go straight there in one.
+        return start_all_to_all(out, x.repeat(dist.get_world_size(group)), group)
+    work: dist.Work = all_gather(out, x, group=group, async_op=True)
+    return work
 
 
 def mean_over(group: dist.ProcessGroup, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ With n coordinates and M workers a worker sends n (M - 1) / (4 M) bytes per step
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,13 @@ from torch.optim import Optimizer
 from signstep.distributed.collectives import mean_over
 from signstep.distributed.hooks import Bucket, Entry, GradientHook
 from signstep.distributed.power_sgd import PowerSGD
-from signstep.distributed.vote import Vote, cast_entries, nonfinite_rule
+from signstep.distributed.vote import Vote, cast_entries, in_turns, nonfinite_rule
 from signstep.distributed.worker import Worker, check_choice
 
 __all__ = ["MajorityVote"]
+
+LEAST_PART = 1 << 20
+"""Of a bucket, in elements: parts are voted on in turns, so that the wire and the processor work at the same time."""
 
 
 class MajorityVote(GradientHook):
@@ -129,7 +132,8 @@ class MajorityVote(GradientHook):
             for entry in voting:  # the scaler unscales what is averaged
                 entry.flat.mul_(1.0 / self.grad_scaler.get_scale())
         if voting:
-            self._elect(voting, finite=bool(bucket.buffer.dot(bucket.buffer).isfinite()))
+            finite = bool(bucket.buffer.dot(bucket.buffer).isfinite())
+            in_turns(self._elect(part, finite) for part in _parts(voting))
         averaged = [e for e in bucket.entries if not self.worker.votes(e.name)]
         strangers = [e for e in averaged if e.name not in self.worker.groups]
         switched = [e for e in averaged if e.name in self.worker.groups]
@@ -142,10 +146,10 @@ class MajorityVote(GradientHook):
         if bucket.is_last:
             self._end_round(bucket.joined)
 
-    def _elect(self, entries: Sequence[Entry], finite: bool) -> None:
+    def _elect(self, entries: Sequence[Entry], finite: bool) -> Generator[None, None, None]:
         names, outs = [e.name for e in entries], [e.flat for e in entries]
         ballot = cast_entries(self.worker, entries, finite=finite)
-        election = self._vote.hold(ballot, names, self.group)
+        election = yield from self._vote.hold(ballot, names, self.group)
         outcome = self._vote.accept(self.worker, ballot, election, names, outs, spoiled=self._spoiled)
         self._voted |= outcome.voted
         if outcome.sums is not None:
@@ -189,3 +193,16 @@ class MajorityVote(GradientHook):
                         "the state of this model"
                     )
         self.worker.load_state_dict(state)
+
+
+def _parts(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Consecutive entries of `LEAST_PART` elements in all, or more."""
+    parts: list[list[Entry]] = []
+    size = LEAST_PART
+    for entry in entries:
+        if size >= LEAST_PART:
+            parts.append([])
+            size = 0
+        parts[-1].append(entry)
+        size += entry.flat.numel()
+    return parts

@@ -26,7 +26,17 @@ from torch.optim import Optimizer
 
 from signstep.distributed.collectives import all_gather, mean_over, own_group, reduce_scatter
 from signstep.distributed.fsdp_shards import Part, Reduced, Routes, Unit, check_groups, check_optimizer, find_units
-from signstep.distributed.vote import Ballot, Vote, cast, flag_gradients, flags_of, nonfinite_rule, voters_of, words_of
+from signstep.distributed.vote import (
+    Ballot,
+    Vote,
+    cast,
+    flag_gradients,
+    flags_of,
+    in_turns,
+    nonfinite_rule,
+    voters_of,
+    words_of,
+)
 from signstep.distributed.worker import Gradient, Worker, check_choice, sign_optimizer, state_key
 from signstep.kernels.bits import word_count
 from signstep.kernels.engine import Slot
@@ -348,7 +358,7 @@ class FSDPMajorityVote:
     def _elect_whole(self, unit: Unit, gradients: Sequence[Gradient], ballot: Ballot) -> None:
         """A vote as under DDP, whose result all workers know and which is written over the gradients."""
         names, outs = [g.name for g in gradients], [g.flat for g in gradients]
-        election = self._vote.hold(ballot, names, self.group)
+        (election,) = in_turns([self._vote.hold(ballot, names, self.group)])
         outcome = self._vote.accept(self.worker, ballot, election, names, outs)
         if outcome.sums is not None:
             unit.sums[tuple(names)] = (list(self.worker.steps), outcome.sums)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from signstep.distributed.collectives import CollectiveError, all_gather
+from signstep.distributed.collectives import CollectiveError, start_all_gather, start_all_to_all
 from signstep.distributed.hooks import Entry
 from signstep.distributed.worker import Gradient, Worker, check_choice, in_memory_order, state_key, step_tensor
 from signstep.kernels import bits
@@ -149,8 +149,10 @@ class Vote:
         """What `tally` returns, with the flags."""
         return Election(result[0], result[1] if self.keep_ties else None, flags, voters)
 
-    def hold(self, ballot: Ballot, names: Sequence[str], group: dist.ProcessGroup) -> Election:
+    def hold(self, ballot: Ballot, names: Sequence[str], group: dist.ProcessGroup) -> Generator[None, None, Election]:
         """One vote over the wire, with the same result on every rank; every rank calls it with the same slots.
+
+        It yields when a collective is on its way, and waits for it when it is asked to go on: see `in_turns`.
 
         Every worker sends the m-th part of its words to worker m (all-to-all), which counts the ballots for this part
         and sends the result to all (all-gather). Bytes per rank, with W words and P parameters: 8 W (M - 1) / M in the
@@ -170,7 +172,9 @@ class Vote:
         incoming = outgoing
         if size > 1:
             incoming = torch.empty_like(outgoing)
-            dist.all_to_all_single(incoming, outgoing, group=group)
+            sending = start_all_to_all(incoming, outgoing, group)
+            yield
+            sending.wait()
         flags = flags_of(incoming[:, share:], len(names))
         voters = voters_of(flags)
 
@@ -179,7 +183,9 @@ class Vote:
         gathered = result[None]
         if size > 1:
             flat = torch.empty(size * result.numel(), dtype=torch.int64, device=device)
-            all_gather(flat, result.view(-1), group=group)
+            sending = start_all_gather(flat, result.view(-1), group)
+            yield
+            sending.wait()
             gathered = flat.view(size, *result.shape)
         return self.election(gathered.transpose(0, 1).reshape(len(result), -1), flags, voters)
 
@@ -275,6 +281,30 @@ class Vote:
         if exp_avg.is_floating_point():  # 8 bits start from 0
             # One of both is 0: the optimizer's until now, or the workers' if a loaded run had handed them over.
             in_memory_order(exp_avg.to_local() if hasattr(exp_avg, "to_local") else exp_avg).add_(started)
+
+
+Result = TypeVar("Result")
+
+
+def in_turns(votes: Iterable[Generator[None, None, Result]]) -> list[Result]:
+    """Hold several votes at once: while one is on the wire, others are cast and counted.
+
+    All ranks give the same votes, so that their collectives are in one order: the first of every vote, then the second
+    of every vote.
+
+    Returns:
+        What each vote returns.
+    """
+    waiting = dict(enumerate(votes))
+    results: dict[int, Result] = {}
+    while waiting:
+        for index, vote in list(waiting.items()):
+            try:
+                next(vote)
+            except StopIteration as end:
+                results[index] = end.value
+                del waiting[index]
+    return [results[index] for index in sorted(results)]
 
 
 def nonfinite_rule(nonfinite: str | None, *, scaled: bool) -> str:

@@ -18,8 +18,8 @@ namespace SIGNSTEP_ISA {
 #include "numbers.h"
 #include "noise.h"
 #include "masks.h"
-#include "decide.h"
 #include "vectors.h"
+#include "decide.h"
 
 namespace {
 
@@ -101,7 +101,8 @@ struct Moves {
   Place place(int i) const { return {rounding.random(i), param + i, param[i]}; }
 
   void settle(const Place& place, float m, bool up) const {
-    const W direction = W(up ? 1 : -1) + W(m - m);
+    // No branch, which would be foretold half of the times.
+    const W direction = W(float_of(0x3F800000u | uint32_t(!up) << 31)) + W(m - m);
     *place.param = Rounding::round(moved(W(widen(place.before)), direction, o), place);
   }
 };
@@ -130,16 +131,25 @@ struct Ties {
   const Key& key;
   float sigma;
   int count = 0;
-  typename Target::Place place[LANES + TILE];
-  float m[LANES + TILE];
-  uint32_t top[LANES + TILE];
-  uint64_t element[LANES + TILE];
+  static constexpr int ROOM = LANES + TILE + LANES;
+  typename Target::Place place[ROOM];
+  float m[ROOM];
+  uint8_t top[ROOM];
+  uint64_t element[ROOM];
 
-  void add(const typename Target::Place& at, float momentum, uint8_t byte, uint64_t index) {
-    place[count] = at;
-    m[count] = momentum;
-    top[count] = uint32_t(byte) << 24;
-    element[count++] = index;
+  // Of the elements first + element_at(bit) those whose bits are set. Which groups have a tie cannot be foretold, so the first
+  // goes through no branch: what comes after would wait for the decision. An element may wait twice, and without need.
+  INLINE void add(uint64_t bits, int first, int n, const float* all, const uint8_t* bytes, uint64_t index) {
+    do {
+      int i = first + element_at(__builtin_ctzll(bits | uint64_t(1) << 63));
+      i = i < n ? i : n - 1;
+      place[count] = target.place(i);
+      m[count] = all[i];
+      top[count] = bytes[i];
+      element[count] = index + i;
+      count += bits != 0 ? 1 : 0;
+      bits &= bits - 1;
+    } while (bits != 0);
   }
 
   // All full vectors of those that wait; at the end of a chunk all.
@@ -153,23 +163,32 @@ struct Ties {
     count = count > first ? count - first : 0;
   }
 
-  void vector(int first) {
+  __attribute__((noinline)) void vector(int first) {
     const int size = count - first < LANES ? count - first : LANES;
+    for (int i = first + size; i < first + LANES; ++i) element[i] = 0, top[i] = 0, m[i] = 0;
     alignas(64) uint64_t words[2 * LANES];
-    for (int lane = 0; lane < size; lane += WIDTH) {
+    for (int lane = 0; lane < LANES; lane += WIDTH) {
       Lanes block;
-      for (int i = 0; i < WIDTH; ++i) block[i] = lane + i < size ? element[first + lane + i] / 4 : 0;
+      for (int i = 0; i < WIDTH; ++i) block[i] = element[first + lane + i] / 4;
       philox<1>(&block, key, LOW_BITS, words + 2 * lane);
     }
     const float inverse = SQRT_HALF / sigma;
-    for (int lane = 0; lane < size; ++lane) {
-      const int i = first + lane, word = int(element[i] % 4);
-      const uint32_t u = top[i] | (uint32_t(words[2 * lane + word / 2] >> 32 * (word % 2)) & 0xFFFFFFu);
-      const float x = m[i] * inverse;
+    uint32_t u[LANES];
+    for (int lane = 0; lane < LANES; ++lane) {
+      const int word = int(element[first + lane] % 4);
+      u[lane] = uint32_t(top[first + lane]) << 24 | (uint32_t(words[2 * lane + word / 2] >> 32 * (word % 2)) & 0xFFFFFFu);
+    }
+    float difference[LANES];
+    for (int lane = 0; lane < LANES; ++lane) {
+      const float x = m[first + lane] * inverse;
       const float tail = 0.5f / reciprocal_erfc(x);
-      const float difference = (x > 0 ? 1.0f - tail : tail) - float(u) * 0x1p-32f;
-      const bool clear = difference > CLOSE || difference < -CLOSE;
-      target.settle(place[i], m[i], clear ? difference > 0 : exactly_up(u, m[i], sigma));
+      difference[lane] = (x > 0 ? 1.0f - tail : tail) - float(u[lane]) * 0x1p-32f;
+    }
+    for (int lane = 0; lane < size; ++lane) {
+      const int i = first + lane;
+      if (m[i] == 0) continue;
+      const bool clear = __builtin_fabsf(difference[lane]) > CLOSE;
+      target.settle(place[i], m[i], clear ? difference[lane] > 0 : exactly_up(u[lane], m[i], sigma));
     }
   }
 };
@@ -187,16 +206,14 @@ template <class Target>
 INLINE void decide_tile(const float* m, int n, uint64_t element, Bytes& random, int16_t* up, Ties<Target>& ties, Ahead* ahead) {
   const uint8_t* top = random.fill(element, n, ties.key, TOP_BITS, ahead[0]);
   const float inverse = 1.0f / ties.sigma;
+  uint64_t tied[TILE / GROUP];
   for (int first = 0; first < n; first += GROUP) {
     ahead[1].template fetch<GROUP>();
     ahead[2].template fetch<GROUP>();
     // To the end of the group, also beyond n: what is there is not used.
-    uint64_t bits = decide(m + first, top + first, inverse, up + first) & lowest(n - first);
-    for (; bits != 0; bits &= bits - 1) {
-      const int i = first + __builtin_ctzll(bits);
-      if (m[i] != 0) ties.add(ties.target.place(i), m[i], top[i], element + i);
-    }
+    tied[first / GROUP] = decide(m + first, top + first, inverse, up + first);
   }
+  for (int first = 0; first < n; first += GROUP) ties.add(tied[first / GROUP], first, n, m, top, element);
 }
 
 // xi = sigma Phi^-1((U + 1/2) / 2^32).
@@ -337,6 +354,10 @@ void step(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end
   if (sums != nullptr) total.write(sums);
 }
 
+#if defined(SIGNSTEP_DITHERED) && defined(__AVX2__)
+#include "dithered.h"
+#endif
+
 // The signs of a tile as words: up(first) says which of 64 elements are up, and a coin where m is 0.
 template <class W, class Up>
 void pack(const W* m, int n, uint64_t element, const Key& key, uint64_t* words, Up up) {
@@ -393,10 +414,21 @@ void step_or_cast(const signstep_tensor& t, const Options& o, int64_t begin, int
   return t.bits == 0 ? step<T, W, ToNearest<T, W>>(t, o, begin, end, sigma, sums) : cast<T, W>(t, o, begin, end, sigma, sums);
 }
 
+// Whether step_dithered takes it.
+inline bool is_dithered(const signstep_tensor& t, const Options& o, float sigma) {
+  return o.direction == SIGNSTEP_PRE && t.exp_avg != 0 && t.state_dtype == t.dtype && o.sums == SIGNSTEP_NO_SUMS &&
+         !o.maximize && o.coupled_decay == 0 && float(o.gradient_weight) < 0.5f && sigma == sigma;
+}
+
 // Of float32 and float64.
 template <class W>
 void step_or_cast_unconverted(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end, float sigma, double* sums) {
   if (t.bits == 0 && is_straight(t, o)) return step_straight<W>(t, o, begin, end, sums);
+#if defined(__AVX2__)
+  if (sizeof(W) == sizeof(float) && t.bits == 0 && is_dithered(t, o, sigma)) {
+    return step_dithered(t, o, begin, end, sigma, sums);
+  }
+#endif
   return step_or_cast<W, W>(t, o, begin, end, sigma, sums);
 }
 
@@ -407,6 +439,14 @@ void step_or_cast_unconverted(const signstep_tensor& t, const Options& o, int64_
 void step_at_random(const signstep_tensor& t, const signstep_options& o, int64_t begin, int64_t end, float sigma, double* sums) {
   return step<Bfloat16, float, AtRandom>(t, o, begin, end, sigma, sums);
 }
+
+#elif defined(SIGNSTEP_DITHERED)
+
+#if defined(__AVX2__)
+void step_dithered(const signstep_tensor& t, const signstep_options& o, int64_t begin, int64_t end, float sigma, double* sums) {
+  return dithered(t, o, begin, end, sigma, sums);
+}
+#endif
 
 #else
 

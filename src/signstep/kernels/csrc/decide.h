@@ -1,8 +1,8 @@
 // The first 8 bits of U against 256 Phi(m / sigma), 64 elements at a time. Included inside an instruction set's namespace.
 //
-// decide() writes, per element, whether sign(m + xi) is up (>= 0) or down (< 0), and returns the ties as bits: the elements
-// for which 8 bits and an approximate Phi do not tell. That is all that it may get wrong, so instruction sets need not
-// approximate alike.
+// decide() writes, per element, whether sign(m + xi) is up (>= 0) or down (< 0), and returns the ties as bits, that of element
+// element_at(bit): those for which 8 bits and an approximate Phi do not tell. That is all that it may get wrong, so
+// instruction sets need not approximate alike.
 //
 // Phi(z) - 1/2 = z h(z^2) in 16-bit fixed point, where a vector holds most elements. z is in units of 2^-13, so that it ends
 // at 4 as Phi nearly does; beyond, only the bytes 0 and 255 can tie, and the last bytes' bounds are made to do so. h is a
@@ -23,23 +23,28 @@ typedef uint16_t Unsigned __attribute__((vector_size(64)));
 
 static inline Short product(Short a, Short b) { return (Short)_mm512_mulhrs_epi16((__m512i)a, (__m512i)b); }
 
+// The numbers of a Short are in the order in which instructions put two Floats into one: four by four of each by turns.
+static inline Short packed(Floats low, Floats high) {
+  return (Short)_mm512_packs_epi32(_mm512_cvtps_epi32(low), _mm512_cvtps_epi32(high));
+}
+static inline Floats unpacked_low(Short x) { return (Floats)_mm512_unpacklo_epi16((__m512i)x, (__m512i)x); }
+static inline Floats unpacked_high(Short x) { return (Floats)_mm512_unpackhi_epi16((__m512i)x, (__m512i)x); }
+static inline int element_at(int bit) { return (bit & 3) | (bit >> 2 & 12) | (bit << 2 & 48); }
+static inline Short in_order(Short x) {
+  return (Short)_mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), (__m512i)x);
+}
+
 static inline Short bytes(const uint8_t* from) {
-  return (Short)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
+  const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+  return (Short)_mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)from), order)) * PER_BYTE;
 }
 
-// To 16 bits, saturating: a number too small and NaN convert to the smallest integer, one too large is made smaller first.
-static inline Short shorts(const float* from, float unit) {
-  const __m512 units = _mm512_set1_ps(unit), most = _mm512_set1_ps(32767.0f);
-  const __m512i low = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_mul_ps(_mm512_loadu_ps(from), units), most));
-  const __m512i high = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_mul_ps(_mm512_loadu_ps(from + 16), units), most));
-  const __m512i order = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
-  return (Short)_mm512_permutexvar_epi64(order, _mm512_packs_epi32(low, high));
-}
+static inline Floats smaller(Floats x, float most) { return _mm512_min_ps(x, _mm512_set1_ps(most)); }
 
-static inline uint64_t below(Unsigned first, Unsigned second, int bound) {
-  const __m512i bounds = _mm512_set1_epi16((int16_t)bound);
-  return _mm512_cmplt_epu16_mask((__m512i)first, bounds) |
-         (uint64_t)_mm512_cmplt_epu16_mask((__m512i)second, bounds) << 32;
+// Where a number of 64 is near 0, less than 128, as bits: that of element_at(bit).
+static inline uint64_t near_0(const Short* x, int near) {
+  const __m512i bytes = _mm512_packs_epi16((__m512i)x[0], (__m512i)x[1]);
+  return _mm512_cmplt_epu8_mask(_mm512_abs_epi8(bytes), _mm512_set1_epi8((char)near));
 }
 #else
 constexpr int SHORTS = 16;
@@ -48,42 +53,56 @@ typedef uint16_t Unsigned __attribute__((vector_size(32)));
 
 static inline Short product(Short a, Short b) { return (Short)_mm256_mulhrs_epi16((__m256i)a, (__m256i)b); }
 
+static inline Short packed(Floats low, Floats high) {
+  return (Short)_mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));
+}
+static inline Floats unpacked_low(Short x) { return (Floats)_mm256_unpacklo_epi16((__m256i)x, (__m256i)x); }
+static inline Floats unpacked_high(Short x) { return (Floats)_mm256_unpackhi_epi16((__m256i)x, (__m256i)x); }
+static inline int element_at(int bit) { return (bit & 35) | (bit >> 2 & 4) | (bit << 1 & 24); }
+static inline Short in_order(Short x) { return (Short)_mm256_permute4x64_epi64((__m256i)x, 0xD8); }
+
 static inline Short bytes(const uint8_t* from) {
-  return (Short)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)from));
+  const __m256i sixteen = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from));
+  const __m256i upper = _mm256_set_epi8(15, -1, 14, -1, 13, -1, 12, -1, 7, -1, 6, -1, 5, -1, 4, -1,  //
+                                        11, -1, 10, -1, 9, -1, 8, -1, 3, -1, 2, -1, 1, -1, 0, -1);
+  return (Short)((Unsigned)_mm256_shuffle_epi8(sixteen, upper) / (256 / PER_BYTE));
 }
 
-static inline Short shorts(const float* from, float unit) {
-  const __m256 units = _mm256_set1_ps(unit), most = _mm256_set1_ps(32767.0f);
-  const __m256i low = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_mul_ps(_mm256_loadu_ps(from), units), most));
-  const __m256i high = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_mul_ps(_mm256_loadu_ps(from + 8), units), most));
-  return (Short)_mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
-}
+static inline Floats smaller(Floats x, float most) { return _mm256_min_ps(x, _mm256_set1_ps(most)); }
 
-static inline uint64_t below(Unsigned first, Unsigned second, int bound) {
-  const Short low = first < (uint16_t)bound, high = second < (uint16_t)bound;
-  const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi16((__m256i)low, (__m256i)high), 0xD8);
-  return (uint32_t)_mm256_movemask_epi8(both);
+static inline uint64_t near_0(const Short* x, int near) {
+  uint64_t bits = 0;
+  for (int i = 0; i < GROUP / SHORTS; i += 2) {
+    const __m256i distance = _mm256_abs_epi8(_mm256_packs_epi16((__m256i)x[i], (__m256i)x[i + 1]));
+    const __m256i is_near = _mm256_cmpeq_epi8(_mm256_min_epu8(distance, _mm256_set1_epi8((char)(near - 1))), distance);
+    bits |= uint64_t((uint32_t)_mm256_movemask_epi8(is_near)) << 16 * i;
+  }
+  return bits;
 }
 #endif
 
+// Phi less the middle of the byte's 256th, of SHORTS elements: up where it is not negative, a tie where it is near 0.
+static inline Short above(Floats low, Floats high, Floats unit, const uint8_t* top) {
+  // To 16 bits, saturating: what is too small converts to the smallest integer, what is too large and NaN is made smaller.
+  const Short z = packed(smaller(low * unit, 32767.0f), smaller(high * unit, 32767.0f));
+  const Short t = (Short)((Unsigned)product(z, z) - 16384);  // wraps for the smallest z, to the right value
+  Short h = product(H[5] + (z ^ z), t) + H[4];
+  for (int k = 3; k >= 0; --k) h = product(h, t) + H[k];
+  // Phi - 1/2 is product(h, z), and byte 128 begins at 1/2.
+  return product(h, z) - bytes(top) + (128 * PER_BYTE - PER_BYTE / 2);
+}
+
+static inline uint64_t ties(const Short* above) { return near_0(above, PER_BYTE / 2 + SLACK + 1); }
+
 static inline uint64_t decide(const float* m, const uint8_t* top, float inverse_sigma, int16_t* up) {
-  uint64_t ties = 0;
-  for (int i = 0; i < GROUP; i += 2 * SHORTS) {
-    Unsigned window[2];
-    for (int half = 0; half < 2; ++half) {
-      const int first = i + half * SHORTS;
-      const Short z = shorts(m + first, UNITS_OF_Z * inverse_sigma);
-      const Short t = (Short)((Unsigned)product(z, z) - 16384);  // wraps for the smallest z, to the right value
-      Short h = product(H[5] + (z ^ z), t) + H[4];
-      for (int k = 3; k >= 0; --k) h = product(h, t) + H[k];
-      // Phi less the middle of the byte's 256th: Phi - 1/2 is product(h, z), and byte 128 begins at 1/2.
-      const Short above = product(h, z) + (128 * PER_BYTE - PER_BYTE / 2) - bytes(top + first) * PER_BYTE;
-      __builtin_memcpy(up + first, &above, sizeof above);
-      window[half] = (Unsigned)(above + (PER_BYTE / 2 + SLACK));
-    }
-    ties |= below(window[0], window[1], PER_BYTE + 2 * SLACK) << i;
+  const Floats unit = Floats{} + UNITS_OF_Z * inverse_sigma;
+  Short groups[GROUP / SHORTS];
+  for (int i = 0; i < GROUP / SHORTS; ++i) {
+    const float* at = m + i * SHORTS;
+    groups[i] = above(load(at), load(at + SHORTS / 2), unit, top + i * SHORTS);
+    store(up + i * SHORTS, in_order(groups[i]));
   }
-  return ties;
+  return ties(groups);
 }
 
 #else
@@ -105,5 +124,7 @@ static inline uint64_t decide(const float* m, const uint8_t* top, float inverse_
   }
   return gathered(tie);
 }
+
+static inline int element_at(int bit) { return bit; }
 
 #endif

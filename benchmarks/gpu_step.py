@@ -40,7 +40,7 @@ from torch import Tensor  # noqa: E402
 
 from signstep.kernels import fused, momentum, self_check  # noqa: E402
 from signstep.kernels import triton as engine  # noqa: E402
-from signstep.kernels.engine import Direction, Options, Projected, Tensors  # noqa: E402
+from signstep.kernels.engine import Direction, Measured, Options, Tensors  # noqa: E402
 from signstep.kernels.plain import multi_tensor_step  # noqa: E402
 from signstep.lab.bench import step_timing as bench  # noqa: E402
 from signstep.lab.bench.step_contestants import COPY, groups, peer_for  # noqa: E402
@@ -83,7 +83,8 @@ def combinations(dtypes: Sequence[str]) -> Iterator[tuple[str, torch.dtype, torc
         {},
         {"decay": 0.99, "sums": True},
         {"coupled_weight_decay": 0.1, "maximize": True, "momentum": 0.3},
-        {"on_device": True, "sums": True, "projected": Projected.EXPECTED_SIGN},
+        {"on_device": True, "sums": True, "measured": Measured.EXPECTED_SIGN},
+        {"sums": True, "measured": Measured.MOMENTUM},
         {"offset": 16 * 2**31 - 5, "misaligned": True},
     ]
     for i, (name, state, position) in enumerate(itertools.product(dtypes, STATE_DTYPES, POSITIONS)):
@@ -143,7 +144,7 @@ def options_for(step: int, state: torch.dtype | None, position: str, other: dict
         seed=2**64 - 12345,
         maximize=other.get("maximize", False),
         sums=sums if "sums" in other and position != "gradient" else None,
-        projected=other.get("projected", Projected.SIGN),
+        measured=other.get("measured", Measured.SIGN),
     )
 
 
@@ -163,7 +164,7 @@ def compare(name: str, device: torch.device, sizes: Sequence[int], *kind: Any) -
     expected = tensors_for(sizes, dtype, state, position, other)
     actual = moved(expected, device)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    sums = [torch.zeros(2, dtype=wide), torch.zeros(2, dtype=wide, device=device)]
+    sums = [torch.zeros(len(sizes), 2, dtype=wide), torch.zeros(len(sizes), 2, dtype=wide, device=device)]
     for step in range(STEPS):
         options = options_for(step + 2**31, state, position, other, sums[0])
         multi_tensor_step(expected, options)

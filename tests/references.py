@@ -94,8 +94,52 @@ class SignSGDReference:
         self.k += 1
 
 
+class Rate:
+    """lambda-bar of some tensors by one rule: eq. (11) and (12), and the rules of `signstep.optim.calibration`."""
+
+    def __init__(self, rule: str, eta: float) -> None:
+        self.rule, self.eta = rule, eta
+        self.now = self.ratio = 0.0  # line 2
+        self.ratios: list[float] = []
+        self.lrs: list[float] = []
+        self.inner: list[float] = []
+        self.square: list[float] = []
+
+    def mean(self, values: list[float]) -> float:
+        """E_eta, corrected for its start at 0."""
+        return float(np.average(values, weights=self.eta ** np.arange(len(values))[::-1]))
+
+    def add(self, s: list[Array], g: list[Array], m: list[Array], lr: float) -> float:
+        """Take in a step; what it alone would make of the rate over lr."""
+        inner = sum(float(np.sum(x * y)) for x, y in zip(s, g, strict=True))
+        square = sum(float(np.sum(y**2)) for y in g)
+        d = sum(y.size for y in g)
+        self.lrs.append(lr)
+        if self.rule == "norm":
+            square = sum(float(np.sum(x**2)) for x in m)
+            self.square.append(square / d)
+            self.ratio = self.mean(self.square) ** -0.5
+            alone = (square / d) ** -0.5
+        elif self.rule in ("paper", "swats"):
+            alone = abs(inner) / (square + 1e-8) if self.rule == "paper" else d / inner  # line 7, eq. (12)
+            self.ratios.append(lr * alone)
+            # The paper has one lr; of several, the mean by the weights that the rates have in lambda-bar.
+            self.now = max(0.0, self.mean(self.ratios))
+            if self.rule == "paper":
+                self.now *= 1 - self.eta ** len(self.lrs)  # line 8, whose average starts at 0
+            self.ratio = self.now / self.mean(self.lrs)
+            return alone
+        else:
+            self.inner.append(inner)
+            self.square.append(square)
+            alone = inner / (square + 1e-8)
+            self.ratio = max(0.0, self.mean(self.inner) / (self.mean(self.square) + 1e-8))
+        self.now = lr * self.ratio
+        return alone
+
+
 class HybridSignSGDReference(SignSGDReference):
-    """Algorithm 2, eq. (11) and (12), and design.md's rules "ratio" and "applied"."""
+    """Algorithm 2, eq. (11) and (12), and what the documentation of `HybridSignSGD` adds."""
 
     def __init__(
         self,
@@ -103,21 +147,32 @@ class HybridSignSGDReference(SignSGDReference):
         lr: float,
         momentum: float = 0.9,
         *,
-        switch_step: int,
+        switch_step: int | str,
+        switch_tolerance: float = 0.1,
+        switch_patience: int = 50,
         ema_decay: float = 0.99,
         calibration: str = "paper",
+        calibration_scope: str | None = None,
         sgd_momentum: float = 0.0,
         **options: object,
     ) -> None:
         super().__init__(params, lr, momentum, **options)  # type: ignore[arg-type]
         self.switch_step, self.eta, self.rule, self.mu = switch_step, ema_decay, calibration, sgd_momentum
-        self.lambda_bar = 0.0  # line 2
-        self.inner = self.square = 0.0
-        self.lr_then = lr
-        self.lrs: list[float] = []
+        self.tolerance, self.patience, self.steady = switch_tolerance, switch_patience, 0
+        everything = list(range(len(self.x)))
+        alone = (calibration_scope or ("tensor" if calibration == "norm" else "group")) == "tensor"
+        self.members = [[i] for i in everything] if alone else [everything]
+        self.rates = [Rate(calibration, ema_decay) for _ in self.members]
+        self.per_tensor = alone
+        self.switched = False
+
+    @property
+    def lambda_bar(self) -> float | list[float]:
+        rates = [rate.now for rate in self.rates]
+        return rates if self.per_tensor else rates[0]
 
     def step(self, gradients: list[Array]) -> None:
-        if self.k >= self.switch_step:
+        if self.switched:
             self.sgd_step(gradients)
             self.k += 1
             return
@@ -126,26 +181,22 @@ class HybridSignSGDReference(SignSGDReference):
         signs = [np.sign(m) for m in self.m]
         if self.rule == "applied" and self.alpha > 0 and self.position == "pre":
             signs = [2 * ndtr(m / s) - 1 if s > 0 else np.sign(m) for m, s in zip(self.m, self.sigmas, strict=True)]
-        inner = sum(float(np.sum(s * g)) for s, g in zip(signs, raw, strict=True))
-        square = sum(float(np.sum(g**2)) for g in raw)
-        if self.rule == "paper":
-            rate = self.lr * abs(inner) / (square + 1e-8)  # line 7, eq. (12)
-            self.lambda_bar = self.eta * self.lambda_bar + (1 - self.eta) * rate  # line 8
-            # The paper has one lr; of several, the mean by the weights that the rates have in lambda-bar.
-            self.lrs.append(self.lr)
-            self.lr_then = float(np.average(self.lrs, weights=self.eta ** np.arange(len(self.lrs))[::-1]))
+        off = 0.0
+        for rate, members in zip(self.rates, self.members, strict=True):
+            alone = rate.add(*([xs[i] for i in members] for xs in (signs, raw, self.m)), self.lr)
+            off += sum(self.x[i].size for i in members) * abs(alone / rate.ratio - 1) if rate.ratio > 0 else np.inf
+        if self.switch_step == "auto":
+            size = sum(x.size for x in self.x)
+            self.steady = self.steady + 1 if off <= self.tolerance * size else 0
+            self.switched = self.k >= round(1 / (1 - self.eta)) and self.steady >= self.patience
         else:
-            self.inner = self.eta * self.inner + (1 - self.eta) * inner
-            self.square = self.eta * self.square + (1 - self.eta) * square
-            weight = 1 - self.eta**self.k
-            self.lambda_bar = self.lr * max(0.0, (self.inner / weight) / (self.square / weight + 1e-8))
-            self.lr_then = self.lr
+            self.switched = self.k >= int(self.switch_step)
 
     def sgd_step(self, gradients: list[Array]) -> None:
-        rate = self.lambda_bar * self.lr / self.lr_then
         gradients = self.gradients(gradients)
-        for i, g in enumerate(gradients):
-            if self.decay and self.decoupled:
-                self.x[i] *= 1 - self.lr * self.decay
-            self.m[i] = self.mu * self.m[i] + (1 - self.mu) * g
-            self.x[i] -= rate * self.m[i]  # line 11
+        for rate, members in zip(self.rates, self.members, strict=True):
+            for i in members:
+                if self.decay and self.decoupled:
+                    self.x[i] *= 1 - self.lr * self.decay
+                self.m[i] = self.mu * self.m[i] + (1 - self.mu) * gradients[i]
+                self.x[i] -= rate.ratio * self.lr * self.m[i]  # line 11

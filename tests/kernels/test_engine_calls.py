@@ -23,7 +23,7 @@ from engine_cases import (
 from pairwise import every_combination
 from signstep import SignSGD
 from signstep.kernels import momentum
-from signstep.kernels.engine import Projected, Tensors
+from signstep.kernels.engine import Direction, Measured, Tensors
 from signstep.kernels.plain import multi_tensor_step
 
 OFFSETS = [8, 13, 16 * (2**31 - 1) - 5, 16 * 2**31 - 16, 16 * 2**31 - 8, 4 * 2**31 - 3]
@@ -102,10 +102,10 @@ def test_wide_seeds_and_steps(engine: Engine, step: int, seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("projected", Projected)
+@pytest.mark.parametrize("measured", Measured)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_and_mean_squares(
-    engine: Engine, dtype: torch.dtype, projected: Projected, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, dtype: torch.dtype, measured: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In several programs per tensor, and several rounds of the kernel that adds them up; twice the same bits."""
     if engine.name == "triton":
@@ -119,13 +119,29 @@ def test_sums_and_mean_squares(
         # The native engine leaves the mean square of no elements as it is, and in training that is 0.
         kept = [i != 2 or engine.name == "triton" for i in range(len(sizes))]
         squares = [torch.tensor((0.5 + i) * k, device=device) for i, k in enumerate(kept)]
-        total = torch.ones(2, dtype=sums, device=device)
+        total = torch.ones(len(sizes), 2, dtype=sums, device=device)
         tensors = Tensors(ps, gs, ms, [], squares, list(range(5)), [0] * 5)
-        step(tensors, request(sums=total, projected=projected, momentum=0.5))
+        step(tensors, request(sums=total, measured=measured, momentum=0.5))
         results.append([total, *squares])
     for first, second, expected in zip(*results, strict=True):
         assert torch.equal(first, second)
         close(first, expected, 1e-5, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rate_for_each_tensor(engine: Engine, dtype: torch.dtype) -> None:
+    """The same numbers as a call for each tensor with its own rate; tensors of several dtypes keep theirs."""
+    dtypes = [dtype, torch.float32, dtype, torch.float64, dtype]
+    rates = torch.tensor([0.5, 0.25, 0.0, 3.0, 1.0], device=engine.device)
+    make = functools.partial(torch.randn, generator=torch.Generator().manual_seed(8))
+    once, apart, gs = ([make(700).to(kind).to(engine.device) for kind in dtypes] for _ in range(3))
+    for p, same in zip(once, apart, strict=True):
+        same.copy_(p)
+    options = {"dither": None, "direction": Direction.MOMENTUM, "stochastic_params": False}
+    engine.module.step(Tensors(once, gs, [], [], [], list(range(5)), [0] * 5), request(**options, rate=rates))
+    for i, rate in enumerate(rates.tolist()):
+        engine.module.step(Tensors([apart[i]], [gs[i]], [], [], [], [i], [0]), request(**options, rate=rate))
+        assert torch.equal(once[i], apart[i])
 
 
 def test_gradients_and_foreign_memory_are_not_touched(engine: Engine) -> None:

@@ -134,7 +134,12 @@ def test_results_do_not_depend_on_threads(own_threads: bool) -> None:
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            p, exp_avg, mean_square, sums = torch.zeros_like(m), torch.zeros_like(m), torch.tensor(0.3), torch.zeros(2)
+            p, exp_avg, mean_square, sums = (
+                torch.zeros_like(m),
+                torch.zeros_like(m),
+                torch.tensor(0.3),
+                torch.zeros(1, 2),
+            )
             tensors = Tensors([p], [m], [exp_avg], [], [mean_square], [0], [0])
             native.step(tensors, request(momentum=0.9, sums=sums), own_threads=own_threads)
             results.append((p, exp_avg, mean_square, sums))

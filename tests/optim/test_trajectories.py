@@ -10,6 +10,7 @@ import torch
 
 from references import HybridSignSGDReference, SignSGDReference
 from signstep import HybridSignSGD, SignSGD
+from signstep.optim.calibration import RULES
 
 SHAPES = [(3, 5), (17,), (), (2, 3, 4)]
 lengths = pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.long)])
@@ -60,7 +61,7 @@ def _run(
             np.testing.assert_allclose(p.detach().numpy(), x, rtol=tolerance, atol=tolerance, err_msg=f"step {step}")
         if isinstance(fast, HybridSignSGD):
             switched |= fast.phase == "sgd"
-            assert fast.phase == ("sgd" if step + 1 >= options["switch_step"] else "sign")
+            assert fast.phase == ("sgd" if slow.switched else "sign")
             assert fast.calibrated_lr == pytest.approx(slow.lambda_bar, rel=1e-6, abs=1e-15)
     assert switched == issubclass(fast_class, HybridSignSGD)
 
@@ -97,12 +98,31 @@ def test_signsgd_options(options: dict[str, Any], steps: int) -> None:
 @pytest.mark.parametrize("schedule", [_cosine, _milestone])
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("dither", ["clean", "pre", "relative"])
-@pytest.mark.parametrize("calibration", ["paper", "ratio", "applied"])
+@pytest.mark.parametrize("calibration", RULES)
 def test_hybrid_follows_algorithm_2(calibration: str, dither: str, decay: str, schedule: Schedule, steps: int) -> None:
     # The milestone is at the switch: the schedule's drop must come through, and nothing else.
     options = {"calibration": calibration, "switch_step": int(SWITCH * steps), "ema_decay": 0.9}
     options |= DITHERS[dither] | DECAYS[decay]
     _run(HybridSignSGD, HybridSignSGDReference, schedule, calibration != "paper", options, steps)
+
+
+@lengths
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("scope", ["group", "tensor"])
+@pytest.mark.parametrize("calibration", RULES)
+def test_a_rate_for_the_group_or_for_each_tensor(calibration: str, scope: str, foreach: bool, steps: int) -> None:
+    options = {"calibration": calibration, "calibration_scope": scope, "switch_step": int(SWITCH * steps)}
+    options |= {"ema_decay": 0.9, "sgd_momentum": 0.7, "weight_decay": 0.05} | DITHERS["relative"]
+    _run(HybridSignSGD, HybridSignSGDReference, _milestone, foreach, options, steps)
+
+
+@lengths
+@pytest.mark.parametrize("scope", ["group", "tensor"])
+@pytest.mark.parametrize("calibration", ["norm", "ratio"])
+def test_a_switch_at_the_step_where_the_rate_has_settled(calibration: str, scope: str, steps: int) -> None:
+    options = {"calibration": calibration, "calibration_scope": scope, "switch_step": "auto", "ema_decay": 0.9}
+    options |= {"switch_tolerance": 0.5, "switch_patience": 3, "sgd_momentum": 0.9}
+    _run(HybridSignSGD, HybridSignSGDReference, _cosine, True, options, steps)
 
 
 @lengths

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from signstep.distributed.collectives import CollectiveError, start_all_gather, start_all_to_all
 from signstep.distributed.hooks import Entry
-from signstep.distributed.worker import Gradient, Worker, check_choice, in_memory_order, state_key, step_tensor
+from signstep.distributed.worker import (
+    Gradient,
+    Worker,
+    check_choice,
+    in_memory_order,
+    measures_momentum,
+    state_key,
+    step_tensor,
+)
 from signstep.kernels import bits
 from signstep.kernels.bits import WORD
 from signstep.kernels.engine import Slot
@@ -42,6 +50,8 @@ class Ballot(NamedTuple):
     """`ABSENT`, `PRESENT` or `NOT_FINITE`, for each parameter."""
     slots: list[Slot]
     """Where the bits of each parameter are, without gaps from word 0."""
+    sums: Tensor | None = None
+    """float64 [parameters, 2], 0 and ||m||^2 of the worker's momentum, where the optimizer calibrates by its norm."""
 
 
 class Election(NamedTuple):
@@ -63,8 +73,8 @@ class Outcome(NamedTuple):
     voted: set[int]
     """The param_groups in which somebody has voted."""
     sums: Tensor | None
-    """float64 [param_groups, 2]: <v, g> and ||g||^2 of the votes v and this worker's gradients g, where it has voted;
-    None unless the optimizer calibrates."""
+    """float64, a row for each of the optimizer's parameters: <v, g> and ||g||^2 of the votes v and this worker's
+    gradients g, or what its ballot has, where it has voted; None unless the optimizer calibrates."""
     spoiled: bool
     """The gradients have become NaN, so that a GradScaler skips the step."""
 
@@ -87,6 +97,9 @@ class Vote:
         self.owner, self.workers, self.nonfinite, self.counted = owner, workers, nonfinite, counted
         self.keep_ties = ties == "abstain"
         self.first, self.optimizer = workers[0], workers[0].optimizer
+        self._owned = [len(group["params"]) for group in self.optimizer.param_groups]
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._rows = {self.first.names[p]: row for row, p in enumerate(params) if p in self.first.names}
 
     def begin(self) -> None:
         """Number the votes by the optimizer's steps; a step may have been left out, as by a GradScaler.
@@ -115,7 +128,7 @@ class Vote:
 
     def no_sums(self, device: torch.device) -> Tensor:
         """What `Outcome.sums` are added to, zeros."""
-        return torch.zeros(len(self.optimizer.param_groups), 2, dtype=torch.float64, device=device)
+        return torch.zeros(sum(self._owned), 2, dtype=torch.float64, device=device)
 
     def tally(self, ballots: Tensor, voters: Sequence[int], slots: Sequence[Slot], names: Sequence[str]) -> Tensor:
         """Count the ballots on some parameters, which may differ in the seed and the step of the coins for ties.
@@ -218,24 +231,28 @@ class Vote:
             if voters == 0:
                 out.zero_()
         voted = {index for index, voters in zip(indices, election.voters, strict=True) if voters > 0}
-        by_group = None
+        by_parameter = None
         if sums is not None:
-            totals = [[0.0, 0.0] for _ in groups]
-            for index, flag, (inner, square) in zip(indices, ballot.flags, sums.tolist(), strict=True):
+            totals = [[0.0, 0.0] for _ in range(sum(self._owned))]
+            of_momenta = [] if ballot.sums is None else ballot.sums.tolist()
+            for i, (name, index, flag, measured) in enumerate(
+                zip(names, indices, ballot.flags, sums.tolist(), strict=True)
+            ):
                 if flag == PRESENT:
+                    inner, square = of_momenta[i] if measures_momentum(groups[index]) else measured
                     # What is averaged is -g under maximize, as in one process.
-                    totals[index][0] += -inner if groups[index]["maximize"] else inner
-                    totals[index][1] += square
-            by_group = torch.tensor(totals, dtype=torch.float64, device=device)
+                    totals[self._rows[name]][0] += -inner if groups[index]["maximize"] else inner
+                    totals[self._rows[name]][1] += square
+            by_parameter = torch.tensor(totals, dtype=torch.float64, device=device)
         spoiled = spoiled or found is not None
         if spoiled:
             for out in outs:
                 out.fill_(torch.nan)
-        return Outcome(voted, by_group, spoiled)
+        return Outcome(voted, by_parameter, spoiled)
 
     def receive_means(self, means: Tensor) -> None:
         """Give the optimizer what it calibrates on: the mean over all workers of their `Outcome.sums` in a step."""
-        self.optimizer.receive_voted_sums(means.unbind())
+        self.optimizer.receive_voted_sums(torch.split(means, self._owned))
 
     def count_votes(self, voted: Iterable[int], *, joined: bool = False) -> None:
         """Count a round in these param_groups.
@@ -342,8 +359,12 @@ def cast(worker: Worker, gradients: Sequence[Gradient], flags: bytes) -> Ballot:
     share = -(-size // worker.world_size)
     words = torch.zeros(share * worker.world_size, dtype=torch.int64, device=gradients[0].flat.device)
     casting = [i for i, flag in enumerate(flags) if flag == PRESENT and gradients[i].flat.numel() > 0]
-    worker.cast([gradients[i] for i in casting], words, [slots[i] for i in casting])
-    return Ballot(words, flags, slots)
+    measured = worker.cast([gradients[i] for i in casting], words, [slots[i] for i in casting])
+    sums = None
+    if measured is not None:
+        sums = torch.zeros(len(gradients), 2, dtype=torch.float64, device=words.device)
+        sums[casting] = measured
+    return Ballot(words, flags, slots, sums)
 
 
 def cast_entries(worker: Worker, entries: Sequence[Entry], *, finite: bool) -> Ballot:

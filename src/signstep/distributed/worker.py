@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from signstep.kernels import bits
-from signstep.kernels.engine import Direction, Options, Slot, Tensors, select
+from signstep.kernels.engine import Direction, Measured, Options, Slot, Tensors, select
 from signstep.kernels.momentum import MOMENTUM, STOCHASTIC, enter_momentum, is_freed, new_momentum
 from signstep.kernels.reference import Segment
+from signstep.optim.calibration import RULES
 from signstep.optim.dither import dither_std
 from signstep.optim.options import STATE_DTYPES
 from signstep.optim.ordinals import noise_ordinals
@@ -65,6 +66,11 @@ class Gradient(NamedTuple):
     """The elements of the gradient, 1-D."""
     start: int = 0
     """Index of the first element in the whole parameter."""
+
+
+def measures_momentum(group: Mapping[str, Any]) -> bool:
+    """Whether a param_group calibrates by the norm of the momentum, of which each worker has its own."""
+    return RULES.get(group.get("calibration", "")) is Measured.MOMENTUM
 
 
 def sign_optimizer(optimizer: Optimizer) -> SignSGD:
@@ -171,14 +177,18 @@ class Worker:
         # By the count of votes, because a rank that has joined does not step its optimizer.
         return self.optimizer.is_sign_step(self.optimizer.param_groups[index], self.steps[index])
 
-    def cast(self, gradients: Sequence[Gradient], words: Tensor, slots: Sequence[Slot]) -> None:
+    def cast(self, gradients: Sequence[Gradient], words: Tensor, slots: Sequence[Slot]) -> Tensor | None:
         """Take gradients into the momentum and write the signs into the words of their slots.
 
         Args:
             gradients: those of parameters that vote; several may be parts of the same parameter.
             words: int64 [W], written.
             slots: for each gradient, where its bits go.
+
+        Returns:
+            float64 [gradients, 2]: 0 and ||m||^2 of the momenta that are measured, 0 of others; None if none is.
         """
+        sums = None
         by_group: dict[int, list[int]] = {}
         for i, gradient in enumerate(gradients):
             by_group.setdefault(self.groups[gradient.name], []).append(i)
@@ -186,10 +196,16 @@ class Worker:
             group = self.optimizer.param_groups[index]
             chosen, own = [gradients[i] for i in members], [slots[i] for i in members]
             tensors, options = self._tensors(group, chosen), self._options(group, self.steps[index])
+            if measures_momentum(group):
+                options = options._replace(sums=words.new_zeros(len(members), 2, dtype=torch.float64))
             if self.error_feedback:
-                self._cast_with_feedback(group, tensors, options, chosen, words, own)
+                self._cast_with_feedback(tensors, options, chosen, words, own)
             else:
                 bits.cast(tensors, options, words, own)
+            if options.sums is not None:
+                sums = words.new_zeros(len(gradients), 2, dtype=torch.float64) if sums is None else sums
+                sums[members] = options.sums
+        return sums
 
     def _tensors(self, group: dict[str, Any], gradients: Sequence[Gradient]) -> Tensors:
         tensors = Tensors([], [], [], [], [], [], [])
@@ -232,11 +248,11 @@ class Worker:
             sigma=sigma,
             seed=worker_seed(group["seed"], self.rank),
             maximize=group["maximize"],
+            measured=Measured.MOMENTUM,
         )
 
     def _cast_with_feedback(
         self,
-        group: dict[str, Any],
         tensors: Tensors,
         options: Options,
         gradients: Sequence[Gradient],
@@ -247,8 +263,10 @@ class Worker:
             one = select(tensors, [i])
             residual = self.state[state_key(gradient.name, gradient.start)]["residual"]
             m, _ = enter_momentum(one, 0, options)
+            if options.sums is not None:
+                options.sums[i, 1] += m.double().square().sum()
             corrected = m + residual
-            plain = options._replace(momentum=0.0, maximize=False, coupled_weight_decay=0.0)
+            plain = options._replace(momentum=0.0, maximize=False, coupled_weight_decay=0.0, sums=None)
             bits.cast(one._replace(grads=[corrected], exp_avgs=[], scales=[]), plain, words, [slot])
             residual.copy_(corrected)
             bits.spread(words, None, [slot], [corrected])

@@ -69,7 +69,8 @@ def cast(tensors: Tensors, options: Options, words: Tensor, slots: Sequence[Slot
 
     Args:
         tensors: gradients and momentum. Parameters are only read, and only for coupled weight decay.
-        options: the options of a step. `seed` is the worker's own; rate and decay are not used; sums must be None.
+        options: the options of a step. `seed` is the worker's own; rate and decay are not used. Of sums there can be
+            those of the momentum.
         words: int64 [W]. The words of the slots are written.
         slots: for each tensor, where its bits go and which elements they are.
     """
@@ -98,6 +99,8 @@ def reference_cast(tensors: Tensors, options: Options, words: Tensor, slots: Seq
 def _direction(tensors: Tensors, options: Options, i: int, segment: Segment) -> Tensor:
     """Take a gradient into its momentum, and return the values whose signs are cast."""
     m, _ = enter_momentum(tensors, i, options)
+    if options.sums is not None:
+        options.sums[i, 1] += m.to(options.sums.dtype).square().sum()
     direction = m
     if options.direction is Direction.PRE:
         (direction,) = dithered([m], sigmas(options, tensors.mean_squares[i : i + 1], 1), [segment], options)

@@ -29,13 +29,15 @@ class Direction(IntEnum):
     """m itself, as in SGD."""
 
 
-class Projected(IntEnum):
-    """The s of <s, g>, which a step adds to its sums; csrc/signstep.h has the same numbers."""
+class Measured(IntEnum):
+    """What a step adds to its sums, for each tensor; csrc/signstep.h has the same numbers."""
 
     SIGN = 1
-    """s = sign(m)."""
+    """<s, g> and ||g||^2 with s = sign(m)."""
     EXPECTED_SIGN = 2
-    """s is the expected dithered sign."""
+    """The same with s the expected dithered sign."""
+    MOMENTUM = 3
+    """0 and ||m||^2."""
 
 
 class Tensors(NamedTuple):
@@ -63,6 +65,7 @@ class Options(NamedTuple):
     step: Tensor
     """k, a 0-dim int64 tensor on the CPU or the parameters' device."""
     rate: float | Tensor
+    """A number, a tensor without dimensions, or one of shape (n,) with a rate for each of the n tensors."""
     decay: float | Tensor
     coupled_weight_decay: float
     """The gradient becomes gradient + coupled_weight_decay * param before it enters the momentum."""
@@ -75,9 +78,9 @@ class Options(NamedTuple):
     seed: int
     maximize: bool
     sums: Tensor | None = None
-    """Shape (2,), to which [<s, g>, ||g||^2] is added; None: not wanted."""
-    projected: Projected = Projected.SIGN
-    """The s in these sums."""
+    """Shape (n, 2), to whose rows each of the n tensors adds what is `measured`; None: nothing is."""
+    measured: Measured = Measured.SIGN
+    """What that is."""
     stochastic_params: bool = True
     """bfloat16 parameters are rounded up or down at random, see `signstep.kernels.rounding`. Others, and all without
     it, are rounded to the nearest."""
@@ -101,6 +104,16 @@ def select(tensors: Tensors, indices: Sequence[int]) -> Tensors:
     """The entries of some of the parameters."""
     columns: list[Any] = [[column[i] for i in indices] if column else [] for column in tensors]
     return Tensors(*columns)
+
+
+def select_options(options: Options, indices: Sequence[int]) -> Options:
+    """The options of a step of some of the tensors; its sums are a copy of their rows."""
+    rate = options.rate
+    if options.sums is None and not (isinstance(rate, Tensor) and rate.ndim):
+        return options
+    if isinstance(rate, Tensor) and rate.ndim:
+        rate = rate[indices]
+    return options._replace(rate=rate, sums=None if options.sums is None else options.sums[indices])
 
 
 def real(x: Tensor) -> Tensor:

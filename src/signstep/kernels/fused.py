@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, library
 
 from signstep.kernels import native, self_check
-from signstep.kernels.engine import Direction, Options, Projected, Tensors, real_tensors, select
+from signstep.kernels.engine import Direction, Measured, Options, Tensors, real_tensors, select, select_options
 from signstep.kernels.opaque_noise import signed, unsigned
 from signstep.kernels.plain import multi_tensor_step
 
@@ -146,7 +146,11 @@ def step(tensors: Tensors, options: Options, *, demanded: bool) -> None:
     for device in devices:
         engine = importlib.import_module(_ENGINES[device.type])
         if len(devices) > 1:
-            engine.step(select(tensors, [i for i, p in enumerate(tensors.params) if p.device == device]), options)
+            indices = [i for i, p in enumerate(tensors.params) if p.device == device]
+            own = select_options(options, indices)
+            engine.step(select(tensors, indices), own)
+            if options.sums is not None and own.sums is not None:
+                options.sums[indices] = own.sums
         else:
             engine.step(tensors, options)
 
@@ -177,7 +181,7 @@ _ARGUMENTS: dict[str, str] = {
     "seed": "int",
     "maximize": "bool",
     "sums": "Tensor(e!)?",
-    "projected": "int",
+    "measured": "int",
     "stochastic_params": "bool",
     "demanded": "bool",
 }
@@ -206,7 +210,7 @@ def _run_operator(*arguments: Any) -> None:
         values[name] = values[name] if number is None else number
     tensors = Tensors(*(values.pop(name) for name in Tensors._fields))
     values |= {"seed": unsigned(values["seed"])}
-    values |= {"direction": Direction(values["direction"]), "projected": Projected(values["projected"])}
+    values |= {"direction": Direction(values["direction"]), "measured": Measured(values["measured"])}
     demanded = values.pop("demanded")
     options = Options(**values)
     reason = _lacking({p.device for p in tensors.params})

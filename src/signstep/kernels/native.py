@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from signstep.kernels import shared_library
-from signstep.kernels.engine import Options, Slot, Tensors
+from signstep.kernels.engine import Measured, Options, Slot, Tensors
 from signstep.kernels.layout import laid_out
 from signstep.kernels.momentum import BLOCK
 
-_ABI = 3
+_ABI = 4
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _STATE_DTYPES = {torch.float32: 0, torch.bfloat16: 4, torch.int8: 5}
 _MOST_ROWS = (1 << 16) - 1
@@ -47,6 +47,7 @@ class _Options(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("stochastic_params", ctypes.c_int32),
         ("parallel", ctypes.c_void_p),
+        ("rates", ctypes.c_void_p),
     ]
 
 
@@ -145,8 +146,14 @@ def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: 
     if library is None:
         raise RuntimeError(reason)
     request = _request(isa, own_threads, options)
-    request.rate, request.decay = float(options.rate), float(options.decay)
-    request.sums = 0 if options.sums is None else options.projected
+    rates = None
+    if isinstance(options.rate, Tensor) and options.rate.ndim:
+        rates = options.rate.to("cpu", torch.float64).contiguous()
+        request.rates = rates.data_ptr()
+    else:
+        request.rate = float(options.rate)
+    request.decay = float(options.decay)
+    request.sums = 0 if options.sums is None else options.measured
     count = len(tensors.params)
     sums = None if options.sums is None else torch.empty(count, 3, dtype=torch.float64, device="cpu")
     with laid_out(tensors, options) as (params, grads, exp_avgs, scales, mean_squares, ordinals, offsets):
@@ -172,7 +179,16 @@ def step(tensors: Tensors, options: Options, *, isa: str = "best", own_threads: 
         if library.signstep_step(at, count, request, None if sums is None else sums.data_ptr()):
             raise MemoryError(_NO_MEMORY)
     if sums is not None and options.sums is not None:
-        options.sums.add_(sums[:, :2].sum(dim=0).to(options.sums.device, options.sums.dtype))
+        _add_measured(options.sums, sums, options)
+
+
+def _add_measured(sums: Tensor, found: Tensor, options: Options) -> None:
+    """Add what the library found, [n, 3], to sums."""
+    found = found.to(sums.device, sums.dtype)
+    if options.measured is Measured.MOMENTUM:
+        sums[:, 1].add_(found[:, 2])
+    else:
+        sums.add_(found[:, :2])
 
 
 # --- bits, see kernels/bits.py ---------------------------------------------------------------------------------------
@@ -248,7 +264,14 @@ def cast(
             )
         )
     request = _request(isa, own_threads, options)
-    _run(library.signstep_step, table.buffer_info()[0], len(tensors.grads), request, None)
+    found = None
+    if options.sums is not None:
+        request.sums = options.measured
+        found = torch.empty(len(tensors.grads), 3, dtype=torch.float64, device="cpu")
+    at = None if found is None else found.data_ptr()
+    _run(library.signstep_step, table.buffer_info()[0], len(tensors.grads), request, at)
+    if found is not None and options.sums is not None:
+        _add_measured(options.sums, found, options)
     # Autograd has not seen that the library wrote.
     torch.autograd.graph.increment_version([words, *momentum, *scales, *squares])
     return True

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from signstep.kernels import opaque_noise, reference
-from signstep.kernels.engine import Direction, Options, Projected, Tensors, real_tensors, select, sigmas
+from signstep.kernels.engine import Direction, Measured, Options, Tensors, real_tensors, select, select_options, sigmas
 from signstep.kernels.layout import order_is_free, share_dense_order
 from signstep.kernels.momentum import BLOCK, enter_momenta, enter_momentum, mean_square, widened
 from signstep.kernels.plain_noise import chunk
@@ -42,18 +42,19 @@ def single_tensor_step(tensors: Tensors, options: Options) -> None:
         else:
             (sigma,) = sigmas(options, tensors.mean_squares[i : i + 1], 1)
             (direction,) = dithered([m.detach()], [sigma], [segment], options)
-            if _projects_expected_sign(options):
+            if _measures_expected_sign(options):
                 expected = expected_sign(m, sigma)
         if tensors.mean_squares:
             tensors.mean_squares[i].copy_(mean_square(m))
         if options.sums is not None:
-            _add_sums(options.sums, [expected], [grad])
+            _add_sums(options._replace(sums=options.sums[i : i + 1]), [expected], [grad], [m])
         target = param
         if isinstance(options.decay, Tensor) or options.decay != 1:
             # Of a copy: autograd holds the factor of an lr that it differentiates, and param is overwritten.
             target = param.to(torch.promote_types(param.dtype, torch.float32), copy=True) * options.decay
         if isinstance(options.rate, Tensor):
-            target = target + widened(direction, param) * -options.rate.to(param.device)
+            rate = options.rate[i] if options.rate.ndim else options.rate
+            target = target + widened(direction, param) * -rate.to(param.device)
         else:
             target = torch.add(target, widened(direction, param), alpha=-options.rate)
         param.copy_(target)
@@ -70,32 +71,37 @@ def multi_tensor_step(tensors: Tensors, options: Options) -> None:
     tensors = real_tensors(tensors)
     grouped = Optimizer._group_tensors_by_device_and_dtype([tensors.params, tensors.grads], with_indices=True)  # type: ignore[list-item]
     for _, indices in grouped.values():
-        for batch in _batches(tensors if len(grouped) == 1 else select(tensors, indices), options):
-            ms, grads = enter_momenta(batch, options)
-            directions = _directions(batch, options, ms, grads)
+        for members, batch in _batches(tensors, indices, options):
+            own = select_options(options, members)
+            ms, grads = enter_momenta(batch, own)
+            directions = _directions(batch, own, ms, grads)
             for kept, m in zip(batch.mean_squares, ms, strict=bool(batch.mean_squares)):
                 kept.copy_(mean_square(m))
-            _move(batch, directions, options)
+            _move(batch, directions, own)
+            if options.sums is not None and own.sums is not None:
+                options.sums[members] = own.sums
 
 
-def _batches(tensors: Tensors, options: Options) -> Iterator[Tensors]:
-    """Tensors of one device and dtype, on CPUs so many elements a batch, for which large tensors are cut into vectors.
+def _batches(tensors: Tensors, indices: list[int], options: Options) -> Iterator[tuple[list[int], Tensors]]:
+    """Which tensors are in a batch, and they; all of one device and dtype.
+
+    On CPUs a batch has so many elements, for which large tensors are cut into vectors.
 
     What is computed of a batch is in the caches when it is used, and in memory that the last batch has used, where
     fresh memory for whole tensors costs more than the step: the kernel fills it with zeros first.
     """
-    if tensors.params[0].device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
-        yield tensors
+    if tensors.params[indices[0]].device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        yield indices, select(tensors, indices)
         return
-    free = order_is_free(options, tensors.params[0].dtype)
+    free = order_is_free(options, tensors.params[indices[0]].dtype)
     # Noise is drawn for several elements at a time, so that it takes more of them to occupy a thread.
     most = _PER_THREAD * torch.get_num_threads() if free else -(-chunk() // BLOCK) * BLOCK
     run: list[int] = []
     room = most
-    for i, p in enumerate(tensors.params):
-        size = p.numel()
+    for i in indices:
+        size = tensors.params[i].numel()
         if size > room and run:
-            yield select(tensors, run)
+            yield run, select(tensors, run)
             run, room = [], most
         vectors = _vectors(select(tensors, [i]), options, free) if size > most else None
         if vectors is None:
@@ -103,9 +109,9 @@ def _batches(tensors: Tensors, options: Options) -> Iterator[Tensors]:
             room -= size
         else:
             for first in range(0, size, most):
-                yield _cut(vectors, first, first + most)
+                yield [i], _cut(vectors, first, first + most)
     if run:
-        yield select(tensors, run)
+        yield run, select(tensors, run)
 
 
 def _vectors(one: Tensors, options: Options, order_is_free: bool) -> Tensors | None:
@@ -132,9 +138,9 @@ def _cut(vector: Tensors, first: int, end: int) -> Tensors:
     )
 
 
-def _projects_expected_sign(options: Options) -> bool:
+def _measures_expected_sign(options: Options) -> bool:
     # Noise after the sign does not change the expected step.
-    return options.projected is Projected.EXPECTED_SIGN and options.direction is Direction.PRE
+    return options.measured is Measured.EXPECTED_SIGN and options.direction is Direction.PRE
 
 
 def _directions(tensors: Tensors, options: Options, ms: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
@@ -144,15 +150,15 @@ def _directions(tensors: Tensors, options: Options, ms: list[Tensor], grads: lis
     if options.direction is Direction.SIGN:
         directions = list(torch._foreach_sign(ms))
         if options.sums is not None:
-            _add_sums(options.sums, directions, grads)
+            _add_sums(options, directions, grads, ms)
         # sign, with NaN where m is not finite: see reference.sign.
         torch._foreach_add_(directions, ms, alpha=0)
         return directions
     stds = sigmas(options, tensors.mean_squares, len(ms))
     if options.sums is not None:
-        expected = _projects_expected_sign(options)
+        expected = _measures_expected_sign(options)
         signs = [expected_sign(m, s) if expected else torch.sign(m) for m, s in zip(ms, stds, strict=True)]
-        _add_sums(options.sums, signs, grads)
+        _add_sums(options, signs, grads, ms)
     return dithered(ms, stds, _segments(tensors), options)
 
 
@@ -169,11 +175,16 @@ def dithered(
     return opaque_noise.directions(ms, stds, segments, seed=options.seed, step=options.step, position=position)
 
 
-def _add_sums(sums: Tensor, directions: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Add [<s, g>, ||g||^2] over the lists to sums, in the dtype of sums."""
-    for direction, grad in zip(directions, grads, strict=True):
-        g = grad.to(sums.dtype)
-        sums += torch.stack([(direction.to(sums.dtype) * g).sum(), g.square().sum()]).to(sums.device)
+def _add_sums(options: Options, directions: Sequence[Tensor], grads: Sequence[Tensor], ms: Sequence[Tensor]) -> None:
+    """Add what is measured of each tensor to its row of the sums, in the dtype of the sums."""
+    sums = options.sums
+    assert sums is not None
+    for i, (direction, grad, m) in enumerate(zip(directions, grads, ms, strict=True)):
+        if options.measured is Measured.MOMENTUM:
+            sums[i, 1] += m.to(sums.dtype).square().sum().to(sums.device)
+        else:
+            g = grad.to(sums.dtype)
+            sums[i] += torch.stack([(direction.to(sums.dtype) * g).sum(), g.square().sum()]).to(sums.device)
 
 
 def _move(tensors: Tensors, directions: Sequence[Tensor], options: Options) -> None:
@@ -189,7 +200,8 @@ def _move(tensors: Tensors, directions: Sequence[Tensor], options: Options) -> N
         torch._foreach_mul_(targets, decay)
     steps = [widened(d, p) for d, p in zip(directions, params, strict=True)]
     if isinstance(rate, Tensor):
-        torch._foreach_mul_(steps, -rate.to(params[0].device))
+        negative = -rate.to(params[0].device)
+        torch._foreach_mul_(steps, list(negative.unbind()) if rate.ndim else negative)
         torch._foreach_add_(targets, steps)
     else:
         torch._foreach_add_(targets, steps, alpha=-rate)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from signstep.kernels.engine import Direction, Options, Projected, Tensors
+from signstep.kernels.engine import Direction, Measured, Options, Tensors
 from signstep.kernels.momentum import BLOCK
 from signstep.kernels.plain import multi_tensor_step
 
@@ -166,7 +166,7 @@ _CASES = [
     _Case(
         "relative dither of a shard, maximize, sums of expected signs",
         _FLOAT32,
-        _RELATIVE | {"maximize": True, "momentum": 0.3, "sums": True, "projected": Projected.EXPECTED_SIGN},
+        _RELATIVE | {"maximize": True, "momentum": 0.3, "sums": True, "measured": Measured.EXPECTED_SIGN},
         relative=True,
         offset=2**36 - 7,
         shift=1,
@@ -190,6 +190,12 @@ _CASES = [
         {"direction": Direction.MOMENTUM, "coupled_weight_decay": 0.1, "rate": 0.5},
         odd=True,
     ),
+    _Case("sums of the momentum", _FLOAT32, {"sums": True, "measured": Measured.MOMENTUM}),
+    _Case(
+        "SGD with a rate for each tensor",
+        _FLOAT32,
+        {"direction": Direction.MOMENTUM, "rate": torch.tensor([0.5, 0.25, 1.0, 2.0, 0.1, 0.7], device="cpu")},
+    ),
     _Case("numbers on the device", _FLOAT32, _PRE | {"decay": 0.9}, on_device=True),
 ]
 
@@ -211,7 +217,7 @@ def _options(case: _Case) -> Options:
     if options["sigma"] is not None:
         options["sigma"] = torch.tensor(options["sigma"], dtype=torch.float32, device="cpu")
     if options.pop("sums", False):
-        options["sums"] = torch.ones(2, dtype=torch.promote_types(case.dtype, torch.float32), device="cpu")
+        options["sums"] = torch.ones(len(_SIZES), 2, dtype=torch.promote_types(case.dtype, torch.float32), device="cpu")
     return Options(**options)
 
 
@@ -220,6 +226,8 @@ def _on(device: torch.device, options: Options, *, numbers: bool) -> Options:
     there: dict[str, Any] = {}
     if options.sums is not None:
         there["sums"] = options.sums.to(device, copy=True)
+    if isinstance(options.rate, Tensor):
+        there["rate"] = options.rate.to(device)
     if numbers:
         there |= {n: torch.tensor(getattr(options, n), dtype=torch.float64, device=device) for n in ("rate", "decay")}
         there |= {n: x.to(device) for n, x in (("step", options.step), ("sigma", options.sigma)) if x is not None}

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from signstep.kernels.engine import Options, Projected, Tensors
+from signstep.kernels.engine import Options, Tensors
 from signstep.kernels.layout import laid_out, order_is_free
 from signstep.kernels.momentum import BLOCK as ROW
 from signstep.kernels.momentum import STOCHASTIC
@@ -134,8 +134,7 @@ def _step_elements(
     MAXIMIZE: tl.constexpr,
     COUPLED: tl.constexpr,
     SMALL: tl.constexpr,
-    SUMS: tl.constexpr,
-    EXPECTED: tl.constexpr,
+    MEASURED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     VECTORS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -192,7 +191,7 @@ def _step_elements(
             up = (u >> 8).to(tl.float32) < tl.fma(erf(x), 8388608.0, 8388608.0)
             one = tl.where(sigma == sigma, 1.0, sigma)
             noisy = tl.where(up, one, -one)
-            if EXPECTED:
+            if MEASURED == "expected_sign":
                 signs = tl.where(narrow == 0, 0.0, tl.erf(x)).to(WIDE)
         else:
             noisy = _sign(narrow) + sigma * normal(u)
@@ -204,10 +203,10 @@ def _step_elements(
     else:
         direction = m
 
-    if SUMS:
+    if MEASURED == "sign" or MEASURED == "expected_sign":
         tl.store(partial, tl.sum(tl.sum(signs.to(WIDE) * g, axis=1), axis=0))
         tl.store(partial + 1, tl.sum(tl.sum(g * g, axis=1), axis=0))
-    if RELATIVE:
+    if RELATIVE or MEASURED == "momentum":
         tl.store(partial + 2, tl.sum(tl.sum(m * m, axis=1), axis=0))
     moved = tl.fma(-rate, direction, p * decay)
     if STOCHASTIC:
@@ -249,11 +248,11 @@ def _step_kernel(
     MAXIMIZE: tl.constexpr,
     COUPLED: tl.constexpr,
     SMALL: tl.constexpr,
-    SUMS: tl.constexpr,
-    EXPECTED: tl.constexpr,
+    MEASURED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     VECTORS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    RATES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
@@ -262,10 +261,12 @@ def _step_kernel(
     size = tl.load(row + 5)
     first = (chunk - tl.load(row + 8)) * (ROWS * 256)
     partial = partials
-    if SUMS or RELATIVE:
+    if RELATIVE or MEASURED != "none":
         partial = partials + chunk.to(tl.int64) * 3
     key = seed.to(tl.uint64)
     k = step.to(tl.uint32) if step_at is None else tl.load(step_at).to(tl.uint32)
+    if RATES:
+        rate_at += tl.load(row + 9)
     moved = _number_or(rate, rate_at, WIDE)
     shrunk = _number_or(decay, decay_at, WIDE)
     coupled = _number(coupled_decay, WIDE)
@@ -274,12 +275,12 @@ def _step_kernel(
     if first + ROWS * 256 <= size:
         _step_elements(
             row, partial, first, size, moved, shrunk, coupled, share, noise, key, k, PARAM, STATE, WIDE, KEPT,
-            DIRECTION, RELATIVE, MAXIMIZE, COUPLED, SMALL, SUMS, EXPECTED, STOCHASTIC, VECTORS, ALIGNED, ROWS, True,
+            DIRECTION, RELATIVE, MAXIMIZE, COUPLED, SMALL, MEASURED, STOCHASTIC, VECTORS, ALIGNED, ROWS, True,
         )  # fmt: skip
     else:
         _step_elements(
             row, partial, first, size, moved, shrunk, coupled, share, noise, key, k, PARAM, STATE, WIDE, KEPT,
-            DIRECTION, RELATIVE, MAXIMIZE, COUPLED, SMALL, SUMS, EXPECTED, STOCHASTIC, VECTORS, ALIGNED, ROWS, False,
+            DIRECTION, RELATIVE, MAXIMIZE, COUPLED, SMALL, MEASURED, STOCHASTIC, VECTORS, ALIGNED, ROWS, False,
         )  # fmt: skip
 
 
@@ -288,7 +289,7 @@ def _reduce_kernel(
     table: tl.tensor,
     partials: tl.tensor,
     totals: tl.tensor,
-    SUMS: tl.constexpr,
+    MEASURED: tl.constexpr,
     RELATIVE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -307,14 +308,16 @@ def _reduce_kernel(
     for start in range(begin, end, WIDTH):
         at = partials + (start + lane) * 3
         mine = start + lane < end
-        if SUMS:
+        if MEASURED == "sign" or MEASURED == "expected_sign":
             inner += tl.load(at, mask=mine, other=0).to(tl.float64)
             norm += tl.load(at + 1, mask=mine, other=0).to(tl.float64)
-        if RELATIVE:
+        if RELATIVE or MEASURED == "momentum":
             square += tl.load(at + 2, mask=mine, other=0).to(tl.float64)
-    if SUMS:
-        tl.store(totals + tensor * 2, tl.sum(inner, axis=0))
-        tl.store(totals + tensor * 2 + 1, tl.sum(norm, axis=0))
+    if MEASURED == "sign" or MEASURED == "expected_sign":
+        tl.store(totals + tl.load(row + 9) * 2, tl.sum(inner, axis=0))
+        tl.store(totals + tl.load(row + 9) * 2 + 1, tl.sum(norm, axis=0))
+    if MEASURED == "momentum":
+        tl.store(totals + tl.load(row + 9) * 2 + 1, tl.sum(square, axis=0))
     if RELATIVE:
         mean = tl.sum(square, axis=0) / tl.maximum(size, 1).to(tl.float64)
         tl.store(tl.load(row + 4).to(tl.pointer_type(tl.float32)), mean.to(tl.float32))
@@ -322,9 +325,10 @@ def _reduce_kernel(
 
 # --- the host's side -------------------------------------------------------------------------------------------------
 
-_COLUMNS = 9
+_COLUMNS = 10
 """Columns of the table: the addresses of param, grad, exp_avg, scale and mean_square (0: there is none), the number of
-elements, the first one's index in the whole parameter, the ordinal, and the first of the programs that step it."""
+elements, the first one's index in the whole parameter, the ordinal, the first of the programs that step it, and the
+tensor's index among those of the step."""
 
 
 class _Kind(NamedTuple):
@@ -344,8 +348,8 @@ class _Rows:
         self.values = array("q")
         self.chunks = 0
 
-    def add(self, *columns: int, size: int, offset: int, ordinal: int) -> None:
-        self.values.extend((*columns, size, offset, ordinal, self.chunks))
+    def add(self, *columns: int, size: int, offset: int, ordinal: int, index: int) -> None:
+        self.values.extend((*columns, size, offset, ordinal, self.chunks, index))
         self.chunks += -(-size // BLOCK)
 
 
@@ -361,22 +365,29 @@ def step(tensors: Tensors, options: Options) -> None:
             vectors = (addresses[0] | addresses[1] | addresses[2]) % 16 == 0
             aligned = offset % 16 == 0 or order_is_free(options, p.dtype)
             table = launches.setdefault(_Kind(p.dtype, vectors, aligned), _Rows())
-            table.add(*addresses, size=p.numel(), offset=offset, ordinal=ordinal)
+            table.add(*addresses, size=p.numel(), offset=offset, ordinal=ordinal, index=i)
         if ready.params:
+            totals = None
+            if options.sums is not None:
+                totals = torch.zeros(len(ready.params), 2, dtype=torch.float64, device=ready.params[0].device)
             with torch.cuda.device_of(ready.params[0]):  # type: ignore[no-untyped-call]
                 for kind, table in launches.items():
-                    _launch(kind, table, tensors, options)
+                    _launch(kind, table, tensors, options, totals)
+            if options.sums is not None and totals is not None:
+                options.sums.add_(totals.to(options.sums.device, options.sums.dtype))
 
 
-def _launch(kind: _Kind, rows: _Rows, tensors: Tensors, options: Options) -> None:
-    """Step the tensors of one kind, which are those of the rows."""
+def _launch(kind: _Kind, rows: _Rows, tensors: Tensors, options: Options, totals: Tensor | None) -> None:
+    """Step the tensors of one kind, which are those of the rows, and write what is measured of them to the totals."""
     device, relative = tensors.params[0].device, bool(tensors.mean_squares)
     table, chunks = _tables(rows.values.tobytes(), rows.chunks, device)
     wide = torch.promote_types(kind.dtype, torch.float32)
-    sums = options.sums is not None
-    partials = torch.empty((rows.chunks, 3), dtype=wide, device=device) if sums or relative else None
+    measured = "none" if options.sums is None else options.measured.name.lower()
+    summed = relative or options.sums is not None
+    partials = torch.empty((rows.chunks, 3), dtype=wide, device=device) if summed else None
     step, step_at = argument(options.step, device)
-    rate, rate_at = argument(options.rate, device)
+    rates = isinstance(options.rate, Tensor) and options.rate.ndim == 1
+    rate, rate_at = (0.0, torch.as_tensor(options.rate, device=device)) if rates else argument(options.rate, device)
     decay, decay_at = argument(options.decay, device)
     sigma, sigma_at = argument(0.0 if options.sigma is None else options.sigma, device)
     if rows.chunks:
@@ -404,11 +415,11 @@ def _launch(kind: _Kind, rows: _Rows, tensors: Tensors, options: Options) -> Non
             MAXIMIZE=options.maximize,
             COUPLED=options.coupled_weight_decay != 0,
             SMALL=array("d" if wide == torch.float64 else "f", [1.0 - options.momentum])[0] < 0.5,
-            SUMS=sums,
-            EXPECTED=sums and options.projected is Projected.EXPECTED_SIGN,
+            MEASURED=measured,
             STOCHASTIC=rounds_at_random(kind.dtype, options),
             VECTORS=kind.vectors,
             ALIGNED=kind.aligned,
+            RATES=rates,
             ROWS=ROWS,
             COLUMNS=_COLUMNS,
             num_warps=_WARPS,
@@ -418,12 +429,15 @@ def _launch(kind: _Kind, rows: _Rows, tensors: Tensors, options: Options) -> Non
     if partials is None:
         return
     count = len(rows.values) // _COLUMNS
-    totals = torch.empty((count, 2), dtype=torch.float64, device=device)
     _reduce_kernel[(count,)](
-        table, partials, totals, SUMS=sums, RELATIVE=relative, ROWS=ROWS, COLUMNS=_COLUMNS, WIDTH=_REDUCE, num_warps=8
+        *(table, partials, totals),
+        MEASURED=measured,
+        RELATIVE=relative,
+        ROWS=ROWS,
+        COLUMNS=_COLUMNS,
+        WIDTH=_REDUCE,
+        num_warps=8,
     )
-    if options.sums is not None:
-        options.sums.add_(totals.sum(dim=0).to(options.sums.device, options.sums.dtype))
 
 
 def _bits(x: float | Tensor) -> int:

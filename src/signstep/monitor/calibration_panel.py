@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from signstep.kernels.engine import Measured
 from signstep.kernels.reference import wide_dtype
 from signstep.monitor.last_step import (
     BeforeStep,
@@ -40,7 +41,7 @@ from signstep.monitor.last_step import (
     takes_votes,
 )
 from signstep.monitor.totals import chunks, finite, inner_product, span, to_floats
-from signstep.optim.calibration import EPS
+from signstep.optim.calibration import EPS, RULES
 from signstep.optim.dither import expected_sign
 from signstep.optim.hybrid import HybridSignSGD
 from signstep.optim.signsgd import SignSGD
@@ -227,7 +228,7 @@ class CalibrationPanel:
         each, group = self._averages[index], optimizer.param_groups[index]
         record = {"lr": finite(lr)} | _rules(each.sums().scaled(lr) if each.weight else None, each.paper.value())
         if isinstance(optimizer, HybridSignSGD):
-            record |= {"phase": group["phase"], "calibrated_lr": finite(float(group["calibrated_lr"]))}
+            record |= {"phase": group["phase"], "calibrated_lr": finite(float(group["calibrated_lr"].median()))}
         return record
 
 
@@ -239,7 +240,7 @@ def _advice(optimizer: Optimizer, record: Mapping[str, Any], average: _Sums | No
         rates = [g["calibrated_lr"] for g in groups if g["phase"] == optimizer.phase]
         rule = optimizer.param_groups[0]["calibration"]
         if optimizer.phase == "sgd":
-            present = [float(g["lr_ratio"]) * float(g["lr"]) for g in optimizer.param_groups]
+            present = [float(g["lr_ratio"].median()) * float(g["lr"]) for g in optimizer.param_groups]
             return f"calibration: in the SGD phase, at lr {span(present, 3)} (when it began: {span(rates, 3)})"
     elif average is None and takes_votes(optimizer):
         return "calibration: the workers' own gradients are gone after a vote; HybridSignSGD keeps their sums"
@@ -269,9 +270,10 @@ def _voted(optimizer: Optimizer, before: BeforeStep) -> dict[int, _Sums]:
         return {}
     found = {}
     for i, (group, steps) in enumerate(zip(optimizer.param_groups, before.steps, strict=False)):
-        if before.phases[i] == "sign" and steps is not None and int(group["step"]) > steps:
+        of_votes = RULES[group["calibration"]] is not Measured.MOMENTUM
+        if before.phases[i] == "sign" and steps is not None and int(group["step"]) > steps and of_votes:
             votes = [torch.count_nonzero(p.grad) for p in group["params"] if p.grad is not None]
-            inner, square, *cast = to_floats([*optimizer.voted_sums[i], *votes])
+            inner, square, *cast = to_floats([*optimizer.voted_sums[i].sum(dim=0), *votes])
             found[i] = _Sums(inner, inner, None, square, sum(cast))
     return found
 

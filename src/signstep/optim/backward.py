@@ -103,7 +103,9 @@ class _Stepper:
             self.sums = self.optimizer.new_sums(group)
             Variable._execution_engine.queue_callback(functools.partial(self.finish, backward))
         batch = self.optimizer.collect(group, [p], [ordinal])
-        signsgd(batch, self.optimizer.options(group, self.sums), **{name: group[name] for name in ENGINE_CHOICE})
+        rows = slice(ordinal, ordinal + 1)
+        options = self.optimizer.options(group, None if self.sums is None else self.sums[rows], rows)
+        signsgd(batch, options, **{name: group[name] for name in ENGINE_CHOICE})
         p.grad = None
 
     @torch.no_grad()

@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from signstep.kernels.engine import Direction, Options, Projected
-from signstep.optim.calibration import CALIBRATION_STATE, complete_state, update_rate
+from signstep.kernels.engine import Direction, Measured, Options
+from signstep.optim.calibration import (
+    CALIBRATION_STATE,
+    RULES,
+    complete_state,
+    is_per_tensor,
+    sizes_of,
+    steady_steps,
+    update_rate,
+)
 from signstep.optim.options import HYBRID_OPTIONS, SIGNSGD_OPTIONS, STATE_DTYPES, Option
+from signstep.optim.shards import ALL
 from signstep.optim.signsgd import SignSGD, rate_and_decay
 
 __all__ = ["HybridSignSGD"]
@@ -80,9 +89,12 @@ class HybridSignSGD(SignSGD):
         lr: float | Tensor = 1e-3,
         momentum: float = 0.9,
         *,
-        switch_step: int | None = None,
+        switch_step: int | str | None = None,
+        switch_tolerance: float = 0.1,
+        switch_patience: int = 50,
         ema_decay: float = 0.99,
         calibration: str = "paper",
+        calibration_scope: str | None = None,
         sgd_momentum: float = 0.0,
         dither: float = 0.0,
         dither_decay: float = 0.55,
@@ -104,12 +116,18 @@ class HybridSignSGD(SignSGD):
     def _group_tensors(self, group: dict[str, Any]) -> dict[str, tuple[torch.dtype, torch.device]]:
         first = group["params"][0] if group["params"] else torch.empty(0, dtype=torch.float32, device="cpu")
         wide = torch.float64 if first.dtype in (torch.float64, torch.complex128) else torch.float32
-        return super()._group_tensors(group) | dict.fromkeys(CALIBRATION_STATE, (wide, first.device))
+        own = dict.fromkeys(CALIBRATION_STATE, (wide, first.device))
+        return super()._group_tensors(group) | own | {"steady_steps": (torch.int64, torch.device("cpu"))}
 
     def _place_group_state(self, group: dict[str, Any]) -> None:
         group.setdefault("phase", "sign")
         complete_state(group)
         super()._place_group_state(group)
+        if is_per_tensor(group):
+            count = len(group["params"])
+            group.update(
+                {name: group[name].expand(count).clone() for name in CALIBRATION_STATE if not group[name].ndim}
+            )
 
     @property
     def phase(self) -> str:
@@ -119,9 +137,11 @@ class HybridSignSGD(SignSGD):
         return "sgd" if some_switched and not any(g["step"] > 0 for g in waiting) else "sign"
 
     @property
-    def calibrated_lr(self) -> float | list[float]:
-        """lambda_bar: a number with one param_group, a list with several; 0 before the first sign step."""
-        values = [float(g["calibrated_lr"]) for g in self.param_groups]
+    def calibrated_lr(self) -> Any:
+        """lambda_bar of one param_group, of several a list: a number, or a list of one for each parameter; 0 before the
+        first sign step.
+        """
+        values = [g["calibrated_lr"].tolist() for g in self.param_groups]
         return values[0] if len(values) == 1 else values
 
     @property
@@ -140,6 +160,8 @@ class HybridSignSGD(SignSGD):
     def is_sign_step(self, group: dict[str, Any], step: int) -> bool:
         """Whether step number `step` of a param_group, counted from 0, takes the sign of its momentum."""
         last = group["switch_step"]
+        if isinstance(last, str):
+            return self.in_sign_phase(group)
         # A group that came late to its switch, from a state of SignSGD, takes one step to calibrate.
         return self.in_sign_phase(group) and (last is None or step < last or bool(group["step"] >= last))
 
@@ -150,7 +172,7 @@ class HybridSignSGD(SignSGD):
         Raises:
             RuntimeError: no group has taken a sign step, so there is no calibrated learning rate yet.
         """
-        calibrated = [g for g in self.param_groups if g["avg_weight"] > 0]
+        calibrated = [g for g in self.param_groups if g["avg_weight"].any()]
         if not calibrated:
             raise RuntimeError(
                 "switch() before the first sign step: there is no calibrated learning rate yet; call step() first"
@@ -160,6 +182,10 @@ class HybridSignSGD(SignSGD):
 
     def _switch_group(self, group: dict[str, Any]) -> None:
         group["phase"] = "sgd"
+        ratio, known = group["lr_ratio"], group["avg_weight"] > 0
+        if ratio.ndim:
+            # A parameter that had no gradient until now goes on at the rate of the others.
+            ratio.copy_(torch.where(known, ratio, torch.where(known, ratio, torch.nan).nanmedian()))
         self._free_unused(group)
 
     def _progress(self, group: dict[str, Any]) -> Collection[str]:
@@ -170,9 +196,15 @@ class HybridSignSGD(SignSGD):
         lines = []
         for index, group in enumerate(self.param_groups):
             step, switch = group["step"], group["switch_step"]
-            until = "no switch_step: only switch() ends it" if switch is None else f"switches at step {switch}"
-            rate = group["lr_ratio"] * group["lr"]
-            phase = f"sign phase ({until})" if self.in_sign_phase(group) else f"SGD phase at rate {float(rate):.3g}"
+            until = f"switches at step {switch}"
+            if switch is None:
+                until = "no switch_step: only switch() ends it"
+            elif switch == "auto":
+                until = "switches when its rate is steady"
+            rates = group["lr_ratio"] * group["lr"]
+            phase = f"sign phase ({until})"
+            if not self.in_sign_phase(group):
+                phase = "SGD phase at rate " + ("?" if rates.is_meta else _span(rates))
             lines.append(f"param_group {index}: {phase}, {'?' if step.is_meta else int(step)} steps taken")
         return "\n".join([super().__repr__(), *lines])
 
@@ -186,24 +218,26 @@ class HybridSignSGD(SignSGD):
         return kept
 
     def new_sums(self, group: dict[str, Any]) -> Tensor | None:
-        """Zeros to which a sign step adds [<s, g>, ||g||^2]; under a vote, the sums that the workers have measured."""
+        """Zeros to which a sign step adds what it measures; under a vote, what the workers have measured."""
         if group["phase"] == "sgd":
             return None
         like = group["lr_ratio"]
         if self._driver == "vote":
             index = next(i for i, g in enumerate(self.param_groups) if g is group)
             return self._voted_sums[index].to(like.device, like.dtype)
-        return torch.zeros(2, dtype=like.dtype, device=like.device)
+        return torch.zeros(len(group["params"]), 2, dtype=like.dtype, device=like.device)
 
-    def options(self, group: dict[str, Any], sums: Tensor | None) -> Options:
-        """The engines' options for the next step of a group, in either phase."""
+    def options(self, group: dict[str, Any], sums: Tensor | None, rows: Sequence[int] | slice = ALL) -> Options:
+        """The engines' options for the next step of some of a group's parameters, in either phase."""
         if group["phase"] == "sign":
-            projected = Projected.EXPECTED_SIGN if group["calibration"] == "applied" else Projected.SIGN
-            return super().options(group, sums)._replace(projected=projected)
+            return super().options(group, sums, rows)._replace(measured=RULES[group["calibration"]])
+        ratio = group["lr_ratio"]
+        if ratio.ndim:
+            ratio = ratio[rows]
         lr, decay, coupled_weight_decay = rate_and_decay(group)
         return Options(
             step=group["step"],
-            rate=group["lr_ratio"] * lr,
+            rate=ratio * lr,
             decay=decay,
             coupled_weight_decay=coupled_weight_decay,
             momentum=group["sgd_momentum"],
@@ -220,12 +254,25 @@ class HybridSignSGD(SignSGD):
         super().finish_step(group, sums)
         if sums is None:
             return
-        update_rate(
-            group["calibration"],
-            {name: group[name] for name in CALIBRATION_STATE},
-            sums,
-            lr=rate_and_decay(group)[0],
-            ema_decay=group["ema_decay"],
-        )
-        if group["switch_step"] is not None and group["step"] >= group["switch_step"]:
+        rule, ratio, switch = group["calibration"], group["lr_ratio"], group["switch_step"]
+        sizes = sizes_of(group["params"], ratio)
+        if ratio.ndim or RULES[rule] is Measured.MOMENTUM:
+            # A parameter without a gradient, or with one that is 0, says nothing.
+            sizes = sizes * (sums[:, 1] != 0)
+        sums = sums.T if ratio.ndim else sums.sum(dim=0)
+        sizes = sizes if ratio.ndim else sizes.sum()
+        state = {name: group[name] for name in CALIBRATION_STATE}
+        decay = group["ema_decay"]
+        alone = update_rate(rule, state, sums, sizes, lr=rate_and_decay(group)[0], ema_decay=decay)
+        if switch == "auto":
+            steady = steady_steps(group, alone, sizes)
+            if int(group["step"]) >= round(1 / (1 - decay)) and steady >= group["switch_patience"]:
+                self._switch_group(group)
+        elif switch is not None and group["step"] >= switch:
             self._switch_group(group)
+
+
+def _span(rates: Tensor) -> str:
+    """One rate, or the smallest and the largest of several."""
+    ends = (f"{float(end):.3g}" for end in (rates.min(), rates.max()))
+    return " to ".join(dict.fromkeys(ends)) if rates.numel() else "?"

@@ -89,9 +89,19 @@ SIGNSGD_OPTIONS: Mapping[str, Option] = {
 """The options of `SignSGD`, and of every optimizer that extends it."""
 
 HYBRID_OPTIONS: Mapping[str, Option] = {
-    "switch_step": Option(None, (Integral, type(None)), lambda x: x is None or x >= 1, "None or an integer >= 1"),
+    "switch_step": Option(
+        None,
+        (Integral, str, type(None)),
+        lambda x: x is None or x == "auto" or (not isinstance(x, str) and x >= 1),
+        "None, 'auto' or an integer >= 1",
+    ),
+    "switch_tolerance": _number(0.1),
+    "switch_patience": Option(50, (Integral,), lambda x: x >= 1, "an integer >= 1"),
     "ema_decay": _number(0.99, 1),
     "calibration": _choice(*RULES),
+    "calibration_scope": Option(
+        None, (str, type(None)), lambda x: x in (None, "group", "tensor"), "None, 'group' or 'tensor'"
+    ),
     "sgd_momentum": _number(0.0, 1),
 }
 """The options that `HybridSignSGD` adds."""

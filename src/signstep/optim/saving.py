@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from signstep.kernels.momentum import is_freed
-from signstep.optim.calibration import CALIBRATION_STATE
+from signstep.optim.calibration import HYBRID_PROGRESS
 from signstep.optim.options import HYBRID_OPTIONS, STATE_DTYPES
 from signstep.optim.shards import new_momentum
 
@@ -73,6 +73,6 @@ def completed_group(
             f"this state was saved after its switch to SGD, and {owner} takes sign steps only; load it into "
             "HybridSignSGD"
         )
-    strange = {*HYBRID_OPTIONS, *CALIBRATION_STATE, "phase"} - {*options, *progress}
+    strange = {*HYBRID_OPTIONS, *HYBRID_PROGRESS} - {*options, *progress}
     kept = {name: value for name, value in own.items() if name not in progress}
     return kept | {name: value for name, value in saved.items() if name not in strange}

@@ -20,7 +20,18 @@ from signstep.kernels.engine import Tensors, real, select
 from signstep.kernels.momentum import BLOCK, read_momentum
 from signstep.kernels.reference import wide_dtype
 
-__all__ = ["WHOLE", "Shards", "add_up", "check_sharding", "is_sharded", "mean_square", "new_momentum", "shards_of"]
+__all__ = [
+    "ALL",
+    "WHOLE",
+    "Measurement",
+    "Shards",
+    "add_up",
+    "check_sharding",
+    "is_sharded",
+    "mean_square",
+    "new_momentum",
+    "shards_of",
+]
 
 _NOT_DIFFERENTIABLE = "Invalid differentiable: True with sharded parameters (DTensor); pass differentiable=False"
 
@@ -42,6 +53,9 @@ class _Place(NamedTuple):
 
 WHOLE = _Place(0, 1, None, "")
 
+ALL = slice(None)
+"""All rows of what is measured of a param_group."""
+
 
 class Shards(NamedTuple):
     """Parameters of one param_group that are cut up over the same ranks, or not at all."""
@@ -51,6 +65,23 @@ class Shards(NamedTuple):
     sizes: list[int]
     """Elements of the whole parameters."""
     place: _Place
+
+    def rows(self, ordinals: Sequence[int]) -> Sequence[int] | slice:
+        """Where these parameters are among those of their param_group, which have these ordinals."""
+        own = self.tensors.ordinals
+        return ALL if len(own) == len(ordinals) else [ordinals.index(each) for each in own]
+
+
+class Measurement(NamedTuple):
+    """What a step has measured of some parameters of a param_group."""
+
+    part: Shards
+    sums: Tensor | None = None
+    """A row for each of them."""
+    total: Tensor | None = None
+    """A row for each parameter of the param_group."""
+    rows: Sequence[int] | slice = ALL
+    """Which of these are theirs."""
 
 
 def is_sharded(p: Tensor) -> bool:
@@ -104,14 +135,15 @@ def shards_of(tensors: Tensors) -> list[Shards]:
     return [Shards(select(own, indices), [sizes[i] for i in indices], place) for place, indices in members.values()]
 
 
-def add_up(measured: Sequence[tuple[Shards, Tensor | None]]) -> None:
-    """Make what a step has measured of shards that of whole parameters, in place and the same on all ranks.
+def add_up(measured: Sequence[Measurement]) -> None:
+    """Make what a step has measured of shards that of whole parameters, in place and the same on all ranks, and write
+    the sums to their rows of the totals.
 
-    That is [<s, g>, ||g||^2] of each entry, if it is given, and the mean squares of relative dither. It takes one
-    all-reduce for each group of ranks, in float64, so that its order hardly ever shows after rounding.
+    That is the sums, if they are given, and the mean squares of relative dither. It takes one all-reduce for each group
+    of ranks, in float64, so that its order hardly ever shows after rounding.
     """
     groups: dict[Any, list[tuple[Shards, Tensor | None]]] = {}
-    for shards, sums in measured:
+    for shards, sums, *_ in measured:
         if shards.place.group is not None and (sums is not None or shards.tensors.mean_squares):
             groups.setdefault(shards.place.group, []).append((shards, sums))
     for group, entries in groups.items():
@@ -119,18 +151,21 @@ def add_up(measured: Sequence[tuple[Shards, Tensor | None]]) -> None:
         parts: list[Tensor] = []
         for shards, sums in entries:
             if sums is not None:
-                kept += sums.unbind()
-                parts += sums.unbind()
+                kept.append(sums)
+                parts.append(sums)
             squares = shards.tensors.mean_squares
             if squares:
                 kept += squares
                 shares = [p.numel() / max(1, n) for p, n in zip(shards.tensors.params, shards.sizes, strict=True)]
                 parts += torch._foreach_mul(squares, shares)
         device = torch.device(entries[0][0].place.device_type)
-        total = torch.stack([x.to(device, wide_dtype(device)) for x in parts])
+        total = torch.cat([x.to(device, wide_dtype(device)).reshape(-1) for x in parts])
         dist.all_reduce(total, group=group)
-        for x, whole in zip(kept, total.unbind(), strict=True):
-            x.copy_(whole)
+        for x, whole in zip(kept, torch.split(total, [x.numel() for x in kept]), strict=True):
+            x.copy_(whole.view(x.shape))
+    for _, sums, all_sums, rows in measured:
+        if sums is not None and all_sums is not None and rows != ALL:
+            all_sums[rows] = sums
 
 
 def new_momentum(p: Tensor, state_dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -158,7 +193,7 @@ def mean_square(p: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     scales = [state["exp_avg_scale"]] if "exp_avg_scale" in state else []
     (shards,) = shards_of(Tensors([p], [p], [state["exp_avg"]], scales, [square], [0], [0]))
     square.copy_(momentum.mean_square(real(read_momentum(*shards.tensors.exp_avgs, *shards.tensors.scales))))
-    add_up([(shards, None)])
+    add_up([Measurement(shards)])
     return square
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import reduce
-from itertools import zip_longest
 from typing import Any, ClassVar, Literal, overload
 
 import torch
@@ -27,7 +25,9 @@ from signstep.optim.options import (
 from signstep.optim.ordinals import check_first_ordinal, noise_ordinals
 from signstep.optim.saving import changes_nothing, completed_group, fill_freed
 from signstep.optim.shards import (
+    ALL,
     WHOLE,
+    Measurement,
     Shards,
     add_up,
     check_sharding,
@@ -213,7 +213,8 @@ class SignSGD(Optimizer):
         """Take what a vote measured for the next step of an optimizer that `calibrates`.
 
         Args:
-            sums: for each param_group, [<v, g>, ||g||^2] of the votes v, shape (2,): means over the workers.
+            sums: for each param_group, what is measured of each of its parameters, shape (n, 2), with the votes for
+                signs: means over the workers.
         """
         raise TypeError(f"{type(self).__name__} does not calibrate a learning rate")
 
@@ -388,40 +389,40 @@ class SignSGD(Optimizer):
             batch = self.collect(group, group["params"], ordinals)
             if batch.params:
                 sharded = any(hasattr(type(p), "to_local") for p in batch.params)  # is_sharded, which would cost a call
-                batches.append((group, batch, shards_of(batch) if sharded else [Shards(batch, [], WHOLE)]))
+                batches.append((group, ordinals, batch, shards_of(batch) if sharded else [Shards(batch, [], WHOLE)]))
                 # The model may have moved since the group was made.
                 if group["capturable"] or self.calibrates or group["step"].device.type != "cpu":
                     self._follow_parameters(group)
-        taken: list[tuple[dict[str, Any], list[Tensor]]] = []
-        measured: list[tuple[Shards, Tensor | None]] = []
-        for group, batch, parts in batches:
+        taken: list[tuple[dict[str, Any], Tensor | None]] = []
+        measured: list[Measurement] = []
+        for group, ordinals, batch, parts in batches:
             if stateless and changes_nothing(group, batch.grads):
                 continue
             total = self.new_sums(group) if self.calibrates else None
-            sums = [] if total is None else [total, *(torch.zeros_like(total) for _ in parts[1:])]
-            for part, own in zip_longest(parts, sums):
-                options = self.options(group, own)
+            for part in parts:
+                rows = part.rows(ordinals) if self.calibrates else ALL
+                options = self.options(group, None if total is None else total[rows], rows)
                 signsgd(part.tensors, options, **{name: group[name] for name in ENGINE_CHOICE})
-                measured.append((part, options.sums))
-            taken.append((group, sums))
-        if any(part.place.group is not None for part, _ in measured):
+                measured.append(Measurement(part, options.sums, total, rows))
+            taken.append((group, total))
+        if self.calibrates or any(each.part.place.group is not None for each in measured):
             add_up(measured)
-        for group, sums in taken:
-            self.finish_step(group, reduce(torch.add, sums) if sums else None)
+        for group, total in taken:
+            self.finish_step(group, total)
         return loss
 
     # The parts of a step, for callers that do not take it in one call: backward, and the ranks of a vote.
 
     def new_sums(self, group: dict[str, Any]) -> Tensor | None:
-        """Zeros to which a step adds [<s, g>, ||g||^2]; None for an optimizer that does not use them."""
+        """Zeros to which a step adds what it measures, a row for each parameter; None if that is not used."""
         return None
 
     def finish_step(self, group: dict[str, Any], sums: Tensor | None) -> None:
         """Count the step, once all of the group's parameters have moved."""
         group["step"] += 1
 
-    def options(self, group: dict[str, Any], sums: Tensor | None) -> Options:
-        """The engines' options for the next step of a group."""
+    def options(self, group: dict[str, Any], sums: Tensor | None, rows: Sequence[int] | slice = ALL) -> Options:
+        """The engines' options for the next step of those of a group's parameters that have these rows of its sums."""
         lr, decay, coupled_weight_decay = rate_and_decay(group)
         voted = self._driver == "vote"
         dithered = group["dither"] > 0 and not voted

@@ -86,8 +86,10 @@ def make_idx(place: Path, *, zipped: tuple[bool, ...] = (True,) * 4, seed: int =
 
 @dataclasses.dataclass
 class Server:
-    """A web server on this machine that does what a bad one does. `log` has (path, first byte, bytes to send), before any
-    is sent: a client that has its answer finds it there."""
+    """A web server on this machine that does what a bad one does.
+
+    `log` has (path, first byte, bytes to send) before any is sent: a client that has its answer finds it there.
+    """
 
     url: str
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)

@@ -307,10 +307,10 @@ INLINE const W* advance(const signstep_tensor& t, const Options& o, int64_t firs
     for (int i = n; i < TILE; ++i) tile.g[i] = tile.m[i] = 0;
     if (o.sums == SIGNSTEP_SUMS_OF_EXPECTED_SIGN && o.direction == SIGNSTEP_PRE) {
       sums->add_expected_calibration(m, g, sigma);
-    } else if (o.sums != SIGNSTEP_NO_SUMS) {
+    } else if (o.sums == SIGNSTEP_SUMS_OF_SIGN || o.sums == SIGNSTEP_SUMS_OF_EXPECTED_SIGN) {
       sums->add_calibration(m, g);
     }
-    if (t.mean_square != 0) sums->add_moment(m);
+    if (t.mean_square != 0 || o.sums == SIGNSTEP_SUMS_OF_MOMENTUM) sums->add_moment(m);
   }
   return m;
 }

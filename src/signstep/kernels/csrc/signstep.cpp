@@ -95,7 +95,9 @@ int signstep_step(const signstep_tensor* tensors, int64_t count, const signstep_
   parallel_for(pieces.size(), threads, options->parallel, [&](size_t i) {
     Piece<signstep_tensor>& piece = pieces[i];
     const bool wanted = sums != nullptr || piece.of->mean_square != 0;
-    chunk(*piece.of, *options, piece.begin, piece.end, piece.sigma, wanted ? piece.sums : nullptr);
+    signstep_options own = *options;
+    if (own.rates != nullptr) own.rate = own.rates[piece.of - tensors];
+    chunk(*piece.of, own, piece.begin, piece.end, piece.sigma, wanted ? piece.sums : nullptr);
   });
   if (sums != nullptr) {
     for (int64_t i = 0; i < 3 * count; ++i) sums[i] = 0;

@@ -10,7 +10,7 @@
 #endif
 
 // Raised whenever a structure below changes; native.py refuses a library that answers another number.
-#define SIGNSTEP_ABI 3
+#define SIGNSTEP_ABI 4
 
 enum {
   SIGNSTEP_FLOAT32,
@@ -23,7 +23,7 @@ enum {
 
 // What a parameter moves along: sign(m), sign(m + noise), sign(m) + noise, or m itself. engine.py has the same numbers.
 enum { SIGNSTEP_SIGN, SIGNSTEP_PRE, SIGNSTEP_POST, SIGNSTEP_MOMENTUM };
-enum { SIGNSTEP_NO_SUMS, SIGNSTEP_SUMS_OF_SIGN, SIGNSTEP_SUMS_OF_EXPECTED_SIGN };
+enum { SIGNSTEP_NO_SUMS, SIGNSTEP_SUMS_OF_SIGN, SIGNSTEP_SUMS_OF_EXPECTED_SIGN, SIGNSTEP_SUMS_OF_MOMENTUM };
 enum { SIGNSTEP_BEST, SIGNSTEP_PORTABLE, SIGNSTEP_AVX2, SIGNSTEP_AVX512 };
 
 // One dense tensor, elements in row-major order. Addresses are 0 where there is nothing.
@@ -51,11 +51,12 @@ struct signstep_options {
   uint64_t step;
   int32_t maximize;
   int32_t direction;  // SIGNSTEP_SIGN, _PRE, _POST or _MOMENTUM
-  int32_t sums;       // which s enters <s, g>
+  int32_t sums;       // which s enters <s, g>, or that sum m^2 alone is wanted
   int32_t isa;       // SIGNSTEP_BEST, or one by name for tests
   int32_t threads;
   int32_t stochastic_params;  // bfloat16 parameters are rounded at random
   void* parallel;  // GOMP_parallel of the OpenMP runtime that torch uses, or null for threads of our own
+  const double* rates;  // null, or a rate per tensor in place of `rate`
 };
 
 // Bit e % 64 of word e / 64 belongs to element e of a slot, 1 for up; a slot begins at a word.
@@ -82,8 +83,8 @@ SIGNSTEP_API int signstep_abi(void);
 // The instruction set that SIGNSTEP_BEST stands for on this machine.
 SIGNSTEP_API int signstep_best_isa(void);
 
-// One step of Algorithm 1 on all tensors. sums: null, or per tensor [<s, g>, ||g||^2, sum m^2 if mean_square is given, or 0],
-// written. A tensor with bits is not stepped: its signs, with a coin for each 0, are kept.
+// One step of Algorithm 1 on all tensors. sums: null, or per tensor [<s, g>, ||g||^2, sum m^2 if it is wanted or mean_square is
+// given], 0 what is not wanted, written. A tensor with bits is not stepped: its signs, with a coin for each 0, are kept.
 // This and the following return 0, or 1 if memory ran out (then nothing has been changed).
 SIGNSTEP_API int signstep_step(const struct signstep_tensor* tensors, int64_t count,
                                const struct signstep_options* options, double* sums);

@@ -15,8 +15,8 @@ struct Straight {
         rate(Vector<W>{} + W(-o.rate)),
         decay(Vector<W>{} + W(o.decay)) {}
 
-  // Of as many elements as a register holds. inner, square: to which <sign(m), g> and ||g||^2 are added.
-  template <bool KEPT, bool SIGN, bool SUMS>
+  // Of as many elements as a register holds. inner, square: to which <sign(m), g> and ||g||^2, or 0 and ||m||^2, are added.
+  template <bool KEPT, bool SIGN, int SUMS>
   INLINE void advance(W* param, const W* grad, W* exp_avg, Vector<W>& inner, Vector<W>& square) const {
     const Vector<W> p = load(param);
     Vector<W> g = load(grad) * sign;
@@ -27,7 +27,9 @@ struct Straight {
       m = fused(weight, g - old, small ? old : g);
       store(exp_avg, m);
     }
-    if (SUMS) {
+    if (SUMS == SIGNSTEP_SUMS_OF_MOMENTUM) {
+      square += m * m;
+    } else if (SUMS != SIGNSTEP_NO_SUMS) {
       inner += signed_as(g, m);
       square += g * g;
     }
@@ -36,7 +38,7 @@ struct Straight {
     store(param, fused(rate, direction, p * decay));
   }
 
-  template <bool KEPT, bool SIGN, bool SUMS>
+  template <bool KEPT, bool SIGN, int SUMS>
   INLINE void sixteen(W* param, const W* grad, W* exp_avg, Lanewise<W>& inner, Lanewise<W>& square) const {
 #pragma GCC unroll 8
     for (int j = 0; j < REGISTERS<W>; ++j) {
@@ -45,7 +47,7 @@ struct Straight {
     }
   }
 
-  template <bool KEPT, bool SIGN, bool SUMS>
+  template <bool KEPT, bool SIGN, int SUMS>
   static void run(W* __restrict param, const W* __restrict grad, W* __restrict exp_avg, int64_t n, const Options& o, double* sums) {
     const Straight self(o);
     Sums<W> total;
@@ -67,9 +69,13 @@ struct Straight {
         __builtin_memcpy(param + i, rest[0], size);
         if (KEPT) __builtin_memcpy(exp_avg + i, rest[2], size);
       }
-      if (SUMS) total.add(0, inner), total.add(1, square);
+      if (SUMS == SIGNSTEP_SUMS_OF_MOMENTUM) {
+        total.add(2, square);
+      } else if (SUMS != SIGNSTEP_NO_SUMS) {
+        total.add(0, inner), total.add(1, square);
+      }
     }
-    if (SUMS) total.write(sums);
+    if (SUMS != SIGNSTEP_NO_SUMS) total.write(sums);
   }
 };
 
@@ -78,10 +84,13 @@ void step_straight(const signstep_tensor& t, const Options& o, int64_t begin, in
   W* const param = reinterpret_cast<W*>(t.param) + begin;
   const W* const grad = reinterpret_cast<const W*>(t.grad) + begin;
   W* const exp_avg = KEPT ? reinterpret_cast<W*>(t.exp_avg) + begin : nullptr;
-  if (sums != nullptr && o.sums != SIGNSTEP_NO_SUMS) {
-    Straight<W>::template run<KEPT, SIGN, true>(param, grad, exp_avg, end - begin, o, sums);
+  const int64_t n = end - begin;
+  if (sums == nullptr || o.sums == SIGNSTEP_NO_SUMS) {
+    Straight<W>::template run<KEPT, SIGN, SIGNSTEP_NO_SUMS>(param, grad, exp_avg, n, o, sums);
+  } else if (o.sums == SIGNSTEP_SUMS_OF_MOMENTUM) {
+    Straight<W>::template run<KEPT, SIGN, SIGNSTEP_SUMS_OF_MOMENTUM>(param, grad, exp_avg, n, o, sums);
   } else {
-    Straight<W>::template run<KEPT, SIGN, false>(param, grad, exp_avg, end - begin, o, sums);
+    Straight<W>::template run<KEPT, SIGN, SIGNSTEP_SUMS_OF_SIGN>(param, grad, exp_avg, n, o, sums);
   }
 }
 

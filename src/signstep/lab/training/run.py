@@ -159,8 +159,9 @@ class TrainingRun:
         if epoch % self.config.eval_every == 0 or epoch == self.config.epochs:
             line["eval_loss"], line["eval_accuracy"] = self.evaluate()
         if isinstance(self.optimizer, HybridSignSGD | SWATS):
-            rate = self.optimizer.calibrated_lr
-            assert isinstance(rate, float)
+            # Of a rate for each parameter the one in the middle.
+            rates = torch.as_tensor(self.optimizer.calibrated_lr)
+            rate = float(rates.median())
             line["phase"] = self.phase
             line["calibrated_lr"] = rate if math.isfinite(rate) else None
         images, now = (self.step - self.began_at) * self.config.batch_size, time.perf_counter()

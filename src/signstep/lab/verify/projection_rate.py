@@ -42,8 +42,9 @@ def rates(gradients: Tensor, held: Tensor | None = None, **options: Any) -> Tens
 def averaged(rule: str, sums: Tensor, *, decay: float) -> Tensor:
     """lambda-bar / delta of `signstep.optim.calibration` over sums [K, 2, chains] of <s, g> and |g|^2: [chains]."""
     state = {name: torch.zeros(sums.shape[-1], dtype=sums.dtype) for name in calibration.CALIBRATION_STATE}
+    sizes = torch.ones(sums.shape[-1], dtype=sums.dtype)
     for each in sums:
-        calibration.update_rate(rule, state, each, lr=1.0, ema_decay=decay)
+        calibration.update_rate(rule, state, each, sizes, lr=1.0, ema_decay=decay)
     return state["calibrated_lr"]
 
 

@@ -246,8 +246,8 @@ def test_keys_of_others_in_a_param_group() -> None:
 
 def test_a_state_of_version_0_1_in_its_sign_phase() -> None:
     """It did not average lr: the rate goes on as if lr had always been what it is."""
-    model, optimizer = make(HybridSignSGD, ema_decay=0.5)
-    twin, same = make(HybridSignSGD, ema_decay=0.5)
+    model, optimizer = make(HybridSignSGD, ema_decay=0.5, calibration="paper")
+    twin, same = make(HybridSignSGD, ema_decay=0.5, calibration="paper")
     for run in ((model, optimizer), (twin, same)):
         train(*run, range(3))
     state = deepcopy(optimizer.state_dict())
@@ -286,6 +286,12 @@ def test_the_phase_is_shown() -> None:
     _, optimizer = make(HybridSignSGD)
     assert "param_group 0: sign phase (no switch_step: only switch() ends it), 0 steps taken" in repr(optimizer)
     model, optimizer = make(HybridSignSGD, switch_step=2)
+    train(model, optimizer, range(3))
+    rates = sorted((optimizer.param_groups[0]["lr_ratio"] * optimizer.param_groups[0]["lr"]).tolist())
+    assert f"param_group 0: SGD phase at rate {rates[0]:.3g} to {rates[-1]:.3g}, 3 steps taken" in repr(optimizer)
+    _, optimizer = make(HybridSignSGD, switch_step="auto")
+    assert "param_group 0: sign phase (switches when its rate is steady), 0 steps taken" in repr(optimizer)
+    model, optimizer = make(HybridSignSGD, switch_step=2, calibration="paper")
     train(model, optimizer, range(1))
     assert "param_group 0: sign phase (switches at step 2), 1 steps taken" in repr(optimizer)
     train(model, optimizer, range(1, 3))

@@ -216,7 +216,7 @@ def test_training_under_fully_shard() -> None:
 
 @on_ranks(2)
 def test_one_sum_over_the_ranks_for_each_step() -> None:
-    """Whatever the number of groups: of 5 mean squares, and of two numbers for each of 2 groups."""
+    """Whatever the number of groups: of the mean squares of 5 parameters, and of two sums for each."""
     lengths: list[int] = []
     all_reduce = dist.all_reduce
 
@@ -227,8 +227,8 @@ def test_one_sum_over_the_ranks_for_each_step() -> None:
     cases: tuple[tuple[type[SignSGD], Options, list[int]], ...] = (
         (SignSGD, {"dither": 0.1}, []),
         (SignSGD, RELATIVE, [5]),
-        (HybridSignSGD, {}, [4]),
-        (HybridSignSGD, RELATIVE | {"calibration": "applied"}, [9]),
+        (HybridSignSGD, {}, [10]),
+        (HybridSignSGD, RELATIVE | {"calibration": "applied"}, [15]),
     )
     for optimizer_class, options, expected in cases:
         model, whole = sharded(UNEVEN, mesh_of(2)), Holder(UNEVEN)

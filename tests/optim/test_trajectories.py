@@ -128,5 +128,6 @@ def test_a_switch_at_the_step_where_the_rate_has_settled(calibration: str, scope
 @lengths
 @pytest.mark.parametrize("foreach", [False, True])
 def test_hybrid_with_momentum_after_the_switch(foreach: bool, steps: int) -> None:
-    options = {"switch_step": int(0.3 * steps), "sgd_momentum": 0.8, "maximize": True, "weight_decay": 0.05}
+    options = {"calibration": "paper", "switch_step": int(0.3 * steps), "sgd_momentum": 0.8}
+    options |= {"maximize": True, "weight_decay": 0.05}
     _run(HybridSignSGD, HybridSignSGDReference, _cosine, foreach, options, steps)

@@ -181,7 +181,9 @@ def _add_sums(options: Options, directions: Sequence[Tensor], grads: Sequence[Te
     assert sums is not None
     for i, (direction, grad, m) in enumerate(zip(directions, grads, ms, strict=True)):
         if options.measured is Measured.MOMENTUM:
-            sums[i, 1] += m.to(sums.dtype).square().sum().to(sums.device)
+            # Of a copy: autograd holds what is squared, and the next step overwrites m.
+            own = m.clone() if torch.is_grad_enabled() else m
+            sums[i, 1] += own.to(sums.dtype).square().sum().to(sums.device)
         else:
             g = grad.to(sums.dtype)
             sums[i] += torch.stack([(direction.to(sums.dtype) * g).sum(), g.square().sum()]).to(sums.device)

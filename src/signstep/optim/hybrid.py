@@ -29,28 +29,36 @@ __all__ = ["HybridSignSGD"]
 class HybridSignSGD(SignSGD):
     r"""SignSGD with momentum that switches to SGD at a calibrated learning rate (Algorithm 2 of arXiv 2604.25550).
 
-    Sign phase: the step of `SignSGD`, and a running average :math:`\bar\lambda` of the rate at which SGD's step equals
-    the sign step's projection on the gradient (eq. 11-12). SGD phase, with :math:`\delta` the scheduled ``lr`` and
-    :math:`\bar\delta` its average over the sign steps, weighted as in :math:`\bar\lambda`:
+    Sign phase: the step of `SignSGD`, and a running average :math:`\bar\lambda` of the learning rate at which SGD goes
+    on as the sign steps did: by default, at which its steps are as long. The paper's own rule, ``calibration="paper"``,
+    makes SGD's step the sign step's projection on the gradient (eq. 11-12). SGD phase, with :math:`\delta` the
+    scheduled ``lr`` and :math:`\bar\delta` its average over the sign steps, weighted as in :math:`\bar\lambda`:
 
     .. math::
         x_{k+1} = x_k - \bar\lambda\,\frac{\delta_k}{\bar\delta}\,g_k
 
     so a scheduler goes on scaling the step as it did before, and no single rate decides the scale. Each param_group
-    runs the algorithm by itself: it has its own step count, its own :math:`\bar\lambda` over all its parameters, and
-    its own phase. ``print(optimizer)`` shows phase and step: without ``switch_step`` the sign phase does not end by
-    itself.
+    runs the algorithm by itself: it has its own step count, its own :math:`\bar\lambda` and its own phase.
+    ``print(optimizer)`` shows phase and step: without ``switch_step`` the sign phase does not end by itself.
 
     Args:
         params, lr, momentum: as in `SignSGD`.
         switch_step: sign steps before the switch, those of a loaded state included; None: only `switch()` switches. A
             group that is past it without having calibrated, from a state of SignSGD, takes one sign step more. With a
             value, the step reads its count on the host, so it cannot be captured whole (``capturable=True`` needs
-            None). (default: None)
+            None). "auto" switches once the rate has been steady, see ``switch_tolerance``. (default: None)
+        switch_tolerance, switch_patience: under "auto" a group switches when, ``switch_patience`` steps in a row, the
+            rate that one step alone would have made differed from the average by at most ``switch_tolerance`` times
+            that, in the mean over its coordinates, and at the earliest after 1 / (1 - ema_decay) steps. All ranks
+            switch at the same step. (default: 0.1 and 50)
         ema_decay: eta, the decay of the running averages. (default: 0.99)
-        calibration: "paper" is eq. (12) to the letter; "ratio" averages the signed inner product and the squared norm
-            and divides after; "applied" is "ratio" for the expected dithered step. See `signstep.optim.calibration`.
-            (default: "paper")
+        calibration: the rule for the rate, see `signstep.optim.calibration`. "norm" keeps the length of the step:
+            :math:`\bar\lambda = \delta \sqrt{d / E\|m\|^2}` with d coordinates. "paper" is eq. (12) to the letter;
+            "ratio" averages the signed inner product and the squared norm and divides after; "applied" is "ratio" for
+            the expected dithered step. "swats" is the projection on the step, as in SWATS. (default: "norm")
+        calibration_scope: "group" has one rate for all parameters of a param_group, as the paper, "tensor" one for each
+            parameter; one whose gradient has been 0 until the switch then goes on at the median of the others. None is
+            "tensor" for "norm" and else "group". Read when a group is made or loaded. (default: None)
         sgd_momentum: mu in [0, 1) of the SGD phase, b <- mu b + (1 - mu) g, started from the sign phase's momentum: an
             average, so that the calibrated rate keeps its meaning. At 0 the memory of the momentum is freed at the
             switch; ``state_dict()`` has zeros in its place, so that checkpoints of both phases look alike. (default: 0)
@@ -59,10 +67,10 @@ class HybridSignSGD(SignSGD):
 
     Attributes:
         phase: "sign", or "sgd" once every group that has taken a step has switched.
-        calibrated_lr: lambda_bar, in units of a learning rate for SGD; a list with several param_groups, and 0 before
-            the first sign step. Under "paper" it averages over the learning rates of the sign steps, under the other
-            rules it is that of the last one. A step of SGD has the rate ``group["lr_ratio"] * group["lr"]``. Reading
-            it waits for the device.
+        calibrated_lr: lambda_bar, in units of a learning rate for SGD, 0 before the first sign step; a list of them,
+            one for each parameter, where there are as many; of several param_groups a list. Under "paper" and "swats"
+            it averages over the learning rates of the sign steps, under the other rules it is that of the last one. A
+            step of SGD has the rate ``group["lr_ratio"] * group["lr"]``. Reading it waits for the device.
 
     Raises:
         RuntimeError: `switch()` before the first sign step: there is no rate yet.
@@ -93,7 +101,7 @@ class HybridSignSGD(SignSGD):
         switch_tolerance: float = 0.1,
         switch_patience: int = 50,
         ema_decay: float = 0.99,
-        calibration: str = "paper",
+        calibration: str = "norm",
         calibration_scope: str | None = None,
         sgd_momentum: float = 0.0,
         dither: float = 0.0,
@@ -175,7 +183,8 @@ class HybridSignSGD(SignSGD):
         calibrated = [g for g in self.param_groups if g["avg_weight"].any()]
         if not calibrated:
             raise RuntimeError(
-                "switch() before the first sign step: there is no calibrated learning rate yet; call step() first"
+                "switch() before the first sign step along a gradient that is not 0: there is no calibrated learning "
+                "rate yet; call step() first"
             )
         for group in calibrated:
             self._switch_group(group)
@@ -185,7 +194,7 @@ class HybridSignSGD(SignSGD):
         ratio, known = group["lr_ratio"], group["avg_weight"] > 0
         if ratio.ndim:
             # A parameter that had no gradient until now goes on at the rate of the others.
-            ratio.copy_(torch.where(known, ratio, torch.where(known, ratio, torch.nan).nanmedian()))
+            ratio.copy_(torch.where(known, ratio, ratio.masked_fill(~known, torch.nan).nanmedian().nan_to_num(nan=0.0)))
         self._free_unused(group)
 
     def _progress(self, group: dict[str, Any]) -> Collection[str]:
@@ -268,7 +277,7 @@ class HybridSignSGD(SignSGD):
             steady = steady_steps(group, alone, sizes)
             if int(group["step"]) >= round(1 / (1 - decay)) and steady >= group["switch_patience"]:
                 self._switch_group(group)
-        elif switch is not None and group["step"] >= switch:
+        elif switch is not None and group["step"] >= switch and bool(group["avg_weight"].any()):
             self._switch_group(group)
 
 

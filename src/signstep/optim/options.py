@@ -98,7 +98,7 @@ HYBRID_OPTIONS: Mapping[str, Option] = {
     "switch_tolerance": _number(0.1),
     "switch_patience": Option(50, (Integral,), lambda x: x >= 1, "an integer >= 1"),
     "ema_decay": _number(0.99, 1),
-    "calibration": _choice(*RULES),
+    "calibration": _choice("norm", *(rule for rule in RULES if rule != "norm")),
     "calibration_scope": Option(
         None, (str, type(None)), lambda x: x in (None, "group", "tensor"), "None, 'group' or 'tensor'"
     ),

@@ -38,7 +38,7 @@ def run(*arguments: str) -> int:
         (["train", "--lr", "-1"], "lr=-1.0: expected a finite value >= 0"),
         (["train", "--optimizer", "sgd", "--dither", "0.1"], "dither=0.1: optimizer sgd has no such option"),
         (["train", "--optimizer", "adam", "--state-dtype", "int8"], "state_dtype='int8': optimizer adam has no such"),
-        (["train", "--optimizer", "hybrid"], "optimizer hybrid needs the share of steps before the switch"),
+        (["train", "--optimizer", "hybrid"], "optimizer hybrid needs one of them, to know when to switch"),
         (["train", "--dataset", "digits", "--momentum", "-1"], "Invalid momentum value: -1.0, for optimizer sgd"),
         (["train", "--dataset", "digits", "--data", "/not/here"], "--data /not/here: there is no such folder; make it"),
         (["sweep", "fig2", "--data", "/not/here"], "--data /not/here: there is no such folder"),

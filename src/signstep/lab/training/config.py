@@ -82,8 +82,12 @@ class RunConfig:
     """How a sign method keeps its momentum, the last two with stochastic rounding; None: as the weights, in float32."""
     switch: float | None = None
     """Share of the run's steps taken before HybridSignSGD switches to SGD."""
-    calibration: Literal["paper", "ratio", "applied"] | None = None
-    """How HybridSignSGD finds SGD's learning rate: see its help; None: paper."""
+    switch_tolerance: float | None = None
+    """In place of `switch`: switch once the calibrated rate has been steady to this share of itself."""
+    calibration: Literal["norm", "paper", "ratio", "applied", "swats"] | None = None
+    """How HybridSignSGD finds SGD's learning rate: see its help; None: norm."""
+    calibration_scope: Literal["group", "tensor"] | None = None
+    """One rate for all parameters or one for each; None: one for each under norm, else one."""
     ema_decay: float | None = None
     """Decay of the calibration's running averages; None: 0.99."""
     sgd_momentum: float | None = None
@@ -152,11 +156,13 @@ class RunConfig:
             raise BadInput(
                 f"reduce={self.reduce!r}: start the run's workers with torchrun --nproc-per-node N -m signstep"
             )
-        if "switch" in known.options and (self.switch is None or not 0 < self.switch <= 1):
+        if "switch" in known.options and (self.switch is None) == (self.switch_tolerance is None):
             raise BadInput(
-                f"switch={self.switch!r}: optimizer {self.optimizer} needs the share of steps before the switch, "
-                "in (0, 1]"
+                f"switch={self.switch!r}, switch_tolerance={self.switch_tolerance!r}: optimizer {self.optimizer} needs "
+                "one of them, to know when to switch"
             )
+        if self.switch is not None and not 0 < self.switch <= 1:
+            raise BadInput(f"switch={self.switch!r}: expected a share of the steps, in (0, 1]")
         for name in dict.fromkeys(name for each in OPTIMIZERS.values() for name in each.options):
             if name not in known.options and getattr(self, name) is not None:
                 raise BadInput(f"{name}={getattr(self, name)!r}: optimizer {self.optimizer} has no such option")

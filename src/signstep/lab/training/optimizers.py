@@ -31,7 +31,7 @@ class KnownOptimizer:
 
 
 _SIGN_OPTIONS = ("momentum", "dither", "dither_decay", "dither_position", "dither_scale", "state_dtype")
-_HYBRID_OPTIONS = ("switch", "calibration", "ema_decay", "sgd_momentum")
+_HYBRID_OPTIONS = ("switch", "switch_tolerance", "calibration", "calibration_scope", "ema_decay", "sgd_momentum")
 
 OPTIMIZERS: dict[str, KnownOptimizer] = {
     "sgd": KnownOptimizer("torch.optim.SGD", 0.1, ("momentum", "nesterov"), {"momentum": 0.9}),

@@ -67,7 +67,8 @@ class RunConfig:
     nesterov: bool | None = None
     """Nesterov's momentum, of sgd."""
     switch_tolerance: float | None = None
-    """How near the rate that swats projects must come to its average before it switches; None: 1e-9."""
+    """How near the rate must come to its average before swats switches, None: 1e-9; before hybrid does, as a share of the
+    average, in place of `switch`."""
     gradient_noise: float | None = None
     """Variance of the noise that noisy-sgd adds to every gradient, at the first step; None: 0.01."""
     dither: float | None = None
@@ -82,8 +83,6 @@ class RunConfig:
     """How a sign method keeps its momentum, the last two with stochastic rounding; None: as the weights, in float32."""
     switch: float | None = None
     """Share of the run's steps taken before HybridSignSGD switches to SGD."""
-    switch_tolerance: float | None = None
-    """In place of `switch`: switch once the calibrated rate has been steady to this share of itself."""
     calibration: Literal["norm", "paper", "ratio", "applied", "swats"] | None = None
     """How HybridSignSGD finds SGD's learning rate: see its help; None: norm."""
     calibration_scope: Literal["group", "tensor"] | None = None

@@ -136,7 +136,7 @@ def test_the_switch_comes_on_the_same_step_on_all_ranks() -> None:
     assert rates == [rates[0]] * 4
 
 
-def _switch() -> tuple[list[str], float]:
+def _switch() -> tuple[list[str], list[float]]:
     """On four ranks the means differ by rounding; calibration is that of DDP."""
     ddp, model = DistributedDataParallel(Net()), shard(Net())
     theirs, ours = (HybridSignSGD(m.parameters(), lr=0.01, switch_step=4) for m in (ddp, model))
@@ -146,13 +146,13 @@ def _switch() -> tuple[list[str], float]:
     for step in range(6):
         train_step(step, (ddp, theirs), (model, ours))
         phases.append(ours.phase)
-    assert ours.calibrated_lr == theirs.calibrated_lr
-    assert ours.calibrated_lr > 0
+    assert ours.calibrated_lr == pytest.approx(theirs.calibrated_lr, rel=1e-6)
+    assert min(ours.calibrated_lr) > 0
     for p, q in zip(model.parameters(), ddp.parameters(), strict=True):
         torch.testing.assert_close(p.to_local(), own_rows(q, p), rtol=1e-5, atol=1e-6)
     assert not vote.worker.state
     assert_same_everywhere(model)
-    return phases, float(ours.calibrated_lr)
+    return phases, ours.calibrated_lr
 
 
 @on_ranks(2)

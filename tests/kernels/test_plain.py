@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from signstep.kernels import plain, plain_noise
-from signstep.kernels.engine import Direction, Projected, Tensors
+from signstep.kernels.engine import Direction, Measured, Tensors
 from signstep.kernels.momentum import new_momentum
 from signstep.kernels.plain import multi_tensor_step, single_tensor_step
 
@@ -86,7 +86,7 @@ SIZES = st.tuples(st.sampled_from([0, 1, 64, 252, 255, 256, 257, 512, 516, 1021,
     st.sampled_from(STATE_DTYPES),
     st.sampled_from([0.0, 0.9]),
     st.booleans(),
-    st.booleans(),
+    st.sampled_from([None, *Measured]),
 )
 def test_batches_change_no_bit(
     sizes: list[tuple[int, str]],
@@ -96,17 +96,25 @@ def test_batches_change_no_bit(
     state_dtype: torch.dtype | None,
     momentum: float,
     relative: bool,
-    measured: bool,
+    measured: Measured | None,
 ) -> None:
-    options = {"rate": 0.03, "momentum": momentum, "state_dtype": state_dtype} | KINDS[kind] | OTHERS[other]
+    options = (
+        {
+            "rate": torch.linspace(0.01, 0.05, len(sizes)) if measured else 0.03,
+            "momentum": momentum,
+            "state_dtype": state_dtype,
+        }
+        | KINDS[kind]
+        | OTHERS[other]
+    )
     relative = relative and kind in ("pre", "post")
-    measured = measured and kind != "momentum"
+    measured = None if kind == "momentum" else measured
     results = []
     for step in (multi_tensor_step, single_tensor_step):
         tensors, sums = problem(sizes, dtype, options, relative), None
         for k in range(2):
-            sums = torch.zeros(2, dtype=torch.float64) if measured else None
-            step(tensors, request(**options, step=torch.tensor(k), sums=sums, projected=Projected.EXPECTED_SIGN))
+            sums = torch.zeros(len(sizes), 2, dtype=torch.float64) if measured else None
+            step(tensors, request(**options, step=torch.tensor(k), sums=sums, measured=measured or Measured.SIGN))
         results.append([*tensors.params, *tensors.exp_avgs, *tensors.scales, *tensors.mean_squares])
         if sums is not None:
             results[-1].append(sums)

@@ -194,7 +194,10 @@ _CASES = [
     _Case(
         "SGD with a rate for each tensor",
         _FLOAT32,
-        {"direction": Direction.MOMENTUM, "rate": torch.tensor([0.5, 0.25, 1.0, 2.0, 0.1, 0.7], device="cpu")},
+        {
+            "direction": Direction.MOMENTUM,
+            "rate": torch.tensor([0.5, 0.25, 1.0, 2.0, 0.1, 0.7], dtype=torch.float32, device="cpu"),
+        },
     ),
     _Case("numbers on the device", _FLOAT32, _PRE | {"decay": 0.9}, on_device=True),
 ]

@@ -386,8 +386,12 @@ def _launch(kind: _Kind, rows: _Rows, tensors: Tensors, options: Options, totals
     summed = relative or options.sums is not None
     partials = torch.empty((rows.chunks, 3), dtype=wide, device=device) if summed else None
     step, step_at = argument(options.step, device)
+    rate: float | Tensor = 0.0
     rates = isinstance(options.rate, Tensor) and options.rate.ndim == 1
-    rate, rate_at = (0.0, torch.as_tensor(options.rate, device=device)) if rates else argument(options.rate, device)
+    if isinstance(options.rate, Tensor) and rates:
+        rate_at: Tensor | None = options.rate.to(device)
+    else:
+        rate, rate_at = argument(options.rate, device)
     decay, decay_at = argument(options.decay, device)
     sigma, sigma_at = argument(0.0 if options.sigma is None else options.sigma, device)
     if rows.chunks:

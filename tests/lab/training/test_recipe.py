@@ -93,7 +93,12 @@ def test_the_hybrid_switches_where_the_schedule_falls(total: int) -> None:
             HybridSignSGD,
             {"state_dtype": "bfloat16"},
         ),
-        ({"optimizer": "hybrid", "switch": 0.25}, HybridSignSGD, {"switch_step": 25, "calibration": "paper"}),
+        ({"optimizer": "hybrid", "switch": 0.25}, HybridSignSGD, {"switch_step": 25, "calibration": "norm"}),
+        (
+            {"optimizer": "hybrid", "switch_tolerance": 0.2, "calibration_scope": "group"},
+            HybridSignSGD,
+            {"switch_step": "auto", "switch_tolerance": 0.2, "calibration_scope": "group"},
+        ),
         ({"optimizer": "hybrid", "switch": 1e-9}, HybridSignSGD, {"switch_step": 1}),
         ({"optimizer": "hybrid", "switch": 1.0}, HybridSignSGD, {"switch_step": 100}),
         (

@@ -59,7 +59,7 @@ def test_the_loop_is_the_plain_one(tmp_path: Path) -> None:
     assert last["eval_loss"] == pytest.approx(F.cross_entropy(logits, eval_y).item(), rel=1e-4)
     assert last["eval_accuracy"] == pytest.approx((logits.argmax(1) == eval_y).double().mean().item(), abs=1.5 / 360)
     assert last["phase"] == "sgd"
-    assert last["calibrated_lr"] == pytest.approx(optimizer.calibrated_lr, rel=1e-4)
+    assert last["calibrated_lr"] == pytest.approx(torch.tensor(optimizer.calibrated_lr).median().item(), rel=1e-4)
 
 
 @pytest.mark.slow

@@ -67,8 +67,8 @@ class RunConfig:
     nesterov: bool | None = None
     """Nesterov's momentum, of sgd."""
     switch_tolerance: float | None = None
-    """How near the rate must come to its average before swats switches, None: 1e-9; before hybrid does, as a share of the
-    average, in place of `switch`."""
+    """How near the rate must come to its average before swats switches, None: 1e-9; of hybrid a share of the average,
+    and in place of `switch`."""
     gradient_noise: float | None = None
     """Variance of the noise that noisy-sgd adds to every gradient, at the first step; None: 0.01."""
     dither: float | None = None

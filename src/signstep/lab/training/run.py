@@ -160,7 +160,7 @@ class TrainingRun:
             line["eval_loss"], line["eval_accuracy"] = self.evaluate()
         if isinstance(self.optimizer, HybridSignSGD | SWATS):
             # Of a rate for each parameter the one in the middle.
-            rates = torch.as_tensor(self.optimizer.calibrated_lr)
+            rates = torch.tensor(self.optimizer.calibrated_lr, dtype=torch.float64, device="cpu")
             rate = float(rates.median())
             line["phase"] = self.phase
             line["calibrated_lr"] = rate if math.isfinite(rate) else None

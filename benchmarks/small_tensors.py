@@ -35,7 +35,10 @@ MAKE: dict[str, Callable[[list[Parameter]], Optimizer]] = {
     "dithered": lambda params: SignSGD(params, lr=1e-3, dither=0.1),
 }
 ROUNDS, SECONDS, LIMIT = 41, 0.02, 15.0
-"""A round gives each optimizer so many seconds of steps in turn; a row ends after ROUNDS, or, with 5 or more, after LIMIT."""
+"""A round gives each optimizer so many seconds of steps in turn.
+
+A row ends after ROUNDS, or, with 5 or more, after LIMIT.
+"""
 
 
 def _spin(core: int) -> None:

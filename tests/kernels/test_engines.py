@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from pairwise import every_combination
 from signstep import HybridSignSGD, SignSGD
+from signstep.optim.calibration import RULES
 
 
 @pytest.mark.parametrize(("dtype", "dither", "other"), every_combination(DTYPES, DITHERS, OTHERS))
@@ -46,8 +47,14 @@ def test_every_state_dtype(engine: Engine, dtype: torch.dtype, dither: str, stat
     ("dither", "calibration", "options"),
     every_combination(
         ["clean", "pre", "relative"],
-        ["paper", "ratio", "applied"],
-        [{}, {"sgd_momentum": 0.9}, {"sgd_momentum": 0.9, "state_dtype": torch.int8}, {"weight_decay": 0.1}],
+        [*RULES],
+        [
+            {},
+            {"sgd_momentum": 0.9},
+            {"calibration_scope": "tensor"},
+            {"sgd_momentum": 0.9, "state_dtype": torch.int8},
+            {"weight_decay": 0.1},
+        ],
     ),
 )
 def test_hybrid_in_both_phases(engine: Engine, dither: str, calibration: str, options: dict[str, Any]) -> None:
@@ -58,7 +65,7 @@ def test_hybrid_in_both_phases(engine: Engine, dither: str, calibration: str, op
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("calibration", ["paper", "applied"])
+@pytest.mark.parametrize("calibration", ["paper", "applied", "norm"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_calibration_sums(engine: Engine, dtype: torch.dtype, calibration: str) -> None:
     rates = []

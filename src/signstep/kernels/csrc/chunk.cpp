@@ -416,8 +416,9 @@ void step_or_cast(const signstep_tensor& t, const Options& o, int64_t begin, int
 
 // Whether step_dithered takes it.
 inline bool is_dithered(const signstep_tensor& t, const Options& o, float sigma) {
-  return o.direction == SIGNSTEP_PRE && t.exp_avg != 0 && t.state_dtype == t.dtype && o.sums == SIGNSTEP_NO_SUMS &&
-         !o.maximize && o.coupled_decay == 0 && float(o.gradient_weight) < 0.5f && sigma == sigma;
+  return o.direction == SIGNSTEP_PRE && t.exp_avg != 0 && t.state_dtype == t.dtype &&
+         (o.sums == SIGNSTEP_NO_SUMS || o.sums == SIGNSTEP_SUMS_OF_MOMENTUM) && !o.maximize && o.coupled_decay == 0 &&
+         float(o.gradient_weight) < 0.5f && sigma == sigma;
 }
 
 // Of float32 and float64.

@@ -97,7 +97,7 @@ struct Dithered {
 };
 
 void dithered(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end, float sigma, double* sums) {
-  if (t.mean_square != 0) {
+  if (t.mean_square != 0 || o.sums == SIGNSTEP_SUMS_OF_MOMENTUM) {
     if (o.decay == 1) return Dithered<true, false>::run(t, o, begin, end, sigma, sums);
     return Dithered<true, true>::run(t, o, begin, end, sigma, sums);
   }

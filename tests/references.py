@@ -94,6 +94,26 @@ class SignSGDReference:
         self.k += 1
 
 
+class LionReference(SignSGDReference):
+    """Algorithm 2 of Chen et al. 2023, with the dither of `SignSGDReference`, whose `m` holds c for it."""
+
+    def __init__(
+        self, params: list[Array], lr: float, betas: tuple[float, float] = (0.9, 0.99), **options: object
+    ) -> None:
+        super().__init__(params, lr, betas[0], **options)  # type: ignore[arg-type]
+        self.beta_2 = betas[1]
+        self.kept = [np.zeros_like(p) for p in self.x]
+
+    def step(self, gradients: list[Array]) -> None:
+        raw, x = self.gradients(gradients), self.x
+        self.sigmas = [self.sigma(c) for c in self.m]
+        self.m = [self.beta * m + (1 - self.beta) * g for m, g in zip(self.kept, raw, strict=True)]
+        shrunk = 1 - self.lr * self.decay if self.decoupled else 1.0
+        self.x = [shrunk * x[i] - self.lr * self.direction(i) for i in range(len(x))]
+        self.kept = [self.beta_2 * m + (1 - self.beta_2) * g for m, g in zip(self.kept, raw, strict=True)]
+        self.k += 1
+
+
 class Rate:
     """lambda-bar of some tensors by one rule: eq. (11) and (12), and the rules of `signstep.optim.calibration`."""
 

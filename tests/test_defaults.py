@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._device import _device_constructors
 
 import signstep
-from signstep import HybridSignSGD, SignSGD
+from signstep import HybridSignSGD, Lion, SignSGD
 from signstep.distributed.compressors import blocks
 from signstep.distributed.compressors.noise import random_integers
 from signstep.distributed.fsdp_shards import Part, Routes
@@ -82,6 +82,7 @@ CONFIGS: dict[str, tuple[type[SignSGD], dict[str, Any]]] = {
     "relative, 8 bits": (SignSGD, {**RELATIVE, "state_dtype": torch.int8}),
     "relative, bf16": (SignSGD, {**RELATIVE, "state_dtype": torch.bfloat16}),
     "capturable": (SignSGD, {**RELATIVE, "capturable": True}),
+    "lion, 8 bits": (Lion, {**RELATIVE, "state_dtype": torch.int8}),
     "hybrid": (HybridSignSGD, {"switch_step": 2, "sgd_momentum": 0.9}),
     "hybrid, ratio, 8 bits": (
         HybridSignSGD,

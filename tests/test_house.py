@@ -22,7 +22,7 @@ MODULES = sorted(m.name for m in PACKAGES if not m.name.endswith(("__main__", "l
 def test_import_takes_torch_alone() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import signstep; "
-        "signstep.SignSGD, signstep.HybridSignSGD, signstep.optim, signstep.kernels; "
+        "signstep.SignSGD, signstep.HybridSignSGD, signstep.Lion, signstep.optim, signstep.kernels; "
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from signstep.monitor import Monitor
-    from signstep.optim import HybridSignSGD, SignSGD
+    from signstep.optim import HybridSignSGD, Lion, SignSGD
 
-__all__ = ["HybridSignSGD", "Monitor", "SignSGD", "__version__"]
+__all__ = ["HybridSignSGD", "Lion", "Monitor", "SignSGD", "__version__"]
 __version__ = "0.1.0"
 
-_HOMES = {"HybridSignSGD": "signstep.optim", "Monitor": "signstep.monitor", "SignSGD": "signstep.optim"}
+_HOMES = dict.fromkeys(("HybridSignSGD", "Lion", "SignSGD"), "signstep.optim") | {"Monitor": "signstep.monitor"}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gang import gang, on_ranks
-from signstep import SignSGD
+from signstep import Lion, SignSGD
 from signstep.distributed import CollectiveError, MajorityVote
 from signstep.distributed.worker import in_memory_order, worker_seed
 from signstep.kernels import bits, reference
@@ -33,6 +33,7 @@ class SlowVote:
     def __init__(self, params: list[Tensor], size: int, **options: Any) -> None:
         self.params, self.size = params, size
         self.lr, self.beta = options.get("lr", 1e-3), options.get("momentum", 0.9)
+        self.betas = options.get("betas")
         self.seed, self.alpha = options.get("seed", 0), options.get("dither", 0.0)
         self.decay, self.abstain = options.get("weight_decay", 0.0), options.get("ties") == "abstain"
         self.momenta = [[torch.zeros(p.numel()) for p in params] for _ in range(size)]
@@ -50,7 +51,14 @@ class SlowVote:
                 if grad is None:
                     continue
                 m = self.momenta[w][i]
-                m.lerp_(in_memory_order(grad), 1 - self.beta) if self.beta > 0 else m.copy_(in_memory_order(grad))
+                if self.betas is not None:  # Liu et al. 2024, Algorithm 1
+                    kept, g, (beta_1, beta_2) = m, in_memory_order(grad), self.betas
+                    m = beta_1 * kept + (1 - beta_1) * g
+                    kept.mul_(beta_2).add_(g, alpha=1 - beta_2)
+                elif self.beta > 0:
+                    m.lerp_(in_memory_order(grad), 1 - self.beta)
+                else:
+                    m.copy_(in_memory_order(grad))
                 seed = worker_seed(self.seed, w)
                 up = m > 0
                 if self.alpha > 0:
@@ -79,7 +87,7 @@ def _follow(
     net = small_net(kind)
     twin = copy.deepcopy(net)
     model = DistributedDataParallel(net, **ddp)
-    optimizer = SignSGD(model.parameters(), **options)
+    optimizer = (Lion if "betas" in options else SignSGD)(model.parameters(), **options)
     MajorityVote(model, optimizer, **vote)
     slow = SlowVote([p.data for p in twin.parameters()], dist.get_world_size(), **options, **vote)
     for step in range(steps):
@@ -109,6 +117,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gradient_as_bucket_view": ("linear", SMALL_BUCKETS | {"gradient_as_bucket_view": True}, {"momentum": 0.0}, {}),
     "channels_last": ("conv", SMALL_BUCKETS, {"dither": 1e-4, "weight_decay": 0.1}, {}),
     "channels_last, views": ("conv", {"gradient_as_bucket_view": True}, {}, {"ties": "abstain"}),
+    "lion": ("conv", SMALL_BUCKETS, {"betas": (0.9, 0.99), "lr": 3e-3, "weight_decay": 0.1, "dither": 1e-4}, {}),
     "ties abstain": ("linear", SMALL_BUCKETS, {"seed": 5}, {"ties": "abstain"}),
 }
 
@@ -150,6 +159,13 @@ def test_a_part_that_is_not_finite_stops_all_ranks_while_others_are_on_the_wire(
         pytest.raises(CollectiveError, match=r"gradient of 4.bias on rank 1 is not finite"),
     ):
         F.cross_entropy(model(x), y).backward()
+
+
+@pytest.mark.slow
+def test_distributed_lion_follows_the_slow_vote_for_200_steps() -> None:
+    options = {"betas": (0.9, 0.99), "lr": 3e-3, "weight_decay": 0.1}
+    for size, steps in ((2, 60), (3, 200)):
+        assert gang(size).run(_follow, "linear", SMALL_BUCKETS, options, {}, steps, 1) == [steps] * size
 
 
 def test_gradients_accumulated_in_no_sync_are_voted_on_once() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gang import gang
-from signstep import HybridSignSGD, SignSGD
+from signstep import HybridSignSGD, Lion, SignSGD
 from signstep.distributed import CollectiveError, MajorityVote, resplit
 from signstep.distributed.attacks import Attack, Collude, NotANumber, Random, SignFlip, Silent, Stale
 from signstep.distributed.simulation import SimulatedMean, SimulatedVote, per_worker_gradients
@@ -76,6 +76,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], SignSGD]] = {
         dither=0.5, dither_scale="relative", weight_decay=0.1, decoupled_weight_decay=False, maximize=True,
     ),
     "bfloat16": lambda m: SignSGD(m.parameters(), lr=3e-3, state_dtype=torch.bfloat16),
+    "lion": lambda m: Lion(m.parameters(), lr=3e-3, weight_decay=0.1, dither=0.5, dither_scale="relative"),
+    "lion, int8": lambda m: Lion(m.parameters(), lr=3e-3, betas=(0.8, 0.0), state_dtype=torch.int8),
     "int8": lambda m: SignSGD(m.parameters(), lr=3e-3, state_dtype=torch.int8, dither=1e-4),
     "some": lambda m: SignSGD([m.conv.weight, m.extra], lr=3e-3, momentum=0.0),
     "hybrid": lambda m: HybridSignSGD(m.parameters(), lr=3e-3, switch_step=SWITCH, calibration="ratio"),
@@ -117,6 +119,9 @@ CASES: list[Any] = [
     (2, "clean", {}, {}),
     (4, "clean", {}, {}),
     (4, "clean", {"ties": "abstain"}, {}),
+    (3, "lion", {"dither_workers": "scaled"}, {}),
+    (3, "lion, int8", {}, {}),
+    (2, "lion", {"error_feedback": True}, {}),
     pytest.param(8, "dithered", {"ties": "abstain"}, {}, marks=pytest.mark.long),
     (4, "clean", {"error_feedback": True}, {}),
     (2, "dithered", {}, {}),

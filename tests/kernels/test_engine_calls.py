@@ -102,10 +102,11 @@ def test_wide_seeds_and_steps(engine: Engine, step: int, seed: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("interpolation", [None, 0.8])
 @pytest.mark.parametrize("measured", Measured)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_and_mean_squares(
-    engine: Engine, dtype: torch.dtype, measured: Measured, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, dtype: torch.dtype, measured: Measured, interpolation: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In several programs per tensor, and several rounds of the kernel that adds them up; twice the same bits."""
     if engine.name == "triton":
@@ -121,7 +122,7 @@ def test_sums_and_mean_squares(
         squares = [torch.tensor((0.5 + i) * k, device=device) for i, k in enumerate(kept)]
         total = torch.ones(len(sizes), 2, dtype=sums, device=device)
         tensors = Tensors(ps, gs, ms, [], squares, list(range(5)), [0] * 5)
-        step(tensors, request(sums=total, measured=measured, momentum=0.5))
+        step(tensors, request(sums=total, measured=measured, momentum=0.5, interpolation=interpolation))
         results.append([total, *squares])
     for first, second, expected in zip(*results, strict=True):
         assert torch.equal(first, second)

@@ -23,8 +23,8 @@ from engine_cases import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pairwise import every_combination
-from signstep import HybridSignSGD, SignSGD
+from pairwise import every_combination, pairwise
+from signstep import HybridSignSGD, Lion, SignSGD
 from signstep.optim.calibration import RULES
 
 
@@ -85,6 +85,43 @@ SIZES = {
 }
 
 
+BETAS = [(0.9, 0.99), (0.99, 0.9), (0.2, 0.3), (0.0, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dither", "other", "state_dtype", "betas"),
+    pairwise(DTYPES, DITHERS, list(OTHERS), STATE_DTYPES, BETAS),
+)
+def test_lion(
+    engine: Engine,
+    dtype: torch.dtype,
+    dither: str,
+    other: str,
+    state_dtype: torch.dtype | None,
+    betas: tuple[float, float],
+) -> None:
+    options = DITHERS[dither] | OTHERS[other] | {"state_dtype": state_dtype, "betas": betas}
+    options.pop("momentum", None)
+    make: Make = functools.partial(parameters, FEW[engine.name], dtype)
+    check_equal(engine, Lion, options, make, steps=4 if engine.name == "native" else 2)
+
+
+@pytest.mark.parametrize("dither", ["clean", "pre", "relative"])
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+def test_lion_with_equal_betas_is_signsgd(engine: Engine, dither: str, state_dtype: torch.dtype | None) -> None:
+    """In float32, where what is kept is what decides, or decides before it is rounded at random."""
+    runs = []
+    for cls, averages in ((Lion, {"betas": (0.9, 0.9)}), (SignSGD, {"momentum": 0.9})):
+        params = parameters(FEW[engine.name], torch.float32, engine.device)
+        options = DITHERS[dither] | {"state_dtype": state_dtype}
+        optimizer = cls(params, lr=0.03, fused=True, **averages, **options)
+        for step in range(3):
+            give_gradients(params, step)
+            optimizer.step()
+        runs.append([*params, *(x for state in optimizer.state.values() for x in state.values())])
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
 @pytest.mark.slow
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -93,6 +130,7 @@ SIZES = {
     other=st.sampled_from(list(OTHERS)),
     dtype=st.sampled_from(DTYPES),
     state_dtype=st.sampled_from(STATE_DTYPES),
+    betas=st.none() | st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
     seed=st.integers(0, 2**64 - 1),
 )
 def test_any_combination(
@@ -102,11 +140,15 @@ def test_any_combination(
     other: str,
     dtype: torch.dtype,
     state_dtype: torch.dtype | None,
+    betas: tuple[float, float] | None,
     seed: int,
 ) -> None:
     sizes = data.draw(st.lists(st.sampled_from(SIZES[engine.name]), min_size=1, max_size=5))
     options = DITHERS[dither] | OTHERS[other] | {"state_dtype": state_dtype, "seed": seed}
-    check_equal(engine, SignSGD, options, functools.partial(parameters, [(n,) for n in sizes], dtype), steps=2)
+    cls = SignSGD
+    if betas is not None:
+        cls, options = Lion, {"betas": betas} | {k: v for k, v in options.items() if k != "momentum"}
+    check_equal(engine, cls, options, functools.partial(parameters, [(n,) for n in sizes], dtype), steps=2)
 
 
 @pytest.mark.parametrize(
@@ -119,11 +161,13 @@ def test_any_combination(
 def test_strided_tensors(engine: Engine, options: dict[str, Any], dtype: torch.dtype) -> None:
     assert not any(p.is_contiguous() for p in strided(dtype, engine.device))
     check_equal(engine, SignSGD, options, functools.partial(strided, dtype))
+    check_equal(engine, Lion, options, functools.partial(strided, dtype))
 
 
 @pytest.mark.parametrize("options", [{}, DITHERS["pre"], {"state_dtype": torch.int8}])
 def test_complex_parameters(engine: Engine, options: dict[str, Any]) -> None:
-    check_equal(engine, SignSGD, options, functools.partial(parameters, [(300,), (7,)], torch.complex64))
+    for cls in (SignSGD, Lion):
+        check_equal(engine, cls, options, functools.partial(parameters, [(300,), (7,)], torch.complex64))
 
 
 @pytest.mark.parametrize("options", DITHERS.values(), ids=DITHERS)

@@ -37,6 +37,7 @@ from signstep.kernels import fused, native, reference, triton_bits
 from signstep.kernels.engine import Options, Tensors
 from signstep.kernels.reference import Segment
 from signstep.kernels.triton_noise import erf, noise_bits, normal, uniform
+from signstep.kernels.triton_tables import cached_tables
 
 ENGINE = Engine("triton", engine, DEVICE)
 
@@ -376,7 +377,7 @@ def test_graph_replay_equals_eager(cls: type[SignSGD], options: dict[str, Any]) 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured.step()
-    engine._cached_tables.cache_clear()
+    cached_tables.cache_clear()
     for step in range(3, 9):
         for ps in (eager, params):
             refill(ps, step)
@@ -394,7 +395,7 @@ def test_graph_replay_equals_eager(cls: type[SignSGD], options: dict[str, Any]) 
 @pytest.mark.parametrize(("cls", "options"), DEVICE_OPTIONS)
 def test_the_host_never_waits(cls: type[SignSGD], options: dict[str, Any]) -> None:
     optimizer = gpu_training(cls, options)[1]
-    engine._cached_tables.cache_clear()
+    cached_tables.cache_clear()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -10,7 +10,7 @@ import torch
 import torch.utils.checkpoint
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from signstep import HybridSignSGD, SignSGD
+from signstep import HybridSignSGD, Lion, SignSGD
 from signstep.optim import attach_to_backward
 
 
@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dither": {"dither": 1e-4, "seed": 3},
     "relative, 8 bits": {"dither": 1.0, "dither_scale": "relative", "state_dtype": torch.int8},
     "no momentum, plain torch": {"momentum": 0.0, "fused": False},
+    "lion": {"betas": (0.9, 0.99), "dither": 1.0, "dither_scale": "relative"},
     "hybrid": {"switch_step": 4, "calibration": "paper", "ema_decay": 0.5},
     "hybrid, applied": {
         "switch_step": 4,
@@ -45,7 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_it_is_the_step_after_backward(options: dict[str, Any]) -> None:
     """With a scheduler, a parameter that gets no gradient, and a loop that calls step and zero_grad all the same."""
-    cls = HybridSignSGD if "switch_step" in options else SignSGD
+    cls = HybridSignSGD if "switch_step" in options else Lion if "betas" in options else SignSGD
     plain, attached = network(), network()
     for model in (plain, attached):
         model.extra = torch.nn.Parameter(torch.ones(3))
@@ -104,8 +105,8 @@ def test_a_backward_that_fails_does_not_stop_the_next() -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="Invalid differentiable: True, a step inside backward"):
         attach_to_backward(network(), {"differentiable": True})
-    with pytest.raises(TypeError, match="unexpected keyword argument 'betas'"):
-        attach_to_backward(network(), {"betas": (0.9, 0.99)})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'switch_step'"):
+        attach_to_backward(network(), {"betas": (0.9, 0.99), "switch_step": 3})
 
 
 def test_nested_backwards_are_refused() -> None:

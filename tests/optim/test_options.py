@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import signstep
-from signstep import HybridSignSGD, SignSGD
+from signstep import HybridSignSGD, Lion, SignSGD
 from signstep.kernels import native
 
 
-@pytest.mark.parametrize("cls", [SignSGD, HybridSignSGD])
+@pytest.mark.parametrize("cls", [SignSGD, HybridSignSGD, Lion])
 def test_the_table_and_the_constructor_agree(cls: type[SignSGD]) -> None:
     arguments = {
         name: parameter.default

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from pairwise import pairwise
-from signstep import HybridSignSGD, SignSGD
+from signstep import HybridSignSGD, Lion, SignSGD
 from signstep.kernels.momentum import is_freed
 
 SWITCH = 3
@@ -39,6 +40,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 def assert_equal(state: Any, expected: Any) -> None:
     """The same containers, with tensors of the same bits and dtypes."""
+    if isinstance(state, tuple):  # of which torch makes a list in a full state
+        state, expected = list(state), list(expected)
     assert type(state) is type(expected)
     if isinstance(state, dict):
         assert state.keys() == expected.keys()
@@ -78,7 +81,7 @@ WAYS: dict[str, tuple[Callable[..., None], StateDictOptions | None]] = {
     "cpu offload": (by_distributed_checkpoint, StateDictOptions(cpu_offload=True)),
     "flattened": (by_distributed_checkpoint, StateDictOptions(flatten_optimizer_state_dict=True)),
 }
-WHEN = {"SignSGD": 2, "before": SWITCH - 1, "at": SWITCH, "after": SWITCH + 2}
+WHEN = {"SignSGD": 2, "Lion": 2, "before": SWITCH - 1, "at": SWITCH, "after": SWITCH + 2}
 DITHER: dict[str, Options] = {
     "clean": {},
     "absolute": {"dither": 1e-3},
@@ -94,13 +97,17 @@ def test_a_run_resumes_to_the_same_bits(
 ) -> None:
     options: Options = {"momentum": momentum, "state_dtype": state_dtype, **DITHER[dither]}
     cls: type[SignSGD] = SignSGD
-    if when != "SignSGD":
+    if when == "Lion":
+        cls = Lion
+        del options["momentum"]
+        options["betas"] = (0.9, momentum)
+    elif when != "SignSGD":
         cls = HybridSignSGD
         options |= {"switch_step": SWITCH, "sgd_momentum": sgd_momentum, "calibration": "ratio"}
     old, new = make(cls, **options), make(cls, **options)
     train(*old, range(WHEN[when]))
     transfer, dcp_options = WAYS[way]
-    if way == "full" and momentum == 0 and (sgd_momentum == 0 or when == "SignSGD"):
+    if way == "full" and momentum == 0 and when != "Lion" and (sgd_momentum == 0 or when == "SignSGD"):
         # torch cannot load what has no tensor with a dimension, as the state of torch.optim.SGD without momentum.
         with pytest.raises(AssertionError, match="Expected device to be set"):
             transfer(old, new, tmp_path, dcp_options)
@@ -221,14 +228,20 @@ def test_a_state_of_the_hybrid_in_signsgd() -> None:
         plain.load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("cls", [SignSGD, HybridSignSGD])
-@pytest.mark.parametrize("foreign", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize(
+    ("cls", "foreign"),
+    [
+        *product((SignSGD, HybridSignSGD, Lion), (torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop)),
+        *((SignSGD, Lion), (HybridSignSGD, Lion), (Lion, SignSGD), (Lion, HybridSignSGD)),
+    ],
+)
 def test_the_state_of_another_optimizer_is_refused(cls: type[SignSGD], foreign: type[torch.optim.Optimizer]) -> None:
     model, optimizer = make(cls)
     other = foreign(model.parameters())
     train(model, other, range(1))
     before = deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match="this state is not one of SignSGD or HybridSignSGD: its param_group has"):
+    own = "Lion" if cls is Lion else "SignSGD or HybridSignSGD"
+    with pytest.raises(ValueError, match=f"this state is not one of {own}: its param_group has"):
         optimizer.load_state_dict(other.state_dict())
     assert_equal(optimizer.state_dict(), before)
 

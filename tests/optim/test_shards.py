@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from gang import gang, on_ranks
-from signstep import HybridSignSGD, SignSGD
+from signstep import HybridSignSGD, Lion, SignSGD
 from signstep.kernels.engine import Tensors
 from signstep.kernels.momentum import new_momentum
 from signstep.optim import attach_to_backward
@@ -55,6 +55,8 @@ SHARDED: Mapping[str, tuple[type[SignSGD], Options]] = {
     "float32": (SignSGD, {"state_dtype": torch.float32, "lr": torch.tensor(0.01)}),
     "int8": (SignSGD, {"dither": 0.1, "state_dtype": torch.int8}),
     "int8, foreach": (SignSGD, {"state_dtype": torch.int8, "foreach": True}),
+    "lion": (Lion, {"weight_decay": 0.1}),
+    "lion, int8": (Lion, {"dither": 0.1, "state_dtype": torch.int8, "betas": (0.8, 0.95)}),
     "bfloat16": (SignSGD, {"lr": 1e-3, "weight_decay": 0.1}),
     "bfloat16, foreach": (SignSGD, {"lr": 1e-3, "dither": 0.1, "foreach": True}),
     # The rest goes by sums over all shards.
@@ -63,6 +65,7 @@ SHARDED: Mapping[str, tuple[type[SignSGD], Options]] = {
     "relative, no momentum": (SignSGD, {"momentum": 0.0} | RELATIVE),
     "relative, after the sign": (SignSGD, {"dither_position": "post"} | RELATIVE),
     "relative, int8": (SignSGD, {"state_dtype": torch.int8} | RELATIVE),
+    "lion, relative": (Lion, {"foreach": True} | RELATIVE),
     "paper": (HybridSignSGD, {"switch_step": 3}),
     "paper, foreach": (HybridSignSGD, {"switch_step": 3, "foreach": True}),
     "ratio": (HybridSignSGD, {"switch_step": 3, "calibration": "ratio", "sgd_momentum": 0.9}),

@@ -1,4 +1,4 @@
-"""The generic tests of torch.optim, driven over `SignSGD` and `HybridSignSGD`.
+"""The generic tests of torch.optim, driven over `SignSGD`, `HybridSignSGD` and `Lion`.
 
 PyTorch holds every optimizer to one set of tests, written against an `OptimizerInfo` (test/test_optim.py, which does
 not ship in the wheel; the OptimizerInfo machinery does). Each test here has the name of the one it stands for and asks
@@ -35,7 +35,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from signstep import HybridSignSGD, SignSGD
+from signstep import HybridSignSGD, Lion, SignSGD
 from signstep.kernels import reference
 from signstep.kernels.engine import real
 from signstep.kernels.fused import missing
@@ -111,6 +111,13 @@ HYBRID_OPTIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+LION_OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("betas", {"betas": (0.8, 0.9)}),
+    ("no momentum", {"betas": (0.0, 0.0)}),
+    *((name, options) for name, options in SIGN_OPTIONS if "momentum" not in options),
+]
+
+
 def inputs_of(options: list[tuple[str, dict[str, Any]]]) -> Callable[..., list[OptimizerInput]]:
     def inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
         # Fresh values each time: a scheduler fills a Tensor lr in place.
@@ -169,7 +176,12 @@ def info(cls: type[SignSGD], options: list[tuple[str, dict[str, Any]]]) -> Optim
     )
 
 
-DB = [info(SignSGD, SIGN_OPTIONS), info(HybridSignSGD, HYBRID_OPTIONS)]
+OPTIONS: dict[type[SignSGD], list[tuple[str, dict[str, Any]]]] = {
+    SignSGD: SIGN_OPTIONS,
+    HybridSignSGD: HYBRID_OPTIONS,
+    Lion: LION_OPTIONS,
+}
+DB = [info(cls, options) for cls, options in OPTIONS.items()]
 
 NO_FUSED = "no fused kernels for this device here: fused=True is a RuntimeError, which test_fused_is_refused checks"
 NOT_RUN = {
@@ -1091,7 +1103,7 @@ def differentiable_steps(
 def differentiable_cases() -> list[Any]:
     return [
         pytest.param(cls, kwargs, id=f"{cls.__name__}-{desc}")
-        for cls, options in ((SignSGD, SIGN_OPTIONS), (HybridSignSGD, HYBRID_OPTIONS))
+        for cls, options in OPTIONS.items()
         for desc, kwargs in options
     ]
 

@@ -1,4 +1,4 @@
-"""SignSGD and HybridSignSGD follow the paper's algorithms, step by step, against the float64 references."""
+"""The optimizers follow the papers' algorithms, step by step, against the float64 references."""
 
 import math
 from collections.abc import Callable
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from references import HybridSignSGDReference, SignSGDReference
-from signstep import HybridSignSGD, SignSGD
+from references import HybridSignSGDReference, LionReference, SignSGDReference
+from signstep import HybridSignSGD, Lion, SignSGD
 from signstep.optim.calibration import RULES
 
 SHAPES = [(3, 5), (17,), (), (2, 3, 4)]
@@ -92,6 +92,20 @@ def test_signsgd_follows_algorithm_1(dither: str, decay: str, foreach: bool, ste
 @pytest.mark.parametrize("options", [{"momentum": 0.0}, {"maximize": True, "weight_decay": 0.1}])
 def test_signsgd_options(options: dict[str, Any], steps: int) -> None:
     _run(SignSGD, SignSGDReference, _cosine, True, options, steps)
+
+
+@lengths
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("dither", DITHERS)
+def test_lion_follows_its_algorithm(dither: str, decay: str, foreach: bool, steps: int) -> None:
+    _run(Lion, LionReference, _cosine, foreach, DITHERS[dither] | DECAYS[decay], steps)
+
+
+@lengths
+@pytest.mark.parametrize("betas", [(0.0, 0.99), (0.9, 0.0), (0.0, 0.0), (0.3, 0.4), (0.95, 0.9)])
+def test_betas_of_lion(betas: tuple[float, float], steps: int) -> None:
+    _run(Lion, LionReference, _milestone, True, {"betas": betas, "maximize": True} | DITHERS["relative"], steps)
 
 
 @lengths

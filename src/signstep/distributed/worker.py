@@ -20,9 +20,9 @@ from signstep.kernels.momentum import MOMENTUM, STOCHASTIC, enter_momentum, is_f
 from signstep.kernels.reference import Segment
 from signstep.optim.calibration import RULES
 from signstep.optim.dither import dither_std
-from signstep.optim.options import STATE_DTYPES
+from signstep.optim.options import STATE_DTYPES, rate_and_decay
 from signstep.optim.ordinals import noise_ordinals
-from signstep.optim.signsgd import SignSGD, rate_and_decay
+from signstep.optim.signsgd import SignSGD
 from signstep.optim.wrappers import unwrap
 
 __all__ = ["Gradient", "Worker", "resplit", "worker_seed"]
@@ -215,7 +215,7 @@ class Worker:
             tensors.ordinals.append(self.ordinals[name])
             tensors.offsets.append(start)
             state = self.state.setdefault(state_key(name, start), {})
-            if group["momentum"] > 0:
+            if any(self.optimizer.averages(group)):
                 if "exp_avg" not in state:
                     state.update(new_momentum(flat, STATE_DTYPES[group["state_dtype"]]))
                 tensors.exp_avgs.append(state["exp_avg"])
@@ -237,12 +237,14 @@ class Worker:
 
     def _options(self, group: dict[str, Any], step: int) -> Options:
         sigma = self.sigma(group, step)
+        momentum, interpolation = self.optimizer.averages(group)
         return Options(
             step=step_tensor(step),
             rate=0.0,
             decay=1.0,
             coupled_weight_decay=rate_and_decay(group)[2],
-            momentum=group["momentum"],
+            momentum=momentum,
+            interpolation=interpolation,
             state_dtype=STATE_DTYPES[group["state_dtype"]],
             direction=Direction.SIGN if sigma is None else Direction.PRE,
             sigma=sigma,
@@ -266,7 +268,9 @@ class Worker:
             if options.sums is not None:
                 options.sums[i, 1] += m.double().square().sum()
             corrected = m + residual
-            plain = options._replace(momentum=0.0, maximize=False, coupled_weight_decay=0.0, sums=None)
+            plain = options._replace(
+                momentum=0.0, interpolation=None, maximize=False, coupled_weight_decay=0.0, sums=None
+            )
             bits.cast(one._replace(grads=[corrected], exp_avgs=[], scales=[]), plain, words, [slot])
             residual.copy_(corrected)
             bits.spread(words, None, [slot], [corrected])

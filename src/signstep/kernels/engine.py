@@ -84,6 +84,9 @@ class Options(NamedTuple):
     stochastic_params: bool = True
     """bfloat16 parameters are rounded up or down at random, see `signstep.kernels.rounding`. Others, and all without
     it, are rounded to the nearest."""
+    interpolation: float | None = None
+    """beta_1 of Lion, in [0, 1). Where there is momentum, direction, sums and mean square are then those of beta_1 m +
+    (1 - beta_1) gradient, with the m of before the step. None: of the new m."""
 
 
 class Slot(NamedTuple):

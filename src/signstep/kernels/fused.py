@@ -30,7 +30,7 @@ _ENGINES = {"cpu": "signstep.kernels.native", "cuda": "signstep.kernels.triton"}
 
 def missing(params: Sequence[Tensor]) -> str | None:
     """Why these parameters cannot be stepped by fused kernels, one sentence; None if they can."""
-    kinds = _kinds(params)
+    kinds = frozenset((type(p), p.device, p.dtype) for p in params)
     reason = _unsupported(kinds)
     # Not while tracing: the compiler would trace the search for a library.
     if reason is not None or torch.compiler.is_compiling():
@@ -51,10 +51,6 @@ def _lacking(devices: Iterable[torch.device]) -> str | None:
 
 
 _Kinds = frozenset[tuple[type, torch.device, torch.dtype]]
-
-
-def _kinds(params: Sequence[Tensor]) -> _Kinds:
-    return frozenset((type(p), p.device, p.dtype) for p in params)
 
 
 def _unsupported(kinds: _Kinds) -> str | None:
@@ -78,7 +74,7 @@ def by_default(tensors: Tensors) -> bool:
         return False
     if torch.is_grad_enabled() and any(p.requires_grad for p in params):
         return False
-    kinds = _kinds(params)
+    kinds = frozenset((type(p), p.device, p.dtype) for p in params)
     if torch.compiler.is_compiling():
         # On GPUs the operator decides when it runs: a check on the device cannot be traced.
         on_cpu = any(device.type == "cpu" for _, device, _ in kinds)
@@ -183,6 +179,7 @@ _ARGUMENTS: dict[str, str] = {
     "sums": "Tensor(e!)?",
     "measured": "int",
     "stochastic_params": "bool",
+    "interpolation": "float?",
     "demanded": "bool",
 }
 library.define("signstep::step", f"({', '.join(f'{kind} {name}' for name, kind in _ARGUMENTS.items())}) -> ()")

@@ -81,7 +81,8 @@ def enter_momentum(tensors: Tensors, i: int, options: Options) -> tuple[Tensor, 
 
     Returns:
         m, whose sign the step takes, and the g that entered it. Without momentum m is g. m is the buffer itself, or a
-        float32 (or wider) tensor where the buffer is rounded at random.
+        float32 (or wider) tensor where the buffer is rounded at random. With an interpolation, that in place of m, a
+        float32 (or wider) tensor.
     """
     grad = tensors.grads[i]
     if options.maximize:
@@ -100,8 +101,12 @@ def enter_momenta(tensors: Tensors, options: Options) -> tuple[list[Tensor], lis
         params = [widened(p) for p in tensors.params]
         grads = list(torch._foreach_add([widened(g) for g in grads], params, alpha=options.coupled_weight_decay))
     if ms and options.state_dtype is None and grads[0].dtype == ms[0].dtype:
+        directed = ms
+        if options.interpolation is not None:
+            wide = [widened(m) for m in ms], [widened(g) for g in grads]
+            directed = list(torch._foreach_lerp(*wide, 1 - options.interpolation))
         torch._foreach_lerp_(ms, grads, 1 - options.momentum)
-        return ms, grads
+        return directed, grads
     return [_average(tensors, i, g, options) for i, g in enumerate(grads)], grads
 
 
@@ -111,10 +116,15 @@ def widened(x: Tensor, param: Tensor | None = None) -> Tensor:
 
 
 def _average(tensors: Tensors, i: int, grad: Tensor, options: Options) -> Tensor:
-    """Average a gradient into the buffer of tensor i, in place, and return m, whose sign the step takes."""
+    """Average a gradient into the buffer of tensor i, in place, and return that whose sign the step takes."""
     if not tensors.exp_avgs:
         return grad
     exp_avg, scale = tensors.exp_avgs[i], tensors.scales[i] if tensors.scales else None
+    if options.interpolation is not None:
+        old = widened(read_momentum(exp_avg, scale), grad)
+        interpolated = torch.lerp(old, widened(grad), 1 - options.interpolation)
+        _average(tensors, i, grad, options._replace(interpolation=None))
+        return interpolated
     weight = 1 - options.momentum
     if options.state_dtype not in STOCHASTIC:
         if torch.promote_types(grad.dtype, exp_avg.dtype) == exp_avg.dtype:

@@ -23,7 +23,7 @@ from signstep.kernels.engine import Measured, Options, Slot, Tensors
 from signstep.kernels.layout import laid_out
 from signstep.kernels.momentum import BLOCK
 
-_ABI = 4
+_ABI = 5
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _STATE_DTYPES = {torch.float32: 0, torch.bfloat16: 4, torch.int8: 5}
 _MOST_ROWS = (1 << 16) - 1
@@ -37,6 +37,7 @@ class _Options(ctypes.Structure):
         ("decay", ctypes.c_double),
         ("coupled_decay", ctypes.c_double),
         ("gradient_weight", ctypes.c_double),
+        ("direction_weight", ctypes.c_double),
         ("sigma", ctypes.c_double),
         ("seed", ctypes.c_uint64),
         ("step", ctypes.c_uint64),
@@ -123,6 +124,7 @@ def _request(isa: str, own_threads: bool, options: Options | None = None) -> _Op
     if options is not None:
         request.coupled_decay = options.coupled_weight_decay
         request.gradient_weight = 1 - options.momentum
+        request.direction_weight = 0.0 if options.interpolation is None else 1 - options.interpolation
         request.direction = options.direction
         request.sigma = 0.0 if options.sigma is None else float(options.sigma)
         request.seed = options.seed

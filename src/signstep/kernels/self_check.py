@@ -118,7 +118,7 @@ class _Known:
                 os.unlink(temporary)
 
 
-_SOURCES = ("self_check.py", "triton.py", "triton_noise.py")
+_SOURCES = ("self_check.py", "triton.py", "triton_noise.py", "triton_tables.py")
 
 
 def _digest(*contents: bytes) -> str:
@@ -159,6 +159,7 @@ _PRE: dict[str, Any] = {"direction": Direction.PRE, "sigma": 0.1}
 _POST: dict[str, Any] = {"direction": Direction.POST, "sigma": 0.3, "rate": 0.5}
 _SGD: dict[str, Any] = {"direction": Direction.MOMENTUM, "rate": 0.5}
 _RELATIVE: dict[str, Any] = {"direction": Direction.PRE, "sigma": 1.0}
+_LION: dict[str, Any] = {"momentum": 0.99, "interpolation": 0.9}
 
 _CASES = [
     _Case("float32", _FLOAT32, {}, odd=True),
@@ -199,6 +200,16 @@ _CASES = [
             "rate": torch.tensor([0.5, 0.25, 1.0, 2.0, 0.1, 0.7], dtype=torch.float32, device="cpu"),
         },
     ),
+    _Case("Lion, sums of the momentum", _FLOAT32, _LION | {"decay": 0.9, "sums": True, "measured": Measured.MOMENTUM}),
+    _Case(
+        "Lion of a shard with relative dither and 8-bit momentum",
+        _BFLOAT16,
+        _RELATIVE | _LION | {"state_dtype": _INT8},
+        relative=True,
+        offset=13,
+        odd=True,
+    ),
+    _Case("Lion with bfloat16 momentum", _FLOAT16, _LION | {"interpolation": 0.3, "state_dtype": _BFLOAT16}),
     _Case("numbers on the device", _FLOAT32, _PRE | {"decay": 0.9}, on_device=True),
 ]
 

@@ -10,7 +10,6 @@ once, and with ``capturable=True`` a kernel reads them on the device, so that a 
 
 from __future__ import annotations
 
-import functools
 import struct
 from array import array
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from signstep.kernels.momentum import BLOCK as ROW
 from signstep.kernels.momentum import STOCHASTIC
 from signstep.kernels.rounding import rounds_at_random
 from signstep.kernels.triton_noise import argument, erf, jit, noise_bits, normal, triton_dtype, unavailable, uniform
+from signstep.kernels.triton_tables import COLUMNS, tables
 
 try:
     import triton
@@ -86,6 +86,12 @@ def _average(m: tl.tensor, g: tl.tensor, weight: tl.tensor, SMALL: tl.constexpr)
 
 
 @jit()
+def _average_or(m: tl.tensor, old: tl.tensor, g: tl.tensor, weight: tl.tensor, INTERPOLATE: tl.constexpr) -> tl.tensor:
+    """What the direction is taken of: m, or an average of old momentum and gradient with a weight of its own."""
+    return m if INTERPOLATE == "no" else _average(old, g, weight, INTERPOLATE == "small")
+
+
+@jit()
 def _sign(m: tl.tensor) -> tl.tensor:
     return tl.where(m > 0, 1.0, 0.0).to(m.dtype) - tl.where(m < 0, 1.0, 0.0).to(m.dtype)
 
@@ -122,6 +128,7 @@ def _step_elements(
     decay: tl.tensor,
     coupled_decay: tl.tensor,
     weight: tl.tensor,
+    direction_weight: tl.tensor,
     sigma: tl.tensor,
     seed: tl.tensor,
     step: tl.tensor,
@@ -134,6 +141,7 @@ def _step_elements(
     MAXIMIZE: tl.constexpr,
     COUPLED: tl.constexpr,
     SMALL: tl.constexpr,
+    INTERPOLATE: tl.constexpr,
     MEASURED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     VECTORS: tl.constexpr,
@@ -160,23 +168,27 @@ def _step_elements(
         state_at = _address(row, 2, first, STATE, VECTORS) + local
         old = _load(state_at, inside, FULL)
         if KEPT == "nearest":
-            kept = _average(old.to(WIDE), g, weight, SMALL).to(STATE)
+            old = old.to(WIDE)
+            kept = _average(old, g, weight, SMALL).to(STATE)
             _store(state_at, kept, inside, FULL)
-            m = kept.to(WIDE)
+            m = _average_or(kept.to(WIDE), old, g, direction_weight, INTERPOLATE)
         else:
             random = noise_bits(element, local, 2, seed, step, ordinal, 8, ROWS, ALIGNED)
             if KEPT == "int8":
                 scale_at = _address(row, 3, first // 256, tl.float32, False) + rows
                 has_row = first + rows * 256 < size
                 scale = _load(scale_at, has_row, FULL)
-                m = _average((old.to(tl.float32) * scale[:, None]).to(WIDE), g, weight, SMALL)
+                old = (old.to(tl.float32) * scale[:, None]).to(WIDE)
+                m = _average(old, g, weight, SMALL)
                 quantised, scale = _to_int8(m.to(tl.float32), random)
                 _store(state_at, quantised, inside, FULL)
                 _store(scale_at, scale, has_row, FULL)
             else:
-                m = _average(old.to(tl.float32).to(WIDE), g, weight, SMALL)
+                old = old.to(tl.float32).to(WIDE)
+                m = _average(old, g, weight, SMALL)
                 bits = _to_bfloat16_bits(m.to(tl.float32), (random >> 16 & 0xFF00) | 0x80)
                 _store(state_at.to(tl.pointer_type(tl.uint16)), bits, inside, FULL)
+            m = _average_or(m, old, g, direction_weight, INTERPOLATE)
 
     # The decision is made in float32 whatever the parameter is.
     narrow = m.to(tl.float32)
@@ -218,7 +230,7 @@ def _step_elements(
 
 
 _NUMBERS = [
-    *("seed", "step", "rate", "decay", "coupled_decay", "weight", "sigma"),
+    *("seed", "step", "rate", "decay", "coupled_decay", "weight", "direction_weight", "sigma"),
     *("step_at", "rate_at", "decay_at", "sigma_at"),
 ]
 
@@ -234,6 +246,7 @@ def _step_kernel(
     decay: tl.int64,
     coupled_decay: tl.int64,
     weight: tl.int64,
+    direction_weight: tl.int64,
     sigma: tl.int64,
     step_at: tl.tensor,
     rate_at: tl.tensor,
@@ -248,6 +261,7 @@ def _step_kernel(
     MAXIMIZE: tl.constexpr,
     COUPLED: tl.constexpr,
     SMALL: tl.constexpr,
+    INTERPOLATE: tl.constexpr,
     MEASURED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     VECTORS: tl.constexpr,
@@ -271,16 +285,19 @@ def _step_kernel(
     shrunk = _number_or(decay, decay_at, WIDE)
     coupled = _number(coupled_decay, WIDE)
     share = _number(weight, WIDE)
+    other_share = _number(direction_weight, WIDE)
     noise = _number_or(sigma, sigma_at, tl.float32)
     if first + ROWS * 256 <= size:
         _step_elements(
-            row, partial, first, size, moved, shrunk, coupled, share, noise, key, k, PARAM, STATE, WIDE, KEPT,
-            DIRECTION, RELATIVE, MAXIMIZE, COUPLED, SMALL, MEASURED, STOCHASTIC, VECTORS, ALIGNED, ROWS, True,
+            row, partial, first, size, moved, shrunk, coupled, share, other_share, noise, key, k, PARAM, STATE, WIDE,
+            KEPT, DIRECTION, RELATIVE, MAXIMIZE, COUPLED, SMALL, INTERPOLATE, MEASURED, STOCHASTIC, VECTORS, ALIGNED,
+            ROWS, True,
         )  # fmt: skip
     else:
         _step_elements(
-            row, partial, first, size, moved, shrunk, coupled, share, noise, key, k, PARAM, STATE, WIDE, KEPT,
-            DIRECTION, RELATIVE, MAXIMIZE, COUPLED, SMALL, MEASURED, STOCHASTIC, VECTORS, ALIGNED, ROWS, False,
+            row, partial, first, size, moved, shrunk, coupled, share, other_share, noise, key, k, PARAM, STATE, WIDE,
+            KEPT, DIRECTION, RELATIVE, MAXIMIZE, COUPLED, SMALL, INTERPOLATE, MEASURED, STOCHASTIC, VECTORS, ALIGNED,
+            ROWS, False,
         )  # fmt: skip
 
 
@@ -324,11 +341,6 @@ def _reduce_kernel(
 
 
 # --- the host's side -------------------------------------------------------------------------------------------------
-
-_COLUMNS = 10
-"""Columns of the table: the addresses of param, grad, exp_avg, scale and mean_square (0: there is none), the number of
-elements, the first one's index in the whole parameter, the ordinal, the first of the programs that step it, and the
-tensor's index among those of the step."""
 
 
 class _Kind(NamedTuple):
@@ -380,7 +392,7 @@ def step(tensors: Tensors, options: Options) -> None:
 def _launch(kind: _Kind, rows: _Rows, tensors: Tensors, options: Options, totals: Tensor | None) -> None:
     """Step the tensors of one kind, which are those of the rows, and write what is measured of them to the totals."""
     device, relative = tensors.params[0].device, bool(tensors.mean_squares)
-    table, chunks = _tables(rows.values.tobytes(), rows.chunks, device)
+    table, chunks = tables(rows.values.tobytes(), rows.chunks, BLOCK, device)
     wide = torch.promote_types(kind.dtype, torch.float32)
     measured = "none" if options.sums is None else options.measured.name.lower()
     summed = relative or options.sums is not None
@@ -393,6 +405,7 @@ def _launch(kind: _Kind, rows: _Rows, tensors: Tensors, options: Options, totals
     else:
         rate, rate_at = argument(options.rate, device)
     decay, decay_at = argument(options.decay, device)
+    c = options.interpolation
     sigma, sigma_at = argument(0.0 if options.sigma is None else options.sigma, device)
     if rows.chunks:
         _step_kernel[(rows.chunks,)](
@@ -405,6 +418,7 @@ def _launch(kind: _Kind, rows: _Rows, tensors: Tensors, options: Options, totals
             decay=_bits(decay),
             coupled_decay=_bits(options.coupled_weight_decay),
             weight=_bits(1 - options.momentum),
+            direction_weight=_bits(1 - (c or 0.0)),
             sigma=_bits(sigma),
             step_at=step_at,
             rate_at=rate_at,
@@ -418,27 +432,28 @@ def _launch(kind: _Kind, rows: _Rows, tensors: Tensors, options: Options, totals
             RELATIVE=relative,
             MAXIMIZE=options.maximize,
             COUPLED=options.coupled_weight_decay != 0,
-            SMALL=array("d" if wide == torch.float64 else "f", [1.0 - options.momentum])[0] < 0.5,
+            SMALL=_is_small(1.0 - options.momentum, wide),
+            INTERPOLATE="no" if c is None else "small" if _is_small(1.0 - c, wide) else "large",
             MEASURED=measured,
             STOCHASTIC=rounds_at_random(kind.dtype, options),
             VECTORS=kind.vectors,
             ALIGNED=kind.aligned,
             RATES=rates,
             ROWS=ROWS,
-            COLUMNS=_COLUMNS,
+            COLUMNS=COLUMNS,
             num_warps=_WARPS,
             # A product that is added is rounded before, as in the reference, but where tl.fma says otherwise.
             enable_fp_fusion=False,
         )
     if partials is None:
         return
-    count = len(rows.values) // _COLUMNS
+    count = len(rows.values) // COLUMNS
     _reduce_kernel[(count,)](
         *(table, partials, totals),
         MEASURED=measured,
         RELATIVE=relative,
         ROWS=ROWS,
-        COLUMNS=_COLUMNS,
+        COLUMNS=COLUMNS,
         WIDTH=_REDUCE,
         num_warps=8,
     )
@@ -449,68 +464,11 @@ def _bits(x: float | Tensor) -> int:
     return int.from_bytes(struct.pack("<d", x), "little", signed=True)
 
 
+def _is_small(weight: float, wide: torch.dtype) -> bool:
+    """Whether an average in a dtype starts from the momentum, see `_average`."""
+    return array("d" if wide == torch.float64 else "f", [weight])[0] < 0.5
+
+
 def _kept(state_dtype: torch.dtype | None) -> str:
     """The kernel's name for the way in which the momentum is kept."""
     return str(state_dtype).removeprefix("torch.") if state_dtype in STOCHASTIC else "nearest"
-
-
-def _tables(rows: bytes, chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The table on the device, and for each program the row of the table that it works on.
-
-    Addresses seldom change from step to step. While a CUDA graph is captured the tables are made anew, by nodes of the
-    graph itself, which may be replayed when a cache has long forgotten them.
-    """
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return _new_tables(_pinned.permanent(rows), chunks, device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-    return _cached_tables(rows, chunks, device, stream)
-
-
-@functools.lru_cache(maxsize=64)
-def _cached_tables(rows: bytes, chunks: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
-    # One per stream: another stream would have to wait for the copy, and for the last use before memory is freed.
-    on_host = torch.frombuffer(bytearray(rows), dtype=torch.int64) if device.type == "cpu" else _pinned.passing(rows)
-    return _new_tables(on_host, chunks, device)
-
-
-def _new_tables(rows: Tensor, chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    table = rows.to(device, non_blocking=True).view(-1, _COLUMNS)
-    counts = (table[:, 5] + (BLOCK - 1)) // BLOCK
-    return table, torch.repeat_interleave(counts, output_size=chunks)
-
-
-class _Pinned:
-    """Host memory that the device copies from while the host goes on.
-
-    A captured graph copies anew at every replay, so what it copies from is never freed. CUDA allocates no such memory
-    during a capture: some is kept ready for it.
-    """
-
-    _SPARE = 1 << 17
-
-    def __init__(self) -> None:
-        self._pages: list[Tensor] = []
-        self._used = 0
-
-    def passing(self, data: bytes) -> Tensor:
-        """A copy that torch frees once the device has read it."""
-        self._make_ready(4 * len(data) // 8)
-        return torch.frombuffer(bytearray(data), dtype=torch.int64).pin_memory()
-
-    def permanent(self, data: bytes) -> Tensor:
-        """A copy that stays."""
-        size = len(data) // 8
-        self._make_ready(size)
-        place = self._pages[-1][self._used : self._used + size]
-        self._used += size
-        return place.copy_(torch.frombuffer(bytearray(data), dtype=torch.int64))
-
-    def _make_ready(self, size: int) -> None:
-        if not self._pages or self._used + size > self._pages[-1].numel():
-            self._pages.append(torch.empty(max(size, self._SPARE), dtype=torch.int64, device="cpu", pin_memory=True))
-            self._used = 0
-
-
-_pinned = _Pinned()

@@ -1,10 +1,11 @@
-"""What a step means: SignSGD, its dither, and the calibrated switch to SGD.
+"""What a step means: SignSGD, its dither, the calibrated switch to SGD, and Lion.
 
 How a step is computed is in `signstep.kernels`.
 """
 
 from signstep.optim.backward import attach_to_backward
 from signstep.optim.hybrid import HybridSignSGD
+from signstep.optim.lion import Lion
 from signstep.optim.signsgd import SignSGD
 
-__all__ = ["HybridSignSGD", "SignSGD", "attach_to_backward"]
+__all__ = ["HybridSignSGD", "Lion", "SignSGD", "attach_to_backward"]

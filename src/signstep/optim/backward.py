@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from signstep.optim.hybrid import HybridSignSGD
+from signstep.optim.lion import Lion
 from signstep.optim.shards import is_sharded
 from signstep.optim.signsgd import ENGINE_CHOICE, SignSGD, signsgd
 
@@ -27,7 +28,7 @@ def attach_to_backward(model: torch.nn.Module, optimizer_options: Mapping[str, A
     Args:
         model: its parameters that require a gradient are stepped.
         optimizer_options: keywords of `SignSGD`, or of `HybridSignSGD` if there are any of its own (``switch_step``,
-            ``calibration``, ``ema_decay``, ``sgd_momentum``).
+            ``calibration``, ``ema_decay``, ``sgd_momentum``), or of `Lion` if there are ``betas``.
 
     Returns:
         The optimizer, for LR schedulers, ``state_dict`` and ``param_groups``. Its ``step()`` finds no gradients and
@@ -70,9 +71,9 @@ def attach_to_backward(model: torch.nn.Module, optimizer_options: Mapping[str, A
         raise ValueError(
             f"attach_to_backward: parameters on several devices, {', '.join(map(str, devices))}, cannot be stepped"
         )
-    own = HybridSignSGD.OPTIONS.keys() - SignSGD.OPTIONS.keys()
-    optimizer_class = HybridSignSGD if own & optimizer_options.keys() else SignSGD
-    optimizer = optimizer_class(params, **optimizer_options)
+    extensions = (Lion, HybridSignSGD)
+    own = (each for each in extensions if optimizer_options.keys() & (each.OPTIONS.keys() - SignSGD.OPTIONS.keys()))
+    optimizer = next(own, SignSGD)(params, **optimizer_options)
     optimizer.start_stepping_in_backward()
     stepper = _Stepper(optimizer)
     for ordinal, p in enumerate(optimizer.param_groups[0]["params"]):

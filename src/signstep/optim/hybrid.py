@@ -19,9 +19,9 @@ from signstep.optim.calibration import (
     steady_steps,
     update_rate,
 )
-from signstep.optim.options import HYBRID_OPTIONS, SIGNSGD_OPTIONS, STATE_DTYPES, Option
+from signstep.optim.options import HYBRID_OPTIONS, SIGNSGD_OPTIONS, STATE_DTYPES, Option, rate_and_decay
 from signstep.optim.shards import ALL
-from signstep.optim.signsgd import SignSGD, rate_and_decay
+from signstep.optim.signsgd import SignSGD
 
 __all__ = ["HybridSignSGD"]
 

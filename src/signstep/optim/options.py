@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -13,7 +13,16 @@ from torch import Tensor
 from signstep.kernels import momentum
 from signstep.optim.calibration import RULES
 
-__all__ = ["HYBRID_OPTIONS", "SIGNSGD_OPTIONS", "STATE_DTYPES", "Option", "check_options", "name_state_dtype"]
+__all__ = [
+    "HYBRID_OPTIONS",
+    "LION_OPTIONS",
+    "SIGNSGD_OPTIONS",
+    "STATE_DTYPES",
+    "Option",
+    "check_options",
+    "name_state_dtype",
+    "rate_and_decay",
+]
 
 STATE_DTYPES: Mapping[Any, torch.dtype | None] = {
     None: None,
@@ -43,6 +52,17 @@ def _number(default: float, end: float = math.inf, *types: type, always: bool = 
         return 0 <= x < end and math.isfinite(x)
 
     return Option(default, (Real, *types), holds, f"a number in [0, {end})", always)
+
+
+def _pair(first: float, second: float, end: float) -> Option:
+    """Two numbers from 0 to `end`, which is not allowed itself."""
+
+    def holds(pair: Sequence[float]) -> bool:
+        return len(pair) == 2 and all(
+            isinstance(x, Real) and not isinstance(x, bool) and 0 <= float(x) < end for x in pair
+        )
+
+    return Option((first, second), (tuple, list), holds, f"two numbers in [0, {end})", True)
 
 
 def _choice(default: str, *others: str) -> Option:
@@ -86,7 +106,14 @@ SIGNSGD_OPTIONS: Mapping[str, Option] = {
     "capturable": _flag(False),
     "differentiable": _flag(False),
 }
-"""The options of `SignSGD`, and of every optimizer that extends it."""
+"""The options of `SignSGD`, and of `HybridSignSGD`."""
+
+LION_OPTIONS: Mapping[str, Option] = {
+    **{name: option for name, option in SIGNSGD_OPTIONS.items() if name != "momentum"},
+    "lr": _number(1e-4, math.inf, Tensor, always=True),
+    "betas": _pair(0.9, 0.99, 1),
+}
+"""The options of `Lion`."""
 
 HYBRID_OPTIONS: Mapping[str, Option] = {
     "switch_step": Option(
@@ -113,7 +140,7 @@ def check_options(values: Mapping[str, Any]) -> None:
     Args:
         values: a param_group, or an optimizer's defaults; keys that are no options are not looked at.
     """
-    options = {**SIGNSGD_OPTIONS, **HYBRID_OPTIONS}
+    options = {**LION_OPTIONS, **SIGNSGD_OPTIONS, **HYBRID_OPTIONS}
     for name, value in values.items():
         if name not in options:
             continue
@@ -146,3 +173,19 @@ def name_state_dtype(group: dict[str, Any]) -> None:
     """Let a param_group keep its ``state_dtype`` as a name: not every format of checkpoints can hold a dtype."""
     if isinstance(group["state_dtype"], torch.dtype):
         group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
+
+
+def rate_and_decay(group: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor, float]:
+    """The learning rate of a param_group, and how its weight decay acts.
+
+    Returns:
+        The learning rate, a tensor without dimensions where it is a tensor, so that it may be on the CPU while the
+        parameters are not; the factor 1 - lr * weight_decay of the parameter, or 1; and the multiple of the parameter
+        that is added to the gradient, or 0. Which of the two decays, ``decoupled_weight_decay`` says.
+    """
+    lr, weight_decay = group["lr"], group["weight_decay"]
+    if isinstance(lr, Tensor):
+        lr = lr.squeeze()
+    if not group["decoupled_weight_decay"]:
+        return lr, 1.0, weight_decay
+    return lr, (1 - lr * weight_decay if weight_decay != 0 else 1.0), 0.0

@@ -53,7 +53,7 @@ def completed_group(
     """A saved param_group with what it lacks of our own, but for how far that has come.
 
     Args:
-        saved: of SignSGD or HybridSignSGD.
+        saved: of SignSGD, HybridSignSGD or Lion.
         own: of the optimizer that loads.
         options: that it has.
         progress: keys of its param_groups that say how far they have come.
@@ -62,10 +62,11 @@ def completed_group(
     Raises:
         ValueError: the group of another optimizer, or one that has switched to SGD for an optimizer that cannot.
     """
-    if not {"momentum", "step"} <= saved.keys():
+    average, owners = ("betas", "Lion") if "betas" in options else ("momentum", "SignSGD or HybridSignSGD")
+    if not {average, "step"} <= saved.keys():
         names = ", ".join(sorted(saved.keys() - {"params"}))
         raise ValueError(
-            f"this state is not one of SignSGD or HybridSignSGD: its param_group has {names}; load it into the "
+            f"this state is not one of {owners}: its param_group has {names}; load it into the "
             "optimizer that saved it, and start this one without a state"
         )
     if saved.get("phase") == "sgd" and "phase" not in progress:

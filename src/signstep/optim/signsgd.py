@@ -21,6 +21,7 @@ from signstep.optim.options import (
     Option,
     check_options,
     name_state_dtype,
+    rate_and_decay,
 )
 from signstep.optim.ordinals import check_first_ordinal, noise_ordinals
 from signstep.optim.saving import changes_nothing, completed_group, fill_freed
@@ -37,7 +38,7 @@ from signstep.optim.shards import (
     shards_of,
 )
 
-__all__ = ["ENGINE_CHOICE", "SignSGD", "rate_and_decay", "signsgd"]
+__all__ = ["ENGINE_CHOICE", "SignSGD", "signsgd"]
 
 ENGINE_CHOICE = ("foreach", "fused", "differentiable")
 """The options of a param_group that choose between engines, see `signsgd`."""
@@ -230,6 +231,10 @@ class SignSGD(Optimizer):
         """Count a step that other workers of a vote take and this one does not, as it has no more batches."""
         self.finish_step(group, self.new_sums(group))
 
+    def averages(self, group: dict[str, Any]) -> tuple[float, float | None]:
+        """`Options.momentum` and `Options.interpolation` of a sign step; momentum is kept if one of them is not 0."""
+        return group["momentum"], None
+
     def _group_tensors(self, group: dict[str, Any]) -> dict[str, tuple[torch.dtype, torch.device]]:
         """The 0-dim tensors that a group keeps beside its options: dtype and device by name."""
         capturable = group["capturable"] and len(group["params"]) > 0
@@ -361,7 +366,7 @@ class SignSGD(Optimizer):
         kept: dict[str, bool] = {}
         if self._driver == "vote":
             return kept
-        if group["momentum"] > 0:
+        if any(self.averages(group)):
             kept["exp_avg"] = True
         if group["dither"] > 0 and group["dither_scale"] == "relative":
             kept["mean_square"] = True
@@ -426,12 +431,14 @@ class SignSGD(Optimizer):
         lr, decay, coupled_weight_decay = rate_and_decay(group)
         voted = self._driver == "vote"
         dithered = group["dither"] > 0 and not voted
+        momentum, interpolation = self.averages(group)
         return Options(
             step=group["step"],
             rate=lr,
             decay=decay,
             coupled_weight_decay=0.0 if voted else coupled_weight_decay,
-            momentum=0.0 if voted else group["momentum"],
+            momentum=0.0 if voted else momentum,
+            interpolation=None if voted else interpolation,
             state_dtype=STATE_DTYPES[group["state_dtype"]],
             direction=_DIRECTIONS[group["dither_position"]] if dithered else Direction.SIGN,
             sigma=dither_std(group["step"], group["dither"], group["dither_decay"]) if dithered else None,
@@ -481,19 +488,3 @@ def signsgd(
         multi_tensor_step(tensors, options)
     else:
         single_tensor_step(tensors, options)
-
-
-def rate_and_decay(group: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor, float]:
-    """The learning rate of a param_group, and how its weight decay acts.
-
-    Returns:
-        The learning rate, a tensor without dimensions where it is a tensor, so that it may be on the CPU while the
-        parameters are not; the factor 1 - lr * weight_decay of the parameter, or 1; and the multiple of the parameter
-        that is added to the gradient, or 0. Which of the two decays, ``decoupled_weight_decay`` says.
-    """
-    lr, weight_decay = group["lr"], group["weight_decay"]
-    if isinstance(lr, Tensor):
-        lr = lr.squeeze()
-    if not group["decoupled_weight_decay"]:
-        return lr, 1.0, weight_decay
-    return lr, (1 - lr * weight_decay if weight_decay != 0 else 1.0), 0.0

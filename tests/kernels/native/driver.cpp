@@ -172,8 +172,8 @@ int main(int argc, char** argv) {
   for (int dtype = SIGNSTEP_FLOAT32; dtype < dtypes; ++dtype) {
     for (int state : {-1, dtype, int(SIGNSTEP_FLOAT32), int(SIGNSTEP_BFLOAT16_STOCHASTIC), int(SIGNSTEP_INT8)}) {
       for (int direction = SIGNSTEP_SIGN; direction <= SIGNSTEP_MOMENTUM; ++direction) {
-        for (int variant = 0; variant < 8; ++variant) {
-          const bool ballot = variant >= 4;
+        for (int variant = 0; variant < 12; ++variant) {
+          const bool ballot = variant / 4 == 1 || variant == 10;
           if (ballot && (direction > SIGNSTEP_PRE || variant % 3 != 1)) continue;
           if (seen++ % stride != 0) continue;
           Case c{dtype, state, variant % 2 == 1, ballot, {}, {0, 1, 255, 257, 1031, 65536 + 257}};
@@ -181,6 +181,7 @@ int main(int argc, char** argv) {
           c.options.decay = variant % 4 == 2 ? 0.9 : 1;
           c.options.coupled_decay = variant % 4 == 3 ? 0.1 : 0;
           c.options.gradient_weight = variant % 4 == 3 ? 0.7 : 0.1;
+          c.options.direction_weight = variant < 8 ? 0 : variant == 11 ? 0.6 : 0.2;
           c.options.sigma = 0.3;
           c.options.seed = 0xFEDCBA9876543210u;
           c.options.maximize = variant % 4 == 1;

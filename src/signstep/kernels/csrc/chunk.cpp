@@ -42,6 +42,7 @@ template <class W>
 struct Tile {
   alignas(64) W g[TILE];
   alignas(64) W m[TILE];
+  alignas(64) W c[TILE];
   alignas(64) W noise[TILE];
   alignas(64) int16_t up[TILE];
   Bytes top;
@@ -247,6 +248,20 @@ void apply(T* __restrict param, int n, const Options& o, const Rounding& roundin
   }
 }
 
+// The average of momentum and gradient that is not kept, in c: before the momentum is updated.
+template <class T, class W>
+INLINE void interpolate(const signstep_tensor& t, int64_t first, int n, const W* g, W weight, W* c) {
+  if (t.state_dtype == t.dtype) return interpolate(reinterpret_cast<const T*>(t.exp_avg) + first, g, n, weight, c);
+  switch (t.state_dtype) {
+    case SIGNSTEP_FLOAT32: return interpolate(reinterpret_cast<const float*>(t.exp_avg) + first, g, n, weight, c);
+    case SIGNSTEP_BFLOAT16_STOCHASTIC: return interpolate(reinterpret_cast<const Bfloat16*>(t.exp_avg) + first, g, n, weight, c);
+    case SIGNSTEP_INT8: {
+      const float scale = reinterpret_cast<const float*>(t.scale)[first / TILE];
+      return interpolate_int8(reinterpret_cast<const int8_t*>(t.exp_avg) + first, scale, g, n, weight, c);
+    }
+  }
+}
+
 // Momentum, in the form in which it is kept, and as m.
 template <class T, class W>
 INLINE const W* update(const signstep_tensor& t, int64_t first, int n, const W* g, W weight, uint64_t element, const Key& key,
@@ -301,10 +316,13 @@ INLINE const W* advance(const signstep_tensor& t, const Options& o, int64_t firs
     load_gradient(grad, reinterpret_cast<const T*>(param), n, o, tile.g);
     g = tile.g;
   }
+  const bool interpolates = t.exp_avg != 0 && o.direction_weight != 0;
+  if (interpolates) interpolate<T>(t, first, n, g, W(o.direction_weight), tile.c);
   const W* m = update<T>(t, first, n, g, W(o.gradient_weight), uint64_t(t.offset + first), key, tile);
+  if (interpolates) m = tile.c;
   if (sums != nullptr) {
     // What is not full is in the tile.
-    for (int i = n; i < TILE; ++i) tile.g[i] = tile.m[i] = 0;
+    for (int i = n; i < TILE; ++i) tile.g[i] = tile.m[i] = tile.c[i] = 0;
     if (o.sums == SIGNSTEP_SUMS_OF_EXPECTED_SIGN && o.direction == SIGNSTEP_PRE) {
       sums->add_expected_calibration(m, g, sigma);
     } else if (o.sums == SIGNSTEP_SUMS_OF_SIGN || o.sums == SIGNSTEP_SUMS_OF_EXPECTED_SIGN) {

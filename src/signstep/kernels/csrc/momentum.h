@@ -8,6 +8,16 @@ inline W average(W m, W g, W weight) {
   return fused(small ? weight : weight - W(1), g - m, small ? m : g);
 }
 
+// An average that is not kept, of the momentum before its update.
+template <class S, class W>
+void interpolate(const S* __restrict exp_avg, const W* __restrict g, int n, W weight, W* __restrict c) {
+  for (int i = 0; i < n; ++i) c[i] = average(W(widen(exp_avg[i])), g[i], weight);
+}
+template <class W>
+void interpolate_int8(const int8_t* exp_avg, float scale, const W* g, int n, W weight, W* c) {
+  for (int i = 0; i < n; ++i) c[i] = average(W(float(exp_avg[i]) * scale), g[i], weight);
+}
+
 // Momentum that is kept to the nearest: what decides is what is kept.
 template <class S, class W>
 void update_momentum(S* __restrict exp_avg, const W* __restrict g, int n, W weight, W* __restrict m) {

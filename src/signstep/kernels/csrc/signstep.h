@@ -10,7 +10,7 @@
 #endif
 
 // Raised whenever a structure below changes; native.py refuses a library that answers another number.
-#define SIGNSTEP_ABI 4
+#define SIGNSTEP_ABI 5
 
 enum {
   SIGNSTEP_FLOAT32,
@@ -46,6 +46,9 @@ struct signstep_options {
   double decay;            // the parameter is multiplied by this first: 1 - lr * weight_decay, or 1
   double coupled_decay;    // the gradient becomes gradient + coupled_decay * parameter
   double gradient_weight;  // 1 - beta
+  // 1 - beta of the average, of the gradient and the momentum before the step, that the direction is taken of, and dither and
+  // sums; 0: they are taken of the new momentum.
+  double direction_weight;
   double sigma;            // of the dither, as float32; times the rms where mean_square is given
   uint64_t seed;
   uint64_t step;

@@ -1,19 +1,32 @@
 // The step that draws no noise, of parameters and momentum that are kept as they are computed with: one loop over the
 // tensors, in which every number goes from memory to registers and back. Included inside an instruction set's namespace.
 
+// As average, of as many elements as a register holds.
+template <class W>
+struct Average {
+  const bool small;
+  const Vector<W> weight;
+
+  explicit Average(W gradient) : small(gradient < W(0.5)), weight(Vector<W>{} + (gradient - W(small ? 0 : 1))) {}
+
+  INLINE Vector<W> of(Vector<W> m, Vector<W> g) const { return fused(weight, g - m, small ? m : g); }
+};
+
 template <class W>
 struct Straight {
-  const bool coupled, small;
-  const Vector<W> sign, coupled_decay, weight, rate, decay;
+  const bool coupled, interpolates;
+  const Vector<W> sign, coupled_decay, rate, decay;
+  const Average<W> kept, directed;
 
   explicit Straight(const Options& o)
       : coupled(o.coupled_decay != 0),
-        small(W(o.gradient_weight) < W(0.5)),
+        interpolates(o.direction_weight != 0),
         sign(Vector<W>{} + W(o.maximize ? -1 : 1)),
         coupled_decay(Vector<W>{} + W(o.coupled_decay)),
-        weight(Vector<W>{} + (W(o.gradient_weight) - W(small ? 0 : 1))),
         rate(Vector<W>{} + W(-o.rate)),
-        decay(Vector<W>{} + W(o.decay)) {}
+        decay(Vector<W>{} + W(o.decay)),
+        kept(W(o.gradient_weight)),
+        directed(W(o.direction_weight)) {}
 
   // Of as many elements as a register holds. inner, square: to which <sign(m), g> and ||g||^2, or 0 and ||m||^2, are added.
   template <bool KEPT, bool SIGN, int SUMS>
@@ -24,8 +37,9 @@ struct Straight {
     Vector<W> m = g;
     if (KEPT) {
       const Vector<W> old = load(exp_avg);
-      m = fused(weight, g - old, small ? old : g);
+      m = kept.of(old, g);
       store(exp_avg, m);
+      if (interpolates) m = directed.of(old, g);
     }
     if (SUMS == SIGNSTEP_SUMS_OF_MOMENTUM) {
       square += m * m;

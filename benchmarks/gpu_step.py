@@ -86,6 +86,7 @@ def combinations(dtypes: Sequence[str]) -> Iterator[tuple[str, torch.dtype, torc
         {"on_device": True, "sums": True, "measured": Measured.EXPECTED_SIGN},
         {"sums": True, "measured": Measured.MOMENTUM},
         {"offset": 16 * 2**31 - 5, "misaligned": True},
+        {"interpolation": 0.8, "momentum": 0.99, "decay": 0.99},
     ]
     for i, (name, state, position) in enumerate(itertools.product(dtypes, STATE_DTYPES, POSITIONS)):
         other = others[i % len(others)]
@@ -145,6 +146,7 @@ def options_for(step: int, state: torch.dtype | None, position: str, other: dict
         maximize=other.get("maximize", False),
         sums=sums if "sums" in other and position != "gradient" else None,
         measured=other.get("measured", Measured.SIGN),
+        interpolation=other.get("interpolation"),
     )
 
 

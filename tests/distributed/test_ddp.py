@@ -320,7 +320,7 @@ def _refusals() -> dict[str, str]:
 
     attempts: dict[str, Callable[[], object]] = {
         "wrapped in DistributedDataParallel": lambda: MajorityVote(net, sign()),  # type: ignore[arg-type]
-        "needs SignSGD or HybridSignSGD, got Adam": lambda: MajorityVote(model, adam),  # type: ignore[arg-type]
+        "needs SignSGD, HybridSignSGD or Lion, got Adam": lambda: MajorityVote(model, adam),  # type: ignore[arg-type]
         "Invalid ties: 'coin'": lambda: MajorityVote(model, sign(), ties="coin"),
         "Invalid nonfinite: 'skip' without grad_scaler": lambda: MajorityVote(model, sign(), nonfinite="skip"),
         "1 parameters that are not the model's": lambda: MajorityVote(

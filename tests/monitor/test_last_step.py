@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from measured import SHAPES, measured, measured_step, parameters, small_gradients
+from signstep import Lion
+from signstep.monitor.calibration_panel import CalibrationPanel
 from signstep.monitor.dither_meter import DitherMeter
 
 
@@ -53,6 +55,24 @@ def test_other_optimizers(make: Any, beta: float) -> None:
         m = beta * m + (1 - beta) * small_gradients(k)["weight"]
         record = measured_step(meter, optimizer, params, small_gradients(k))
     assert record["layers"]["weight"]["rms"] == pytest.approx(float(m.square().mean().sqrt()), rel=1e-5)
+
+
+@pytest.mark.parametrize("decay", [{}, {"weight_decay": 0.5, "decoupled_weight_decay": False}])
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.95, 0.6), (0.0, 0.9)])
+def test_lions_average_that_is_not_kept(betas: tuple[float, float], decay: dict[str, Any]) -> None:
+    params = parameters()
+    optimizer = Lion(params.values(), betas=betas, **decay)
+    meter, panel = meter_of(params), CalibrationPanel()
+    m = torch.zeros(SHAPES["weight"])
+    for k in range(3):
+        g = small_gradients(k)["weight"] + decay.get("weight_decay", 0.0) * params["weight"].detach()
+        c, m = (torch.lerp(m, g, 1 - beta) for beta in betas)
+        panel.before_step(optimizer)
+        record = measured_step(meter, optimizer, params, small_gradients(k))
+        assert record["layers"]["weight"]["rms"] == pytest.approx(float(c.square().mean().sqrt()), rel=1e-4)
+        assert panel.after_step(optimizer)["own_steps"] == k + 1
+    optimizer.param_groups[0]["betas"] = (0.9, 0.0)
+    assert measured_step(meter, optimizer, params, small_gradients(3))["layers"] == {}
 
 
 def test_sgd_with_weight_decay_and_maximize_and_no_momentum() -> None:

@@ -78,7 +78,7 @@ def sign_optimizer(optimizer: Optimizer) -> SignSGD:
     inner = unwrap(optimizer)
     if not isinstance(inner, SignSGD):
         raise TypeError(
-            f"a vote needs SignSGD or HybridSignSGD, got {type(inner).__name__}; for other optimizers compress "
+            f"a vote needs SignSGD, HybridSignSGD or Lion, got {type(inner).__name__}; for other optimizers compress "
             "the gradients, with signstep.distributed.CompressedGradients"
         )
     return inner

@@ -38,6 +38,7 @@ from signstep.monitor.last_step import (
     kept_momentum,
     moved_params,
     phase,
+    sign_momentum,
     takes_votes,
 )
 from signstep.monitor.totals import chunks, finite, inner_product, span, to_floats
@@ -208,13 +209,13 @@ class CalibrationPanel:
         """The numbers of `_Sums` for one parameter; None where its momentum is gone, or is not an average."""
         p, _, group = moved
         g = entered_gradient(optimizer, moved, before)
-        ours = isinstance(optimizer, SignSGD)
-        momentum = group["momentum"] > 0 if ours else keeps_average(optimizer, group)
-        m = kept_momentum(optimizer, group, p) if momentum else g
+        # Also of a step that has switched, which kept_momentum leaves out.
+        momentum = any(optimizer.averages(group)) if isinstance(optimizer, SignSGD) else keeps_average(optimizer, group)
+        m = sign_momentum(optimizer, moved, before) if momentum else g
         if m is None:
             return None
         sigma = None
-        if ours and group["dither"] > 0 and group["dither_position"] == "pre":
+        if isinstance(optimizer, SignSGD) and group["dither"] > 0 and group["dither_position"] == "pre":
             sigma = before.sigma(moved).to(m.device)
         sums = torch.zeros(5, dtype=wide_dtype(g.device), device=g.device)
         for x, y, last in chunks(g, m, self._signs.get(p, g)):

@@ -35,10 +35,11 @@ from signstep.monitor.last_step import (
     BeforeStep,
     MovedParam,
     entered_gradient,
+    interpolates,
     keeps_average,
-    kept_momentum,
     moved_params,
     phase,
+    sign_momentum,
     takes_votes,
 )
 from signstep.monitor.totals import chunks, finite, flat, inner_product, span, to_floats
@@ -81,7 +82,9 @@ class DitherMeter:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Keep what the step is going to overwrite."""
-        self._before = BeforeStep.of(optimizer, lambda group: not keeps_average(optimizer, group))
+        self._before = BeforeStep.of(
+            optimizer, lambda group: not keeps_average(optimizer, group) or interpolates(optimizer, group)
+        )
 
     def after_step(self, optimizer: Optimizer) -> dict[str, Any]:
         """Measure the step.
@@ -138,11 +141,13 @@ class DitherMeter:
         p, _, group = moved
         if takes_votes(optimizer) and phase(optimizer, group) == "sign":
             assert self.worker is not None
+            if interpolates(optimizer, group):
+                return None
             state = self.worker.state.get(self.worker.names.get(p, ""), {})
             m = state.get("exp_avg")
             return None if m is None else read_momentum(m, state.get("exp_avg_scale")).to(torch.float32)
         if keeps_average(optimizer, group):
-            return kept_momentum(optimizer, group, p)
+            return sign_momentum(optimizer, moved, before)
         if before.phases[moved.group_index] == "sign" and phase(optimizer, group) == "sgd" and group["momentum"] > 0:
             return None  # freed at the switch, which this step has made
         return entered_gradient(optimizer, moved, before)
@@ -165,7 +170,10 @@ _VOTED = (
     "dither: the momentum is on the workers' side of a vote, which this meter has not been given: "
     "DitherMeter(names, worker=vote.worker)"
 )
-_NO_MOMENTUM = "dither: workers vote without momentum, and their own gradients are gone after backward"
+_NO_MOMENTUM = (
+    "dither: workers vote without momentum, or by Lion's average of it and the gradient, and their own gradients are "
+    "gone after backward"
+)
 
 
 @dataclass

@@ -25,11 +25,13 @@ __all__ = [
     "MovedParam",
     "did_nothing",
     "entered_gradient",
+    "interpolates",
     "is_sharded",
     "keeps_average",
     "kept_momentum",
     "moved_params",
     "phase",
+    "sign_momentum",
     "takes_votes",
 ]
 
@@ -135,7 +137,7 @@ def keeps_average(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     if isinstance(optimizer, SignSGD):
         if phase(optimizer, group) == "sgd":
             return bool(group["sgd_momentum"] > 0)
-        return bool(group["momentum"] > 0) and not optimizer.takes_votes
+        return any(optimizer.averages(group)) and not optimizer.takes_votes
     if isinstance(optimizer, torch.optim.SGD):
         return bool(group["momentum"] != 0)
     return "betas" in group or bool(group.get("momentum", 0) != 0)
@@ -164,6 +166,26 @@ def kept_momentum(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> Ten
     if dampening is None:  # an average by itself, as in torch.optim.Muon
         return flat(buffer)
     return None if dampening == 1 else flat(buffer) * ((1 - group["momentum"]) / (1 - dampening))
+
+
+def interpolates(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether a group's sign is that of an average of momentum and gradient which is not kept, as in Lion."""
+    return isinstance(optimizer, SignSGD) and optimizer.averages(group)[1] is not None
+
+
+def sign_momentum(optimizer: Optimizer, moved: MovedParam, before: BeforeStep) -> Tensor | None:
+    """What a step with momentum has taken the sign of: the momentum, or Lion's average of it and the gradient.
+
+    c = beta_1 m + (1 - beta_1) g has the m of before the step, which is (m' - (1 - beta_2) g) / beta_2.
+
+    Returns:
+        As `kept_momentum`; None also where beta_2 is 0, and m' says nothing of m.
+    """
+    m = kept_momentum(optimizer, moved.group, moved.param)
+    if m is None or not interpolates(optimizer, moved.group):
+        return m
+    beta_1, beta_2 = moved.group["betas"]
+    return None if beta_2 == 0 else torch.lerp(entered_gradient(optimizer, moved, before), m, beta_1 / beta_2)
 
 
 def _mean_squares(optimizer: Optimizer) -> dict[Tensor, Tensor]:

@@ -112,6 +112,7 @@ def test_table1_has_the_papers_rows_and_numbers() -> None:
 def test_within_a_recipe_only_the_optimizer_differs(recipe: Recipe) -> None:
     optimizer_fields = {
         *("optimizer", "lr", "momentum", "weight_decay", "dither", "dither_decay", "dither_position", "dither_scale"),
+        "betas",
         *("state_dtype", "switch_tolerance", "gradient_noise", "switch", "calibration", "ema_decay", "sgd_momentum"),
     }
     for name in NAMES:

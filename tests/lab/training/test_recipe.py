@@ -10,7 +10,7 @@ from signstep.lab.training import models
 from signstep.lab.training.gradient_noise import NoisySGD
 from signstep.lab.training.recipe import build_optimizer, likely_cause, lr_factor
 from signstep.lab.training.swats import SWATS
-from signstep.optim import HybridSignSGD, SignSGD
+from signstep.optim import HybridSignSGD, Lion, SignSGD
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,8 @@ def test_the_hybrid_switches_where_the_schedule_falls(total: int) -> None:
         ({"optimizer": "swats", "switch_tolerance": 0.1, "weight_decay": 0.2}, SWATS, {"switch_tolerance": 0.1}),
         ({"optimizer": "noisy-sgd", "seed": 5}, NoisySGD, {"momentum": 0.9, "gradient_noise": 0.01, "seed": 5}),
         ({"optimizer": "noisy-sgd", "gradient_noise": 0.3, "momentum": 0.0}, NoisySGD, {"gradient_noise": 0.3}),
+        ({"optimizer": "lion", "seed": 5}, Lion, {"betas": (0.9, 0.99), "seed": 5}),
+        ({"optimizer": "lion", "betas": [0.95, 0.98], "dither": 0.1}, Lion, {"betas": (0.95, 0.98), "dither": 0.1}),
         ({"optimizer": "signsgd", "seed": 5}, SignSGD, {"momentum": 0.9, "dither": 0.0, "seed": 5}),
         (
             {

@@ -148,6 +148,7 @@ def wait_for_checkpoint(config: RunConfig, out: Path, process: ForkServerProcess
         HYBRID | {"state_dtype": "bfloat16"},
         {"momentum": 0.9, "nesterov": True, "schedule": "step", "warmup": 0.2},
         {"optimizer": "adam", "channels_last": False, "eval_every": 2},
+        {"optimizer": "lion", "lr": 1e-3, "betas": (0.8, 0.95), "weight_decay": 0.1},
         {"optimizer": "swats", "weight_decay": 0.1, "switch_tolerance": 1e-3},
         {"optimizer": "noisy-sgd", "gradient_noise": 0.3, "seed": 3},
         {"optimizer": "adamw", "cutout": 2, "label_smoothing": 0.1, "split": "tune"},

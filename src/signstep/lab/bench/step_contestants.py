@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from signstep import HybridSignSGD, SignSGD
+from signstep import HybridSignSGD, Lion, SignSGD
 from signstep.lab.errors import BadInput
 
 PEER, COPY = "sgd-fused", "copy"
@@ -196,6 +196,7 @@ def _everywhere(peer: str) -> Iterator[Contestant]:
 
 def _variants(dtype: torch.dtype) -> Iterator[Contestant]:
     yield _ours("momentum-0", "SignSGD(momentum=0)", momentum=0.0)
+    yield _ours("lion", "Lion", Lion)
     yield _ours("hybrid", "HybridSignSGD, sign phase", HybridSignSGD)
     yield Contestant("hybrid-sgd", "HybridSignSGD, SGD phase", "signstep", _sgd_phase)
     if dtype != torch.bfloat16:

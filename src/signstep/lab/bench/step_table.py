@@ -22,6 +22,7 @@ _ROWS = {
     "relative": "SignSGD, relative dither",
     "hybrid": "HybridSignSGD, sign phase",
     "hybrid-sgd": "HybridSignSGD, SGD phase",
+    "lion": "Lion",
     "momentum-0": "SignSGD without momentum",
     "state-int8": "SignSGD, 8-bit momentum",
     "state-bf16": "SignSGD, bf16 momentum",

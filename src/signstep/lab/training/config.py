@@ -57,11 +57,13 @@ class RunConfig:
     # optimizer
     optimizer: OptimizerName = "sgd"
     """adamw: Adam with decoupled weight decay; swats: from Adam to SGD; noisy-sgd: SGD with annealed gradient noise;
-    signsgd: SignSGD; hybrid: HybridSignSGD."""
+    signsgd: SignSGD; lion: Lion; hybrid: HybridSignSGD."""
     lr: float = 0.1
     """Learning rate; of a sign method it is how far every weight moves in a step."""
     momentum: float | None = None
-    """Decay of the momentum, of sgd, noisy-sgd and the sign methods; None: 0.9."""
+    """Decay of the momentum, of sgd, noisy-sgd and the sign methods but for lion; None: 0.9."""
+    betas: tuple[float, float] | None = None
+    """Decays of lion's averages, of the one whose sign is taken and of the one that is kept; None: 0.9 and 0.99."""
     weight_decay: float = 0.0
     """Weight decay; decoupled in adamw, swats and the sign methods."""
     nesterov: bool | None = None
@@ -126,6 +128,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
+        if self.betas is not None:
+            object.__setattr__(self, "betas", tuple(self.betas))
         for name, low, high in (
             ("epochs", 1, math.inf),
             ("batch_size", 1, math.inf),

@@ -30,7 +30,8 @@ class KnownOptimizer:
     """It draws noise, and takes the run's seed."""
 
 
-_SIGN_OPTIONS = ("momentum", "dither", "dither_decay", "dither_position", "dither_scale", "state_dtype")
+_DITHER_OPTIONS = ("dither", "dither_decay", "dither_position", "dither_scale", "state_dtype")
+_SIGN_OPTIONS = ("momentum", *_DITHER_OPTIONS)
 _HYBRID_OPTIONS = ("switch", "switch_tolerance", "calibration", "calibration_scope", "ema_decay", "sgd_momentum")
 
 OPTIMIZERS: dict[str, KnownOptimizer] = {
@@ -46,6 +47,7 @@ OPTIMIZERS: dict[str, KnownOptimizer] = {
         seeded=True,
     ),
     "signsgd": KnownOptimizer("signstep.optim.SignSGD", 3.16e-3, _SIGN_OPTIONS, signs=True, seeded=True),
+    "lion": KnownOptimizer("signstep.optim.Lion", 1e-3, ("betas", *_DITHER_OPTIONS), signs=True, seeded=True),
     "hybrid": KnownOptimizer(
         "signstep.optim.HybridSignSGD", 3.16e-3, _SIGN_OPTIONS + _HYBRID_OPTIONS, signs=True, seeded=True
     ),

@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_refused() -> None:
         FSDPMajorityVote(model, optimizer, error_feedback=True, replicate_group=mesh["shard"].get_group())
     with pytest.raises(ValueError, match="replicate_group shares ranks"):
         FSDPMajorityVote(model, optimizer, replicate_group=mesh["shard"].get_group())
-    with pytest.raises(TypeError, match="a vote needs SignSGD or HybridSignSGD, got SGD"):
+    with pytest.raises(TypeError, match="a vote needs SignSGD, HybridSignSGD or Lion, got SGD"):
         FSDPMajorityVote(model, torch.optim.SGD(model.parameters()))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=re.escape("Invalid state_dtype: torch.int8 with sgd_momentum > 0")):
         FSDPMajorityVote(model, HybridSignSGD(model.parameters(), sgd_momentum=0.5, state_dtype=torch.int8))

@@ -140,7 +140,7 @@ def test_what_is_no_optimizer_is_said() -> None:
         with pytest.raises(TypeError, match="pass the optimizer itself"):
             SimulatedVote(model, given, 3)  # type: ignore[arg-type]
     adam = accelerated(torch.optim.Adam(model.parameters()))
-    with pytest.raises(TypeError, match="a vote needs SignSGD or HybridSignSGD, got Adam; for other optimizers"):
+    with pytest.raises(TypeError, match="a vote needs SignSGD, HybridSignSGD or Lion, got Adam; for other optimizers"):
         SimulatedVote(model, adam, 3)
 
 

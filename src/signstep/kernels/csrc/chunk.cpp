@@ -436,7 +436,7 @@ void step_or_cast(const signstep_tensor& t, const Options& o, int64_t begin, int
 inline bool is_dithered(const signstep_tensor& t, const Options& o, float sigma) {
   return o.direction == SIGNSTEP_PRE && t.exp_avg != 0 && t.state_dtype == t.dtype &&
          (o.sums == SIGNSTEP_NO_SUMS || o.sums == SIGNSTEP_SUMS_OF_MOMENTUM) && !o.maximize && o.coupled_decay == 0 &&
-         float(o.gradient_weight) < 0.5f && sigma == sigma;
+         float(o.gradient_weight) < 0.5f && float(o.direction_weight) < 0.5f && sigma == sigma;
 }
 
 // Of float32 and float64.
@@ -463,7 +463,8 @@ void step_at_random(const signstep_tensor& t, const signstep_options& o, int64_t
 
 #if defined(__AVX2__)
 void step_dithered(const signstep_tensor& t, const signstep_options& o, int64_t begin, int64_t end, float sigma, double* sums) {
-  return dithered(t, o, begin, end, sigma, sums);
+  if (o.direction_weight != 0) return dithered<true>(t, o, begin, end, sigma, sums);
+  return dithered<false>(t, o, begin, end, sigma, sums);
 }
 #endif
 

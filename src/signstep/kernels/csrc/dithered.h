@@ -2,22 +2,27 @@
 // tensors, in which numbers go from memory to registers and back. Only what a tie needs waits in memory. Other dithered steps
 // go tile by tile. Included inside an instruction set's namespace.
 
-template <bool MOMENT, bool DECAY>
+template <bool MOMENT, bool DECAY, bool INTERPOLATES>
 struct Dithered {
   const Options& o;
-  const Vector<float> weight, rate, decay, unit;
+  const Vector<float> weight, direction_weight, rate, decay, unit;
 
   Dithered(const Options& o, float sigma)
       : o(o),
         weight(Vector<float>{} + float(o.gradient_weight)),
+        direction_weight(Vector<float>{} + float(o.direction_weight)),
         rate(Vector<float>{} + float(-o.rate)),
         decay(Vector<float>{} + float(o.decay)),
         unit(Vector<float>{} + UNITS_OF_Z * (1.0f / sigma)) {}
 
-  INLINE Vector<float> advance(const float* grad, float* exp_avg) const {
-    const Vector<float> old = load(exp_avg), m = fused(weight, load(grad) - old, old);
+  // What the direction is taken of: m or, in its own place, the average that is not kept.
+  INLINE Vector<float> advance(const float* grad, float* exp_avg, float* average) const {
+    const Vector<float> old = load(exp_avg), change = load(grad) - old, m = fused(weight, change, old);
     store(exp_avg, m);
-    return m;
+    if (!INTERPOLATES) return m;
+    const Vector<float> c = fused(direction_weight, change, old);
+    store(average, c);
+    return c;
   }
 
   // up: by its sign bits. As unit_step in a tile.
@@ -31,6 +36,8 @@ struct Dithered {
   INLINE void tile(float* param, const float* grad, float* exp_avg, uint64_t element, const uint8_t* top, Waiting& waiting,
                    Lanewise<float>& moment) const {
     constexpr int HALF = SHORTS / 2, LINE = 16;
+    alignas(64) float averages[INTERPOLATES ? TILE : 1];
+    float* const decides = INTERPOLATES ? averages : exp_avg;
     for (int first = 0; first < TILE; first += GROUP) {
       // The processor's own prefetching does not keep up with the decisions: without this a step takes a quarter longer.
       for (int line = first + DISTANCE * TILE; line < first + DISTANCE * TILE + GROUP; line += LINE) {
@@ -42,19 +49,20 @@ struct Dithered {
 #pragma GCC unroll 4
       for (int j = 0; j < GROUP / SHORTS; ++j) {
         const int i = first + j * SHORTS;
-        const Vector<float> low = advance(grad + i, exp_avg + i), high = advance(grad + i + HALF, exp_avg + i + HALF);
+        const Vector<float> low = advance(grad + i, exp_avg + i, decides + i);
+        const Vector<float> high = advance(grad + i + HALF, exp_avg + i + HALF, decides + i + HALF);
         up[j] = above(low, high, unit, top + i);
         if (MOMENT) {
           moment.part[0] += low * low;
           moment.part[REGISTERS<float> - 1] += high * high;
         }
       }
-      waiting.add(ties(up), first, TILE, exp_avg, top, element);
+      waiting.add(ties(up), first, TILE, decides, top, element);
 #pragma GCC unroll 4
       for (int j = 0; j < GROUP / SHORTS; ++j) {
         const int i = first + j * SHORTS;
-        move(param + i, load(exp_avg + i), unpacked_low(up[j]));
-        move(param + i + HALF, load(exp_avg + i + HALF), unpacked_high(up[j]));
+        move(param + i, load(decides + i), unpacked_low(up[j]));
+        move(param + i + HALF, load(decides + i + HALF), unpacked_high(up[j]));
       }
     }
   }
@@ -96,11 +104,12 @@ struct Dithered {
   }
 };
 
+template <bool INTERPOLATES>
 void dithered(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end, float sigma, double* sums) {
   if (t.mean_square != 0 || o.sums == SIGNSTEP_SUMS_OF_MOMENTUM) {
-    if (o.decay == 1) return Dithered<true, false>::run(t, o, begin, end, sigma, sums);
-    return Dithered<true, true>::run(t, o, begin, end, sigma, sums);
+    if (o.decay == 1) return Dithered<true, false, INTERPOLATES>::run(t, o, begin, end, sigma, sums);
+    return Dithered<true, true, INTERPOLATES>::run(t, o, begin, end, sigma, sums);
   }
-  if (o.decay == 1) return Dithered<false, false>::run(t, o, begin, end, sigma, sums);
-  return Dithered<false, true>::run(t, o, begin, end, sigma, sums);
+  if (o.decay == 1) return Dithered<false, false, INTERPOLATES>::run(t, o, begin, end, sigma, sums);
+  return Dithered<false, true, INTERPOLATES>::run(t, o, begin, end, sigma, sums);
 }

@@ -50,6 +50,7 @@ class SignSGDReference:
         dither_decay: float = 0.55,
         dither_position: str = "pre",
         dither_scale: str = "absolute",
+        dither_law: str = "gaussian",
         seed: int = 0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
@@ -59,6 +60,7 @@ class SignSGDReference:
         self.m = [np.zeros_like(p) for p in self.x]  # line 2: m_0 <- 0
         self.lr, self.beta = lr, momentum
         self.alpha, self.gamma, self.position, self.scale = dither, dither_decay, dither_position, dither_scale
+        self.law = dither_law
         self.seed, self.decay, self.decoupled, self.maximize = seed, weight_decay, decoupled_weight_decay, maximize
         self.k = 0
 
@@ -77,11 +79,20 @@ class SignSGDReference:
         m = self.m[i]
         if self.alpha == 0:
             return np.sign(m)
-        # xi = -sigma Phi^-1(u), so that sign(m + xi) = +1 exactly when u < Phi(m / sigma).
-        xi = -self.sigmas[i] * ndtri(noise(self.seed, self.k, i, m.shape))  # line 6
+        u = noise(self.seed, self.k, i, m.shape)
+        # xi = -sigma Phi^-1(u), so that sign(m + xi) = +1 exactly when u < Phi(m / sigma). Uniform noise of that
+        # variance is within sqrt(3) sigma.
+        xi = -self.sigmas[i] * (np.sqrt(3) * (2 * u - 1) if self.law == "uniform" else ndtri(u))  # line 6
         # "pre" is line 7; "post" is eq. (10), with the noise's other sign, which has the same law.
         step = np.sign(m + xi) if self.position == "pre" else np.sign(m) - xi
         return np.where(m == 0, 0.0, step)
+
+    def expected_sign(self, i: int) -> Array:
+        """E sign(m + xi), Sec. IV."""
+        if self.sigmas[i] == 0:
+            return np.sign(self.m[i])
+        z = self.m[i] / self.sigmas[i]
+        return np.clip(z / np.sqrt(3), -1, 1) if self.law == "uniform" else 2 * ndtr(z) - 1
 
     def step(self, gradients: list[Array]) -> None:
         gradients = self.gradients(gradients)
@@ -200,7 +211,7 @@ class HybridSignSGDReference(SignSGDReference):
         super().step(gradients)  # lines 6 and 9
         signs = [np.sign(m) for m in self.m]
         if self.rule == "applied" and self.alpha > 0 and self.position == "pre":
-            signs = [2 * ndtr(m / s) - 1 if s > 0 else np.sign(m) for m, s in zip(self.m, self.sigmas, strict=True)]
+            signs = [self.expected_sign(i) for i in range(len(self.m))]
         off = 0.0
         for rate, members in zip(self.rates, self.members, strict=True):
             alone = rate.add(*([xs[i] for i in members] for xs in (signs, raw, self.m)), self.lr)

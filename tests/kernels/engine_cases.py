@@ -22,7 +22,10 @@ DITHERS: dict[str, dict[str, Any]] = {
     "pre": {"dither": 0.01, "dither_decay": 0.3, "seed": 5},
     "pre, wide seed": {"dither": 1.0, "seed": (1 << 63) + 12345},
     "relative": {"dither": 1.0, "dither_decay": 0.0, "dither_scale": "relative"},
+    "uniform": {"dither": 0.01, "dither_law": "uniform", "seed": 5},
+    "uniform, relative": {"dither": 1.0, "dither_decay": 0.0, "dither_scale": "relative", "dither_law": "uniform"},
     "post": {"dither": 0.1, "dither_position": "post", "seed": 7},
+    "post, uniform": {"dither": 0.1, "dither_position": "post", "dither_law": "uniform"},
     "post, relative": {"dither": 0.1, "dither_position": "post", "dither_scale": "relative"},
 }
 OTHERS: dict[str, dict[str, Any]] = {
@@ -64,6 +67,7 @@ class Dither(NamedTuple):
 
     position: str
     sigma: Tensor
+    law: str = "gaussian"
 
 
 UNIT = Dither("pre", torch.tensor(1.0))
@@ -82,6 +86,7 @@ def request(*, dither: Dither | None = UNIT, **changes: Any) -> Options:
         "sigma": None if dither is None else dither.sigma,
         "seed": 9,
         "maximize": False,
+        "law": "gaussian" if dither is None else dither.law,
     }
     return Options(**(options | changes))
 

@@ -175,6 +175,7 @@ def copied(tensors: Tensors) -> Tensors:
     coupled=st.booleans(),
     maximize=st.booleans(),
     seed=st.sampled_from([0, 5, (1 << 63) + 12345]),
+    law=st.sampled_from(["gaussian", "uniform"]),
 )
 def test_native_cast_is_the_plain_one(
     sizes: list[int],
@@ -187,6 +188,7 @@ def test_native_cast_is_the_plain_one(
     coupled: bool,
     maximize: bool,
     seed: int,
+    law: str,
 ) -> None:
     relative &= sigma is not None
     start = case(sizes, dtype, state_dtype if momentum else None, momentum, zeros, relative)
@@ -194,7 +196,7 @@ def test_native_cast_is_the_plain_one(
     options = request(
         momentum=momentum,
         state_dtype=state_dtype if momentum else None,
-        dither=None if sigma is None else Dither("pre", torch.tensor(sigma * (30 if relative else 1))),
+        dither=None if sigma is None else Dither("pre", torch.tensor(sigma * (30 if relative else 1)), law),
         coupled_weight_decay=0.1 if coupled else 0.0,
         maximize=maximize,
         seed=seed,

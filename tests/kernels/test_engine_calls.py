@@ -64,14 +64,15 @@ def test_stochastic_rounding_of_a_shard_is_the_references(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "position", "sigma"), every_combination(DTYPES, [None, "pre", "post"], [0.0, 0.5, math.inf, math.nan])
+    ("dtype", "position", "sigma", "law"),
+    every_combination(DTYPES, [None, "pre", "post"], [0.0, 0.5, math.inf, math.nan], ["gaussian", "uniform"]),
 )
 def test_numbers_that_are_not_finite_or_zero(
-    engine: Engine, dtype: torch.dtype, position: str | None, sigma: float
+    engine: Engine, dtype: torch.dtype, position: str | None, sigma: float, law: str
 ) -> None:
     values = [0.0, -0.0, 1e-45, -1e-45, 1e-7, -1e-7, 1.0, -1.0, 3e38, math.inf, -math.inf, math.nan]
     m = torch.tensor(values * 100, dtype=torch.float64).to(dtype)
-    dither = None if position is None else Dither(position, torch.tensor(sigma))
+    dither = None if position is None else Dither(position, torch.tensor(sigma), law)
     actual = directions(m, engine.module.step, device=engine.device, dither=dither)
     rtol = 1e-2 if m.dtype.itemsize == 2 else 1e-6
     close(actual, directions(m, dither=dither), rtol, 1e-6 if position == "post" else 0)

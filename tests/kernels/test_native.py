@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import RAGGED, Dither, directions, give_gradients, parameters, request
+from engine_cases import RAGGED, Dither, differing, directions, give_gradients, parameters, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter
@@ -56,9 +56,10 @@ def test_the_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyP
         native.best_isa.cache_clear()
 
 
+@pytest.mark.parametrize("law", ["gaussian", "uniform"])
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("z", [0.0, 1e-30, 0.001, 0.3, 1.0, 2.5, 3.9, 4.0, 4.1, 6.0, 40.0])
-def test_decisions_are_the_references(isa: str, z: float) -> None:
+def test_decisions_are_the_references(isa: str, z: float, law: str) -> None:
     """A million decisions around each m / sigma, none different: the approximation never decides what it cannot."""
     generator = torch.Generator().manual_seed(2)
     m = (
@@ -66,8 +67,8 @@ def test_decisions_are_the_references(isa: str, z: float) -> None:
         * (1 + 0.1 * torch.randn(1_000_003, generator=generator))
         * torch.where(torch.rand(1_000_003, generator=generator) < 0.5, -1, 1)
     )
-    expected = directions(m)
-    assert torch.equal(native_directions(m, isa=isa), expected)
+    dither = Dither("pre", torch.tensor(1.0), law)
+    assert torch.equal(native_directions(m, dither=dither, isa=isa), directions(m, dither=dither))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -78,19 +79,35 @@ def test_approximation_is_within_its_slack(isa: str) -> None:
         assert torch.equal(native_directions(z, ordinal=ordinal, isa=isa), directions(z, ordinal=ordinal))
 
 
-def test_post_noise_is_the_references() -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_decisions_of_uniform_noise_at_the_boundaries_of_bytes(isa: str) -> None:
+    """Where a byte begins, and in single steps of float32 beside it."""
+    edges = torch.arange(-128, 129, dtype=torch.float32) / 128
+    steps = torch.arange(-8, 9, dtype=torch.int32)
+    m = (edges.view(torch.int32)[:, None] + steps).view(torch.float32).flatten()
+    for sigma in (torch.tensor(1 / math.sqrt(3)), torch.tensor(0.3)):
+        dither = Dither("pre", sigma, "uniform")
+        scaled = m * reference.spread(sigma, "uniform")
+        for ordinal in range(12):
+            decided = native_directions(scaled, dither=dither, ordinal=ordinal, isa=isa)
+            assert differing(decided, directions(scaled, dither=dither, ordinal=ordinal)) == 0
+
+
+@pytest.mark.parametrize("law", ["gaussian", "uniform"])
+def test_post_noise_is_the_references(law: str) -> None:
     m = torch.ones(1_000_000)
-    dither = Dither("post", torch.tensor(1.0))
+    dither = Dither("post", torch.tensor(1.0), law)
     noise = native_directions(m, dither=dither) - 1
     expected = directions(m, dither=dither) - 1
     torch.testing.assert_close(noise, expected, rtol=2e-7, atol=2e-7)
 
 
+@pytest.mark.parametrize("law", ["gaussian", "uniform"])
 @pytest.mark.parametrize("position", [None, "pre", "post"])
 @pytest.mark.parametrize("sigma", [0.0, 0.5, math.inf, math.nan])
-def test_numbers_that_are_not_finite_or_zero(sigma: float, position: str | None) -> None:
+def test_numbers_that_are_not_finite_or_zero(sigma: float, position: str | None, law: str) -> None:
     m = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 3e38, math.inf, -math.inf, math.nan] * 30)
-    dither = None if position is None else Dither(position, torch.tensor(sigma))
+    dither = None if position is None else Dither(position, torch.tensor(sigma), law)
     for isa in ISAS:
         torch.testing.assert_close(
             native_directions(m, dither=dither, isa=isa),

@@ -44,6 +44,7 @@ PLAIN = {"fused": False}
 CASES: dict[str, tuple[type[SignSGD], dict[str, Any], set[str]]] = {
     "default": (SignSGD, DITHERS["relative"], {"signstep.step"}),
     "plain": (SignSGD, PLAIN | DITHERS["pre, wide seed"] | {"capturable": True}, {"signstep.directions"}),
+    "uniform": (SignSGD, PLAIN | DITHERS["uniform, relative"], {"signstep.directions"}),
     "one by one": (SignSGD, PLAIN | DITHERS["post"] | {"foreach": False}, {"signstep.directions"}),
     "8 bits": (SignSGD, PLAIN | {"state_dtype": torch.int8}, {"signstep.noise_bytes"}),
     "16 bits": (
@@ -108,7 +109,7 @@ def test_operators_are_what_torch_expects_of_them() -> None:
     seed = opaque_noise.signed(2**64 - 7)
     sigmas = [torch.tensor(0.5)] * 2
     for name, arguments in {
-        "directions": ([m.t(), m[:0]], sigmas, *numbers, seed, step, "post"),
+        "directions": ([m.t(), m[:0]], sigmas, *numbers, seed, step, "post", "uniform"),
         "round_parameters": ([m.t(), m[:0]], *numbers, seed, step),
         "mean_square": (m,),
         "noise_bytes": (*numbers, reference.ROUNDING, seed, step, torch.device("cpu")),

@@ -28,10 +28,16 @@ def small_chunks() -> Any:
 
 
 def same_bits(
-    ms: list[Tensor], sigmas: list[Tensor], segments: list[Segment], seed: int = 9, step: int = 3, position: str = "pre"
+    ms: list[Tensor],
+    sigmas: list[Tensor],
+    segments: list[Segment],
+    seed: int = 9,
+    step: int = 3,
+    position: str = "pre",
+    law: str = "gaussian",
 ) -> list[Tensor]:
     """The directions, after they were compared with the reference's: also -0 with 0, and NaN with NaN."""
-    at: dict[str, Any] = {"seed": seed, "step": torch.tensor(step), "position": position}
+    at: dict[str, Any] = {"seed": seed, "step": torch.tensor(step), "position": position, "law": law}
     expected = reference.directions(ms, sigmas, segments, **at)
     with mock.patch.object(reference, "directions", side_effect=AssertionError("the slow one was asked")):
         drawn = plain_noise.directions(ms, sigmas, segments, **at)
@@ -45,6 +51,7 @@ def same_bits(
 
 SIZES = st.sampled_from([0, 1, 2, 15, 16, 17, 96, 97, 98, 1002, 1003, 1004, 2500])
 STARTS = st.one_of(st.integers(0, 40), st.integers(0, 2**40))
+LAWS = st.sampled_from(["gaussian", "uniform"])
 SIGMAS = st.one_of(st.floats(2.0**-149, 2.0**127, width=32), st.floats(0.015625, 64, width=32))
 
 
@@ -54,9 +61,10 @@ SIGMAS = st.one_of(st.floats(2.0**-149, 2.0**127, width=32), st.floats(0.015625,
     st.integers(0, 2**40),
     st.integers(-149, 127),
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    LAWS,
 )
 def test_decisions_are_the_references(
-    tensors: list[tuple[int, int, int, float]], seed: int, step: int, exponent: int, dtype: torch.dtype
+    tensors: list[tuple[int, int, int, float]], seed: int, step: int, exponent: int, dtype: torch.dtype, law: str
 ) -> None:
     generator = torch.Generator().manual_seed(seed % 1000)
     ms = []
@@ -68,17 +76,20 @@ def test_decisions_are_the_references(
         torch.tensor(sigma, dtype=torch.float64 if i % 2 else torch.float32) for i, (*_, sigma) in enumerate(tensors)
     ]
     segments = [Segment(parameter, start, size) for size, start, parameter, _ in tensors]
-    same_bits(ms, sigmas, segments, seed, step)
+    same_bits(ms, sigmas, segments, seed, step, law=law)
 
 
-def test_decisions_at_the_boundaries_of_bytes() -> None:
+@pytest.mark.parametrize("law", ["gaussian", "uniform"])
+def test_decisions_at_the_boundaries_of_bytes(law: str) -> None:
     """At the quantiles of k / 256, and next to them on both sides, with every byte that may be drawn."""
-    quantiles = torch.special.ndtri(torch.arange(1, 256, dtype=torch.float64) / 256).float()
+    chances = torch.arange(1, 256, dtype=torch.float64) / 256
+    quantiles = (2 * chances - 1 if law == "uniform" else torch.special.ndtri(chances)).float()
     steps = torch.tensor([-3, -1, 0, 1, 3], dtype=torch.int32)
     near = (quantiles.view(torch.int32)[:, None] + steps).view(torch.float32).flatten()
     far = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e38, -1e38, 5.5, -5.5, 6.6, -6.6, math.inf, -math.inf, math.nan])
     every = torch.cat([near, far])
-    (drawn,) = same_bits([every.repeat(60)], [torch.tensor(1.0)], [Segment(3, 5, 60 * len(every))])
+    sigma = torch.tensor(1 / 3**0.5 if law == "uniform" else 1.0)
+    (drawn,) = same_bits([every.repeat(60)], [sigma], [Segment(3, 5, 60 * len(every))], law=law)
     drawn = drawn.view(60, -1)[:, len(near) :]
     assert (drawn[:, :2] == 0).all()
     assert not drawn[:, :2].signbit().any()
@@ -88,7 +99,8 @@ def test_decisions_at_the_boundaries_of_bytes() -> None:
 def test_two_to_the_twenty_decisions() -> None:
     m = torch.randn(1 << 20, generator=torch.Generator().manual_seed(1)) * 2
     with mock.patch.multiple(plain_noise, _PER_THREAD=1 << 16, _IN_CACHE=1 << 14):
-        same_bits([m], [torch.tensor(1.0)], [Segment(1, 7, 1 << 20)])
+        for law in ("gaussian", "uniform"):
+            same_bits([m], [torch.tensor(1.0)], [Segment(1, 7, 1 << 20)], law=law)
 
 
 def test_the_estimate_is_better_than_the_slack() -> None:
@@ -99,7 +111,7 @@ def test_the_estimate_is_better_than_the_slack() -> None:
     zero = torch.zeros(len(z), dtype=torch.uint8)
     estimate, exact = torch.empty_like(z), 256 * torch.special.ndtr(z.double())
     with mock.patch.object(plain_noise, "_masked"):
-        plain_noise._estimate(torch.ones_like(z), z, zero, estimate, torch.empty(len(z), dtype=torch.bool))
+        plain_noise._estimate(torch.ones_like(z), z, zero, estimate, torch.empty(len(z), dtype=torch.bool), "gaussian")
     assert float((256 * estimate.double() + 0.5 - exact).abs().max()) < plain_noise.SLACK / 1.5
 
 

@@ -1,9 +1,12 @@
 """The dither's law, and that it is a pure function of (seed, step, parameter, element)."""
 
 import copy
+import itertools
 import math
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_cases import Dither, request
@@ -29,10 +32,10 @@ def _draws(segment: Segment, *, seed: int = 0, step: int = 0) -> torch.Tensor:
     return reference.noise_bytes([segment], reference.TOP_BITS, **at)[0] << 24 | reference.low_bits([segment], **at)[0]
 
 
-def _directions(z: float, position: str, *, sigma: float = 0.25, seed: int = 0) -> torch.Tensor:
+def _directions(z: float, position: str, *, sigma: float = 0.25, seed: int = 0, law: str = "gaussian") -> torch.Tensor:
     m = torch.full((DRAWS,), z * sigma)
     (direction,) = reference.directions(
-        [m], [torch.tensor(sigma)], [Segment(0, 0, DRAWS)], seed=seed, step=torch.tensor(0), position=position
+        [m], [torch.tensor(sigma)], [Segment(0, 0, DRAWS)], seed=seed, step=torch.tensor(0), position=position, law=law
     )
     return direction.double()
 
@@ -56,11 +59,71 @@ def test_post_sign_noise_has_mean_0_and_variance_sigma_squared(z: float) -> None
     assert stats.kstest((noise / sigma).numpy(), "norm").pvalue > 1e-4
 
 
+@pytest.mark.parametrize("z", [-2.0, -math.sqrt(3), -1.0, 0.001, 0.01, 0.1, 0.3, 0.5, 1.0, 1.5, 1.7, 1.75, 3.0])
+def test_the_expected_sign_of_uniform_dither_is_linear(z: float) -> None:
+    signs = _directions(z, "pre", seed=int(1000 * abs(z)), law="uniform")
+    assert set(signs.unique().tolist()) <= {-1.0, 1.0}
+    law = min(max(z / math.sqrt(3), -1), 1)
+    assert abs(signs.mean().item() - law) <= 4 * math.sqrt((1 - law**2) / DRAWS) + 1e-7
+    sigma = torch.tensor(0.25)
+    assert float(expected_sign(torch.tensor(z * 0.25), sigma, "uniform")) == pytest.approx(law, abs=1e-6)
+
+
+def test_uniform_noise_is_uniform_has_mean_0_and_variance_sigma_squared() -> None:
+    sigma = 0.25
+    noise = _directions(1.0, "post", sigma=sigma, law="uniform") - 1
+    half = math.sqrt(3) * sigma
+    assert noise.abs().max().item() <= half * (1 + 1e-6)
+    assert abs(noise.mean().item()) < 4 * sigma / math.sqrt(DRAWS)
+    # The fourth moment is 9/5 sigma^4.
+    assert abs(noise.var().item() - sigma**2) < 4 * sigma**2 * math.sqrt(0.8 / DRAWS)
+    assert stats.kstest(((noise / half + 1) / 2).numpy(), "uniform").pvalue > 1e-4
+
+
+@given(
+    st.lists(st.one_of(st.floats(-1.25, 1.25, width=32), st.floats(width=32, allow_nan=False)), min_size=1, max_size=50)
+)
+def test_threshold_of_uniform_noise_is_exact(values: list[float]) -> None:
+    values += [1.0, -1.0, 0.0, -1e-45, 1e-45, math.inf, -math.inf, 1 - 2.0**-24, 2.0**-24 - 1]
+    chances = [min(max((1 + Fraction(z)) / 2, Fraction(0)), Fraction(1)) if math.isfinite(z) else z > 0 for z in values]
+    found = reference.threshold(torch.tensor(values), "uniform").tolist()
+    assert found == [math.floor(2**32 * chance) for chance in chances]
+
+
+@given(st.floats(0, 2.0**100, width=32))
+def test_the_spread_of_uniform_noise_is_one_float32_product(sigma: float) -> None:
+    expected = np.float32(sigma) * np.float32(math.sqrt(3))
+    assert float(reference.spread(torch.tensor(sigma), "uniform")) == float(expected)
+
+
+def test_uniform_dither_takes_a_momentum_within_its_range_or_not_at_all() -> None:
+    """Beyond sqrt(3) sigma the sign is certain, which it never is under Gaussian noise."""
+    assert (_directions(1.7321, "pre", law="uniform") == 1).all()
+    assert (_directions(-1.7321, "pre", law="uniform") == -1).all()
+    assert (_directions(1.73, "pre", law="uniform") == -1).any()
+
+
+def test_a_state_from_before_there_was_a_law_is_gaussian() -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SignSGD([p], dither=0.1)
+    state = optimizer.__getstate__()
+    for group in state["param_groups"]:
+        del group["dither_law"]
+    optimizer.__setstate__(state)
+    assert optimizer.param_groups[0]["dither_law"] == "gaussian"
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["dither_law"]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["dither_law"] == "gaussian"
+    with pytest.raises(ValueError, match="Invalid dither_law: 'triangular', expected one of 'gaussian', 'uniform'"):
+        SignSGD([p], dither_law="triangular")
+
+
 def test_a_momentum_of_exactly_0_does_not_move_and_a_non_finite_one_shows() -> None:
     m = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf, 1e-45])
-    for position in ("pre", "post"):
+    for position, law in itertools.product(("pre", "post"), ("gaussian", "uniform")):
         (d,) = reference.directions(
-            [m], [torch.tensor(0.1)], [Segment(0, 0, 6)], seed=0, step=torch.tensor(0), position=position
+            [m], [torch.tensor(0.1)], [Segment(0, 0, 6)], seed=0, step=torch.tensor(0), position=position, law=law
         )
         assert d[:2].tolist() == [0, 0]
         assert d[2:5].isnan().all()
@@ -71,10 +134,11 @@ def test_a_momentum_of_exactly_0_does_not_move_and_a_non_finite_one_shows() -> N
 
 def test_no_noise_left_is_the_plain_sign() -> None:
     m = torch.tensor([1e-30, -1e-30, 3.0])
-    (d,) = reference.directions(
-        [m], [torch.tensor(0.0)], [Segment(0, 0, 3)], seed=0, step=torch.tensor(0), position="pre"
-    )
-    assert d.tolist() == [1, -1, 1]
+    for law in ("gaussian", "uniform"):
+        (d,) = reference.directions(
+            [m], [torch.tensor(0.0)], [Segment(0, 0, 3)], seed=0, step=torch.tensor(0), position="pre", law=law
+        )
+        assert d.tolist() == [1, -1, 1]
 
 
 @given(
@@ -147,11 +211,12 @@ def test_streams_are_independent(one: dict[str, int], other: dict[str, int]) -> 
     st.lists(st.integers(0, 60), min_size=1, max_size=6),
     st.sampled_from(["pre", "post"]),
     st.integers(0, 2**33),
+    st.sampled_from(["gaussian", "uniform"]),
     st.booleans(),
     st.booleans(),
 )
 def test_a_split_tensor_draws_the_same(
-    parts: list[int], position: str, offset: int, foreach: bool, is_complex: bool
+    parts: list[int], position: str, offset: int, law: str, foreach: bool, is_complex: bool
 ) -> None:
     dtype = torch.complex64 if is_complex else torch.float32
     generator = torch.Generator().manual_seed(sum(parts))
@@ -159,7 +224,7 @@ def test_a_split_tensor_draws_the_same(
 
     def step(params: list[torch.Tensor], grads: list[torch.Tensor], offsets: list[int]) -> None:
         tensors = Tensors(params, grads, [], [], [], [3] * len(params), offsets)
-        options = request(dither=Dither(position, torch.tensor(2.0)), rate=0.1, step=torch.tensor(6))
+        options = request(dither=Dither(position, torch.tensor(2.0), law), rate=0.1, step=torch.tensor(6))
         signsgd(tensors, options, foreach=foreach, fused=None, differentiable=False)
 
     whole = p.clone()

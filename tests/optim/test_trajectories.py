@@ -72,6 +72,9 @@ DITHERS = {
     "pre, wide seed": {"dither": 0.5, "dither_decay": 0.0, "seed": (1 << 63) + 5},
     "relative": {"dither": 1.0, "dither_decay": 0.0, "dither_scale": "relative", "seed": 3},
     "post": {"dither": 0.1, "dither_position": "post", "seed": 3},
+    "uniform": {"dither": 0.1, "dither_law": "uniform", "seed": 3},
+    "uniform, relative": {"dither": 1.0, "dither_scale": "relative", "dither_law": "uniform", "seed": 3},
+    "uniform, post": {"dither": 0.1, "dither_position": "post", "dither_law": "uniform", "seed": 3},
 }
 DECAYS = {
     "none": {},
@@ -118,6 +121,14 @@ def test_hybrid_follows_algorithm_2(calibration: str, dither: str, decay: str, s
     options = {"calibration": calibration, "switch_step": int(SWITCH * steps), "ema_decay": 0.9}
     options |= DITHERS[dither] | DECAYS[decay]
     _run(HybridSignSGD, HybridSignSGDReference, schedule, calibration != "paper", options, steps)
+
+
+@lengths
+@pytest.mark.parametrize("dither", ["uniform", "uniform, relative"])
+@pytest.mark.parametrize("calibration", ["ratio", "applied"])
+def test_hybrid_of_another_dither(calibration: str, dither: str, steps: int) -> None:
+    options = {"calibration": calibration, "switch_step": int(SWITCH * steps), "ema_decay": 0.9} | DITHERS[dither]
+    _run(HybridSignSGD, HybridSignSGDReference, _cosine, calibration == "ratio", options, steps)
 
 
 @lengths

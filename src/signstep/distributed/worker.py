@@ -251,6 +251,7 @@ class Worker:
             seed=worker_seed(group["seed"], self.rank),
             maximize=group["maximize"],
             measured=Measured.MOMENTUM,
+            law=group["dither_law"],
         )
 
     def _cast_with_feedback(

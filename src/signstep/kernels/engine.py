@@ -87,6 +87,8 @@ class Options(NamedTuple):
     interpolation: float | None = None
     """beta_1 of Lion, in [0, 1). Where there is momentum, direction, sums and mean square are then those of beta_1 m +
     (1 - beta_1) gradient, with the m of before the step. None: of the new m."""
+    law: str = "gaussian"
+    """Of the noise: "gaussian" or "uniform"."""
 
 
 class Slot(NamedTuple):

@@ -180,6 +180,7 @@ _ARGUMENTS: dict[str, str] = {
     "measured": "int",
     "stochastic_params": "bool",
     "interpolation": "float?",
+    "law": "str",
     "demanded": "bool",
 }
 library.define("signstep::step", f"({', '.join(f'{kind} {name}' for name, kind in _ARGUMENTS.items())}) -> ()")

@@ -23,9 +23,10 @@ from signstep.kernels.engine import Measured, Options, Slot, Tensors
 from signstep.kernels.layout import laid_out
 from signstep.kernels.momentum import BLOCK
 
-_ABI = 5
+_ABI = 6
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _STATE_DTYPES = {torch.float32: 0, torch.bfloat16: 4, torch.int8: 5}
+_LAWS = {"gaussian": 0, "uniform": 1}
 _MOST_ROWS = (1 << 16) - 1
 ISAS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
 """Instruction sets by name, as the library numbers them."""
@@ -47,6 +48,7 @@ class _Options(ctypes.Structure):
         ("isa", ctypes.c_int32),
         ("threads", ctypes.c_int32),
         ("stochastic_params", ctypes.c_int32),
+        ("law", ctypes.c_int32),
         ("parallel", ctypes.c_void_p),
         ("rates", ctypes.c_void_p),
     ]
@@ -131,6 +133,7 @@ def _request(isa: str, own_threads: bool, options: Options | None = None) -> _Op
         request.step = int(options.step)
         request.maximize = options.maximize
         request.stochastic_params = options.stochastic_params
+        request.law = _LAWS[options.law]
     return request
 
 

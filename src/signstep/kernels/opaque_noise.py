@@ -17,7 +17,7 @@ from signstep.kernels.reference import Segment
 _SEGMENTS = "int[] parameters, int[] starts, int[] sizes"
 library.define(
     "signstep::directions",
-    f"(Tensor[] ms, Tensor[] sigmas, {_SEGMENTS}, int seed, Tensor step, str position) -> Tensor[]",
+    f"(Tensor[] ms, Tensor[] sigmas, {_SEGMENTS}, int seed, Tensor step, str position, str law) -> Tensor[]",
 )
 library.define("signstep::round_parameters", f"(Tensor[] values, {_SEGMENTS}, int seed, Tensor step) -> Tensor[]")
 library.define("signstep::noise_bytes", f"({_SEGMENTS}, int stream, int seed, Tensor step, Device device) -> Tensor[]")
@@ -36,12 +36,13 @@ def directions(
     seed: int,
     step: Tensor,
     position: str,
+    law: str = "gaussian",
 ) -> list[Tensor]:
     """See `signstep.kernels.reference.directions`."""
     if not in_operators():
-        return plain_noise.directions(ms, sigmas, segments, seed=seed, step=step, position=position)
+        return plain_noise.directions(ms, sigmas, segments, seed=seed, step=step, position=position, law=law)
     drawn: list[Tensor] = torch.ops.signstep.directions(
-        ms, sigmas, *zip(*segments, strict=True), signed(seed), step, position
+        ms, sigmas, *zip(*segments, strict=True), signed(seed), step, position, law
     )
     return drawn
 
@@ -92,10 +93,10 @@ def _run_directions(
     seed: int,
     step: Tensor,
     position: str,
+    law: str,
 ) -> list[Tensor]:
-    return plain_noise.directions(
-        ms, sigmas, _segments(parameters, starts, sizes), seed=unsigned(seed), step=step, position=position
-    )
+    segments = _segments(parameters, starts, sizes)
+    return plain_noise.directions(ms, sigmas, segments, seed=unsigned(seed), step=step, position=position, law=law)
 
 
 @library.impl("signstep::round_parameters", "CompositeExplicitAutograd")

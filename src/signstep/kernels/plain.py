@@ -43,7 +43,7 @@ def single_tensor_step(tensors: Tensors, options: Options) -> None:
             (sigma,) = sigmas(options, tensors.mean_squares[i : i + 1], 1)
             (direction,) = dithered([m.detach()], [sigma], [segment], options)
             if _measures_expected_sign(options):
-                expected = expected_sign(m, sigma)
+                expected = expected_sign(m, sigma, options.law)
         if tensors.mean_squares:
             tensors.mean_squares[i].copy_(mean_square(m))
         if options.sums is not None:
@@ -157,7 +157,7 @@ def _directions(tensors: Tensors, options: Options, ms: list[Tensor], grads: lis
     stds = sigmas(options, tensors.mean_squares, len(ms))
     if options.sums is not None:
         expected = _measures_expected_sign(options)
-        signs = [expected_sign(m, s) if expected else torch.sign(m) for m, s in zip(ms, stds, strict=True)]
+        signs = [expected_sign(m, s, options.law) if expected else m.sign() for m, s in zip(ms, stds, strict=True)]
         _add_sums(options, signs, grads, ms)
     return dithered(ms, stds, _segments(tensors), options)
 
@@ -172,7 +172,9 @@ def dithered(
 ) -> list[Tensor]:
     """The noisy signs of momenta on one device, see `signstep.kernels.reference.directions`."""
     position = "post" if options.direction is Direction.POST else "pre"
-    return opaque_noise.directions(ms, stds, segments, seed=options.seed, step=options.step, position=position)
+    return opaque_noise.directions(
+        ms, stds, segments, seed=options.seed, step=options.step, position=position, law=options.law
+    )
 
 
 def _add_sums(options: Options, directions: Sequence[Tensor], grads: Sequence[Tensor], ms: Sequence[Tensor]) -> None:

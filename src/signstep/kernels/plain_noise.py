@@ -1,7 +1,7 @@
 """The noise of `signstep.kernels.reference` on CPUs, drawn many times faster and with the same result.
 
 - U < T is decided by the first 8 bits of U and a float32 estimate of T, but for about 1 element in 250, for which these
-  do not tell: only for those are the other 24 bits drawn and T computed in float64.
+  do not tell: only for those are the other 24 bits drawn and T computed as the reference does.
 - Numbers of 8 and 16 bits are cut from Philox's words by looking at the same memory in another type.
 - `chunk` elements are drawn at a time, so that what is computed stays in the caches.
 
@@ -42,15 +42,18 @@ def directions(
     seed: int,
     step: Tensor,
     position: str,
+    law: str = "gaussian",
 ) -> list[Tensor]:
     """See `signstep.kernels.reference.directions`."""
     # A sigma that is 0 or not finite makes z infinite or NaN where m is neither: the reference says what that means.
     if position != "pre" or not _here(*ms, *sigmas) or not all(0 < float(s.detach()) < math.inf for s in sigmas):
-        return reference.directions(ms, sigmas, segments, seed=seed, step=step, position=position)
+        return reference.directions(ms, sigmas, segments, seed=seed, step=step, position=position, law=law)
     room = _Room(min(chunk(), sum(m.numel() for m in ms)))
+    spreads = [reference.spread(sigma, law) for sigma in sigmas]
 
     def drawn(pieces: list[Tensor], covered: list[Segment], owners: list[int]) -> Tensor:
-        return _draw([m.to(torch.float32) for m in pieces], [sigmas[i] for i in owners], covered, seed, step, room)
+        narrow = [m.to(torch.float32) for m in pieces]
+        return _draw(narrow, [spreads[i] for i in owners], covered, seed, step, law, room)
 
     with torch.no_grad():  # which the signs have no use for, and out= forbids
         return in_pieces(ms, segments, torch.float32, drawn, chunk())
@@ -94,7 +97,7 @@ class _Room:
 
 
 def _draw(
-    ms: list[Tensor], sigmas: list[Tensor], segments: list[Segment], seed: int, step: Tensor, room: _Room
+    ms: list[Tensor], spreads: list[Tensor], segments: list[Segment], seed: int, step: Tensor, law: str, room: _Room
 ) -> Tensor:
     """`reference.directions` of float32 vectors with noise before the sign, one after another in one vector.
 
@@ -104,25 +107,31 @@ def _draw(
     total = sum(sizes)
     m = ms[0] if len(ms) == 1 else torch.cat(ms)
     z, byte, out = room.z[:total], room.byte[:total], room.out[:total]
-    for x, sigma, quotient in zip(ms, sigmas, torch.split(z, sizes), strict=True):
-        torch.div(x, sigma, out=quotient)
+    for x, spread, quotient in zip(ms, spreads, torch.split(z, sizes), strict=True):
+        torch.div(x, spread, out=quotient)
     for cut, numbers in zip(torch.split(byte, sizes), _cut(segments, torch.uint8, TOP_BITS, seed, step), strict=True):
         cut.copy_(numbers)
     ties = room.ties[: -(-total // 8) * 8]
     ties[total:] = False
     few = _IN_CACHE * torch.get_num_threads()
     for some in zip(*(torch.split(x, few) for x in (m, z, byte, out, ties[:total])), strict=True):
-        _estimate(*some)
+        _estimate(*some, law)
     tied = _true(ties)
-    decided = _decide(z[tied], byte[tied].to(torch.int64), tied, segments, sizes, seed, step)
+    decided = _decide(z[tied], byte[tied].to(torch.int64), tied, segments, sizes, seed, step, law)
     out[tied] = _masked(decided, m[tied], torch.empty_like(decided))
     return out
 
 
-def _estimate(m: Tensor, z: Tensor, byte: Tensor, out: Tensor, ties: Tensor) -> None:
-    """Write the directions as 8 bits and an approximate Phi(z) have them, and for which elements these do not tell."""
-    # Phi(z) is the logistic function of a z^3 + b z within 1.41e-4; less the middle of the byte's 256th.
-    torch.addcmul(_B, z, z, value=_A, out=out).mul_(z).sigmoid_()
+def _estimate(m: Tensor, z: Tensor, byte: Tensor, out: Tensor, ties: Tensor, law: str) -> None:
+    """Write the directions as 8 bits and an approximate chance of +1 have them, and for which elements these do not
+    tell.
+    """
+    if law == "uniform":
+        torch.mul(z, 0.5, out=out).add_(0.5)
+    else:
+        # Phi(z) is the logistic function of a z^3 + b z within 1.41e-4.
+        torch.addcmul(_B, z, z, value=_A, out=out).mul_(z).sigmoid_()
+    # Less the middle of the byte's 256th.
     scratch = byte.to(torch.float32)
     out.sub_(scratch, alpha=1 / 256).sub_(0.5 / 256)
     # Comparisons whose result is a float are vectorised.
@@ -138,7 +147,7 @@ def _masked(above: Tensor, m: Tensor, scratch: Tensor) -> Tensor:
 
 
 def _decide(
-    z: Tensor, top: Tensor, where: Tensor, segments: list[Segment], sizes: list[int], seed: int, step: Tensor
+    z: Tensor, top: Tensor, where: Tensor, segments: list[Segment], sizes: list[int], seed: int, step: Tensor, law: str
 ) -> Tensor:
     """1 where U < T and -1 elsewhere, as the reference decides it, for the elements at these places of a chunk."""
 
@@ -154,7 +163,7 @@ def _decide(
     counter = ((element >> 2) & mask, step & mask, parameter & mask, torch.full_like(element, LOW_BITS))
     words = torch.stack(philox4x32(counter, (seed & mask, seed >> 32)))
     low = words.gather(0, (element & 3)[None])[0] & 0xFFFFFF
-    return reference.less(top, low, reference.threshold(z)).to(torch.float32).mul_(2).sub_(1)
+    return reference.less(top, low, reference.threshold(z, law)).to(torch.float32).mul_(2).sub_(1)
 
 
 def _true(flags: Tensor) -> Tensor:

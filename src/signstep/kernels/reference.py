@@ -96,9 +96,23 @@ def _cut_words(
     return out
 
 
-def threshold(z: Tensor) -> Tensor:
-    """T = floor(2^32 Phi(z)), int64 in [0, 2^32], Phi the standard normal distribution function."""
+def spread(sigma: Tensor, law: str) -> Tensor:
+    r"""What a momentum is divided by: sigma, or for uniform noise :math:`\Delta = \sqrt3\,\sigma`, a float32 as sigma is.
+
+    Uniform noise on [-Delta, Delta] has the standard deviation sigma.
+    """
+    return sigma * math.sqrt(3) if law == "uniform" else sigma
+
+
+def threshold(z: Tensor, law: str = "gaussian") -> Tensor:
+    r"""T = floor(2^32 P), int64 in [0, 2^32], with P the chance of +1 where m is z times the `spread`.
+
+    P is Phi(z), the standard normal distribution function; for uniform noise (1 + z) / 2, between 0 and 1. Then
+    T is 2^31 + floor(2^31 z), which is exact: z is a float32, and its product with a power of 2 is not rounded.
+    """
     wide = z.to(wide_dtype(z.device))
+    if law == "uniform":
+        return (wide * 2.0**31).floor().clamp(-(2.0**31), 2.0**31).to(torch.int64) + (1 << 31)
     probability: Tensor = torch.special.erfc(wide * -math.sqrt(0.5)) * 0.5
     return (probability * 2.0**32).floor().to(torch.int64)
 
@@ -122,12 +136,17 @@ def directions(
     seed: int,
     step: Tensor,
     position: str,
+    law: str = "gaussian",
 ) -> list[Tensor]:
     """The dithered directions that replace sign(m), for tensors on one device.
 
     "pre" is sign(m + xi) with xi ~ N(0, sigma^2), drawn as +1 exactly when U < floor(2^32 Phi(m / sigma)), which has
     the same law (Algorithm 1, line 7). "post" is sign(m) + xi (eq. 10) with xi = sigma Phi^-1((U + 1/2) / 2^32). Both
     are 0 where m is exactly 0 and NaN where m is not finite.
+
+    Of the "uniform" law xi is uniform on [-Delta, Delta] with Delta = sqrt(3) sigma. "pre" is +1 exactly when
+    U < floor(2^32 clip((1 + m / Delta) / 2, 0, 1)), and "post" has xi = Delta (2 (U + 1/2) / 2^32 - 1). Delta and
+    m / Delta are rounded to float32. The rest of "pre" is exact, so that all engines decide alike.
 
     Args:
         ms: momentum (or gradient) tensors, any real float dtype and shape; elements count in row-major order.
@@ -137,29 +156,38 @@ def directions(
         seed: in [0, 2^64).
         step: 0-dim int64 tensor, the step count k.
         position: "pre" or "post".
+        law: "gaussian" or "uniform".
 
     Returns:
         For each, a float32 tensor of its shape.
     """
+    spreads = [spread(sigma, law) for sigma in sigmas]
 
     def drawn(pieces: list[Tensor], covered: list[Segment], owners: list[int]) -> Tensor:
-        return _draw([m.to(torch.float32) for m in pieces], [sigmas[i] for i in owners], covered, seed, step, position)
+        narrow = [m.to(torch.float32) for m in pieces]
+        return _draw(narrow, [spreads[i] for i in owners], covered, seed, step, position, law)
 
     return in_pieces(ms, segments, torch.float32, drawn)
 
 
-def expected_sign(m: Tensor, sigma: Tensor) -> Tensor:
+def expected_sign(m: Tensor, sigma: Tensor, law: str = "gaussian") -> Tensor:
     r"""Expected dithered sign, Sec. IV: :math:`E\,\mathrm{sign}(m + \xi) = 2\Phi(m/\sigma) - 1`.
+
+    Under uniform noise it is linear up to :math:`\Delta = \sqrt3\,\sigma`, :math:`\mathrm{clip}(m/\Delta, -1, 1)`
+    (Schuchman 1964).
 
     Args:
         m: momentum, any shape, a real float dtype.
         sigma: 0-dim tensor >= 0; at 0 the result is sign(m).
+        law: "gaussian" or "uniform".
 
     Returns:
         A float32 tensor of m's shape in [-1, 1]; 0 where m is 0.
     """
-    z = m.to(torch.float32) / sigma
-    return torch.where(m == 0, 0.0, torch.special.erf(z * math.sqrt(0.5)))
+    narrow = m.to(torch.float32)
+    z = narrow / spread(sigma, law)
+    mean = z.clamp(-1, 1) if law == "uniform" else torch.special.erf(z * math.sqrt(0.5))
+    return torch.where(narrow == 0, 0.0, mean)
 
 
 def in_pieces(
@@ -210,7 +238,13 @@ def _pieces(sizes: Sequence[int], chunk: int) -> list[list[tuple[int, int, int]]
 
 
 def _draw(
-    ms: list[Tensor], sigmas: list[Tensor], segments: list[Segment], seed: int, step: Tensor, position: str
+    ms: list[Tensor],
+    spreads: list[Tensor],
+    segments: list[Segment],
+    seed: int,
+    step: Tensor,
+    position: str,
+    law: str,
 ) -> Tensor:
     """`directions` of float32 vectors, one after another in one vector."""
     sizes = [m.numel() for m in ms]
@@ -218,18 +252,23 @@ def _draw(
     m = torch.cat(ms)
     top = torch.cat(noise_bytes(segments, TOP_BITS, seed=seed, step=step, device=device))
     low = torch.cat(low_bits(segments, seed=seed, step=step, device=device))
-    # Each sigma stays where it is: a 0-dim CPU tensor reaches a GPU kernel without a copy that the host waits for.
+    # Each spread stays where it is: a 0-dim CPU tensor reaches a GPU kernel without a copy that the host waits for.
     if position == "pre":
-        z = torch.cat([x / s for x, s in zip(ms, sigmas, strict=True)])
-        signs = torch.where(less(top, low, threshold(z)), 1.0, -1.0)
+        z = torch.cat([x / s for x, s in zip(ms, spreads, strict=True)])
+        signs = torch.where(less(top, low, threshold(z, law)), 1.0, -1.0)
         flat = torch.where(z.isnan(), math.nan, signs)  # sigma is not a number: the rms of a tensor with such elements
     else:
         wide = wide_dtype(device)
-        u = (((top << 24) | low).to(wide) + 0.5) * 2.0**-32
-        if wide == torch.float32:
-            u = u.clamp(max=1 - 2.0**-24)  # which else rounds to 1, and the noise to infinity
-        normal = torch.special.ndtri(u).to(torch.float32)
-        xi = torch.cat([x * s for x, s in zip(torch.split(normal, sizes), sigmas, strict=True)])
+        u = (top << 24) | low
+        if law == "uniform":
+            unit = ((u - (1 << 31)).to(wide) + 0.5) * 2.0**-31
+        else:
+            chance = (u.to(wide) + 0.5) * 2.0**-32
+            if wide == torch.float32:
+                chance = chance.clamp(max=1 - 2.0**-24)  # which else rounds to 1, and the noise to infinity
+            unit = torch.special.ndtri(chance)
+        units = torch.split(unit.to(torch.float32), sizes)
+        xi = torch.cat([x * s for x, s in zip(units, spreads, strict=True)])
         flat = torch.sign(m) + xi
     # torch.where, not arithmetic: the compiler may take m * 0 for 0 although m is NaN.
     return torch.where(m.isfinite(), torch.where(m == 0, 0.0, flat), math.nan)

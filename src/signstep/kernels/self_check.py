@@ -157,6 +157,7 @@ class _Case(NamedTuple):
 _FLOAT32, _FLOAT64, _BFLOAT16, _FLOAT16, _INT8 = torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8
 _PRE: dict[str, Any] = {"direction": Direction.PRE, "sigma": 0.1}
 _POST: dict[str, Any] = {"direction": Direction.POST, "sigma": 0.3, "rate": 0.5}
+_UNIFORM: dict[str, Any] = {"law": "uniform"}
 _SGD: dict[str, Any] = {"direction": Direction.MOMENTUM, "rate": 0.5}
 _RELATIVE: dict[str, Any] = {"direction": Direction.PRE, "sigma": 1.0}
 _LION: dict[str, Any] = {"momentum": 0.99, "interpolation": 0.9}
@@ -172,6 +173,8 @@ _CASES = [
         offset=2**36 - 7,
         shift=1,
     ),
+    _Case("uniform dither, relative", _FLOAT32, _RELATIVE | _UNIFORM | {"decay": 0.9}, relative=True, odd=True),
+    _Case("uniform noise after the sign", _FLOAT32, _POST | _UNIFORM),
     _Case("noise after the sign, without momentum", _FLOAT32, _POST | {"momentum": 0.0, "decay": 0.9}, odd=True),
     _Case("8-bit momentum, sums", _FLOAT32, {"state_dtype": _INT8, "sums": True}),
     _Case("bfloat16 momentum of a shard", _FLOAT32, {"state_dtype": _BFLOAT16, "coupled_weight_decay": 0.1}, offset=13),

@@ -22,7 +22,19 @@ from signstep.kernels.layout import laid_out, order_is_free
 from signstep.kernels.momentum import BLOCK as ROW
 from signstep.kernels.momentum import STOCHASTIC
 from signstep.kernels.rounding import rounds_at_random
-from signstep.kernels.triton_noise import argument, erf, jit, noise_bits, normal, triton_dtype, unavailable, uniform
+from signstep.kernels.triton_noise import (
+    argument,
+    below_line,
+    centred,
+    clip,
+    erf,
+    jit,
+    noise_bits,
+    normal,
+    triton_dtype,
+    unavailable,
+    uniform,
+)
 from signstep.kernels.triton_tables import COLUMNS, tables
 
 try:
@@ -137,6 +149,7 @@ def _step_elements(
     WIDE: tl.constexpr,
     KEPT: tl.constexpr,
     DIRECTION: tl.constexpr,
+    UNIFORM: tl.constexpr,
     RELATIVE: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     COUPLED: tl.constexpr,
@@ -196,15 +209,25 @@ def _step_elements(
     if DIRECTION == "pre" or DIRECTION == "post":
         if RELATIVE:
             sigma = sigma * tl.sqrt_rn(tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32))))
+        if UNIFORM:
+            sigma = sigma * 1.7320508
         u = uniform(element, local, seed, step, ordinal, ROWS, ALIGNED)
         if DIRECTION == "pre":
-            x = narrow * tl.div_rn(tl.full([], 0.70710678, tl.float32), sigma)
-            # U < 2^32 Phi by the upper 24 bits, which float32 holds; at sigma = 0 it is the sign.
-            up = (u >> 8).to(tl.float32) < tl.fma(erf(x), 8388608.0, 8388608.0)
+            if UNIFORM:
+                z = tl.div_rn(narrow, sigma)
+                up = below_line(u, z)
+                mean = clip(z)
+            else:
+                x = narrow * tl.div_rn(tl.full([], 0.70710678, tl.float32), sigma)
+                # U < 2^32 Phi by the upper 24 bits, which float32 holds; at sigma = 0 it is the sign.
+                up = (u >> 8).to(tl.float32) < tl.fma(erf(x), 8388608.0, 8388608.0)
+                mean = tl.erf(x)
             one = tl.where(sigma == sigma, 1.0, sigma)
             noisy = tl.where(up, one, -one)
             if MEASURED == "expected_sign":
-                signs = tl.where(narrow == 0, 0.0, tl.erf(x)).to(WIDE)
+                signs = tl.where(narrow == 0, 0.0, mean).to(WIDE)
+        elif UNIFORM:
+            noisy = _sign(narrow) + sigma * centred(u)
         else:
             noisy = _sign(narrow) + sigma * normal(u)
         noisy = tl.where(narrow == 0, 0.0, noisy)
@@ -257,6 +280,7 @@ def _step_kernel(
     WIDE: tl.constexpr,
     KEPT: tl.constexpr,
     DIRECTION: tl.constexpr,
+    UNIFORM: tl.constexpr,
     RELATIVE: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     COUPLED: tl.constexpr,
@@ -290,14 +314,14 @@ def _step_kernel(
     if first + ROWS * 256 <= size:
         _step_elements(
             row, partial, first, size, moved, shrunk, coupled, share, other_share, noise, key, k, PARAM, STATE, WIDE,
-            KEPT, DIRECTION, RELATIVE, MAXIMIZE, COUPLED, SMALL, INTERPOLATE, MEASURED, STOCHASTIC, VECTORS, ALIGNED,
-            ROWS, True,
+            KEPT, DIRECTION, UNIFORM, RELATIVE, MAXIMIZE, COUPLED, SMALL, INTERPOLATE, MEASURED, STOCHASTIC, VECTORS,
+            ALIGNED, ROWS, True,
         )  # fmt: skip
     else:
         _step_elements(
             row, partial, first, size, moved, shrunk, coupled, share, other_share, noise, key, k, PARAM, STATE, WIDE,
-            KEPT, DIRECTION, RELATIVE, MAXIMIZE, COUPLED, SMALL, INTERPOLATE, MEASURED, STOCHASTIC, VECTORS, ALIGNED,
-            ROWS, False,
+            KEPT, DIRECTION, UNIFORM, RELATIVE, MAXIMIZE, COUPLED, SMALL, INTERPOLATE, MEASURED, STOCHASTIC, VECTORS,
+            ALIGNED, ROWS, False,
         )  # fmt: skip
 
 
@@ -429,6 +453,7 @@ def _launch(kind: _Kind, rows: _Rows, tensors: Tensors, options: Options, totals
             WIDE=triton_dtype(wide),
             KEPT=_kept(options.state_dtype) if tensors.exp_avgs else "none",
             DIRECTION=options.direction.name.lower(),
+            UNIFORM=options.law == "uniform",
             RELATIVE=relative,
             MAXIMIZE=options.maximize,
             COUPLED=options.coupled_weight_decay != 0,

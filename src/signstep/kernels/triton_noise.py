@@ -145,6 +145,27 @@ def uniform(
 
 
 @jit()
+def below_line(u: tl.tensor, z: tl.tensor) -> tl.tensor:
+    """U < 2^31 + floor(2^31 z), exactly, for a float32 z."""
+    # Below 2^31 in size, the floor is an integer that float32 holds.
+    line = tl.floor(tl.minimum(tl.maximum(z, -1.0), 1.0) * 2147483648.0).to(tl.int64)
+    return u.to(tl.int64) < line + 2147483648
+
+
+@jit()
+def clip(z: tl.tensor) -> tl.tensor:
+    """Z between -1 and 1; a NaN stays."""
+    most = tl.where(z > 1.0, 1.0, z)
+    return tl.where(most < -1.0, -1.0, most)
+
+
+@jit()
+def centred(u: tl.tensor) -> tl.tensor:
+    """2 (U + 1/2) / 2^32 - 1."""
+    return ((u ^ 0x80000000).to(tl.int32, bitcast=True).to(tl.float32) + 0.5) * 2.0**-31
+
+
+@jit()
 def erf(x: tl.tensor) -> tl.tensor:
     """Erf to 1e-7, by a polynomial for log2 erfc: half as many instructions as a library's, which is as good near 0."""
     size = tl.abs(x)
@@ -168,9 +189,8 @@ def normal(u: tl.tensor) -> tl.tensor:
     sqrt(2) erfinv(s); the coefficients are fitted anew, because his are for |s| <= 1 - 2^-24.
     """
     # U - 2^31, and the nearer of U and 2^32 - 1 - U: float32 resolves both where they are small.
-    centred = (u ^ 0x80000000).to(tl.int32, bitcast=True)
-    nearer = tl.where(centred < 0, u, u ^ 0xFFFFFFFF)
-    s = (centred.to(tl.float32) + 0.5) * 2.0**-31
+    nearer = tl.where(u < 0x80000000, u, u ^ 0xFFFFFFFF)
+    s = centred(u)
     tail = (nearer.to(tl.float32) + 0.5) * 2.0**-32
     w = -tl.log(4.0 * tail * (1.0 - tail))
     x = w - 2.5

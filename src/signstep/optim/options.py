@@ -85,6 +85,7 @@ SIGNSGD_OPTIONS: Mapping[str, Option] = {
     "dither_decay": _number(0.55),
     "dither_position": _choice("pre", "post"),
     "dither_scale": _choice("absolute", "relative"),
+    "dither_law": _choice("gaussian", "uniform"),
     "state_dtype": Option(
         None,
         (torch.dtype, str, type(None)),

@@ -78,6 +78,8 @@ class SignSGD(Optimizer):
         dither_scale: "absolute" is eq. (9); "relative" multiplies sigma_k by the rms of each tensor's m_k, which the
             last step left, so that no second pass over memory is needed; the first step, with m_0 = 0, is not dithered.
             (default: "absolute")
+        dither_law: "gaussian" is Algorithm 1; "uniform" draws from [-D, D] with D = sqrt(3) sigma_k, of the same
+            variance: the expected sign is then linear, m / D between -1 and 1 (Schuchman 1964). (default: "gaussian")
         state_dtype (torch.dtype or str): how the momentum is kept. None is the parameter's dtype, to the nearest;
             torch.float32; torch.bfloat16 (2 bytes per element) and torch.int8 (1 byte, and a scale per 256) round
             stochastically, see `signstep.kernels.momentum`. Param_groups keep the name, as "int8". (default: None)
@@ -144,6 +146,7 @@ class SignSGD(Optimizer):
         dither_decay: float = 0.55,
         dither_position: str = "pre",
         dither_scale: str = "absolute",
+        dither_law: str = "gaussian",
         state_dtype: torch.dtype | str | None = None,
         param_rounding: str | None = None,
         seed: int = 0,
@@ -446,6 +449,7 @@ class SignSGD(Optimizer):
             maximize=group["maximize"] and not voted,
             sums=None if voted else sums,
             stochastic_params=group["param_rounding"] != "nearest",
+            law=group["dither_law"],
         )
 
 

@@ -187,6 +187,7 @@ int main(int argc, char** argv) {
           c.options.maximize = variant % 4 == 1;
           c.options.direction = direction;
           c.options.stochastic_params = variant / 2 % 2;
+          c.options.law = (variant + direction) / 2 % 2;
           c.options.sums = ballot ? int(SIGNSTEP_NO_SUMS) : variant % 4;
           const Bytes first = run(c, isas[0], 1);
           mix(fingerprint, first);

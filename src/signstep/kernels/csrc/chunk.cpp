@@ -76,11 +76,15 @@ inline W unit_step(uint32_t signed_as, W m) {
   return fused(m, W(0), m == 0 ? W(0) : W(sign));
 }
 
-// The exact decision U < floor(2^32 Phi(m / sigma)), as the reference computes it.
+// The exact decision U < floor(2^32 Phi(m / sigma)), and that of uniform noise, U < 2^31 + floor(2^31 m / sigma), both as the
+// reference computes them.
 inline bool exactly_up(uint32_t u, float m, float sigma) {
   const double z = m / sigma;
   const double t = __builtin_floor(__builtin_erfc(z * -0.70710678118654752440) * 0.5 * 4294967296.0);
   return double(u) < t;
+}
+inline bool linearly_up(uint32_t u, float m, float sigma) {
+  return double(int32_t(u ^ 0x80000000u)) + 1 <= double(m / sigma) * 0x1p31;
 }
 
 template <class W>
@@ -131,6 +135,7 @@ struct Ties {
   Target target;
   const Key& key;
   float sigma;
+  bool uniform;
   int count = 0;
   static constexpr int ROOM = LANES + TILE + LANES;
   typename Target::Place place[ROOM];
@@ -179,6 +184,13 @@ struct Ties {
       const int word = int(element[first + lane] % 4);
       u[lane] = uint32_t(top[first + lane]) << 24 | (uint32_t(words[2 * lane + word / 2] >> 32 * (word % 2)) & 0xFFFFFFu);
     }
+    if (uniform) {
+      for (int lane = 0; lane < size; ++lane) {
+        const int i = first + lane;
+        if (m[i] != 0) target.settle(place[i], m[i], linearly_up(u[lane], m[i], sigma));
+      }
+      return;
+    }
     float difference[LANES];
     for (int lane = 0; lane < LANES; ++lane) {
       const float x = m[first + lane] * inverse;
@@ -202,7 +214,7 @@ inline const float* as_float(const double* m, int n, float* buffer) {
 
 inline uint64_t lowest(int n) { return n < 64 ? (uint64_t(1) << n) - 1 : ~uint64_t(0); }
 
-// sign(m + xi), +1 exactly when U < T = floor(2^32 Phi(m / sigma)): the sign of up. What ties has none worth the name yet.
+// sign(m + xi), +1 exactly when U < T: the sign of up. What ties has none worth the name yet.
 template <class Target>
 INLINE void decide_tile(const float* m, int n, uint64_t element, Bytes& random, int16_t* up, Ties<Target>& ties, Ahead* ahead) {
   const uint8_t* top = random.fill(element, n, ties.key, TOP_BITS, ahead[0]);
@@ -212,19 +224,21 @@ INLINE void decide_tile(const float* m, int n, uint64_t element, Bytes& random, 
     ahead[1].template fetch<GROUP>();
     ahead[2].template fetch<GROUP>();
     // To the end of the group, also beyond n: what is there is not used.
-    tied[first / GROUP] = decide(m + first, top + first, inverse, up + first);
+    tied[first / GROUP] = ties.uniform ? decide<true>(m + first, top + first, inverse, up + first)
+                                       : decide<false>(m + first, top + first, inverse, up + first);
   }
   for (int first = 0; first < n; first += GROUP) ties.add(tied[first / GROUP], first, n, m, top, element);
 }
 
-// xi = sigma Phi^-1((U + 1/2) / 2^32).
+// xi = sigma Phi^-1((U + 1/2) / 2^32), or that of uniform noise, sigma (2 (U + 1/2) / 2^32 - 1).
 template <class W>
-void draw_noise(Tile<W>& tile, int n, uint64_t element, const Key& key, float sigma) {
+void draw_noise(Tile<W>& tile, int n, uint64_t element, const Key& key, float sigma, bool uniform) {
   const uint8_t* top = tile.top.fill(element, n, key, TOP_BITS, {0, 0});
   const uint32_t* low = tile.low.fill(element, n, key, LOW_BITS, {0, 0});
   for (int i = 0; i < n; ++i) {
     const uint32_t u = uint32_t(top[i]) << 24 | (low[i] & 0xFFFFFFu);
-    tile.noise[i] = W(sigma * float(inverse_normal((double(u) + 0.5) * 0x1p-32)));
+    const double unit = uniform ? (double(int32_t(u ^ 0x80000000u)) + 0.5) * 0x1p-31 : inverse_normal((double(u) + 0.5) * 0x1p-32);
+    tile.noise[i] = W(sigma * float(unit));
   }
 }
 
@@ -324,7 +338,7 @@ INLINE const W* advance(const signstep_tensor& t, const Options& o, int64_t firs
     // What is not full is in the tile.
     for (int i = n; i < TILE; ++i) tile.g[i] = tile.m[i] = tile.c[i] = 0;
     if (o.sums == SIGNSTEP_SUMS_OF_EXPECTED_SIGN && o.direction == SIGNSTEP_PRE) {
-      sums->add_expected_calibration(m, g, sigma);
+      sums->add_expected_calibration(m, g, sigma, o.law == SIGNSTEP_UNIFORM);
     } else if (o.sums == SIGNSTEP_SUMS_OF_SIGN || o.sums == SIGNSTEP_SUMS_OF_EXPECTED_SIGN) {
       sums->add_calibration(m, g);
     }
@@ -339,7 +353,7 @@ void step(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end
   Rounding rounding;
   Sums<W> total;
   const Key key = {uint32_t(o.seed), uint32_t(o.seed >> 32), uint32_t(o.step), uint32_t(t.ordinal)};
-  Ties<Moves<T, W, Rounding>> ties = {{o, rounding, nullptr}, key, sigma};
+  Ties<Moves<T, W, Rounding>> ties = {{o, rounding, nullptr}, key, sigma, o.law == SIGNSTEP_UNIFORM};
   float narrowed[sizeof(W) == sizeof(float) ? 1 : TILE];
   const int state_bytes = bytes_of_state(t.state_dtype, sizeof(T));
   for (int64_t first = begin; first < end; first += TILE) {
@@ -361,7 +375,7 @@ void step(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end
       // From here on m is a float, also that of a double parameter, as in the reference.
       apply<T, W>(param, n, o, rounding, [m, sigma](int i) { return float(m[i]) == 0 ? W(0) : W(sigma); });
     } else if (o.direction == SIGNSTEP_POST) {
-      draw_noise(tile, n, element, key, sigma);
+      draw_noise(tile, n, element, key, sigma, ties.uniform);
       apply<T, W>(param, n, o, rounding, [m, &tile](int i) { return W(post_direction(float(m[i]), float(tile.noise[i]))); });
     } else {
       decide_tile(as_float(m, n, narrowed), n, element, tile.top, tile.up, ties, ahead);
@@ -397,7 +411,7 @@ void cast(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end
   Tile<W> tile;
   Sums<W> total;
   const Key key = {uint32_t(o.seed), uint32_t(o.seed >> 32), uint32_t(o.step), uint32_t(t.ordinal)};
-  Ties<Bits> ties = {{nullptr}, key, sigma};
+  Ties<Bits> ties = {{nullptr}, key, sigma, o.law == SIGNSTEP_UNIFORM};
   float narrowed[sizeof(W) == sizeof(float) ? 1 : TILE];
   const int state_bytes = bytes_of_state(t.state_dtype, sizeof(T));
   for (int64_t first = begin; first < end; first += TILE) {

@@ -7,7 +7,8 @@ namespace signstep {
 
 constexpr int TILE = 256;  // elements: the block of 8-bit momentum, and small enough that memory never waits for long
 
-// One step, or the bits of one, on elements [begin, end) of a tensor, begin a multiple of TILE, with the tensor's sigma.
+// One step, or the bits of one, on elements [begin, end) of a tensor, begin a multiple of TILE, with the tensor's sigma, or
+// the half-width of its uniform noise.
 // sums: null, or [<s, g>, ||g||^2, sum m^2], to which the chunk's are added.
 using Chunk = void(const signstep_tensor&, const signstep_options&, int64_t begin, int64_t end, float sigma,
                    double* sums);

@@ -1,4 +1,5 @@
-// The first 8 bits of U against 256 Phi(m / sigma), 64 elements at a time. Included inside an instruction set's namespace.
+// The first 8 bits of U against 256 Phi(m / sigma), or for uniform noise 128 (1 + m / Delta), 64 elements at a time. Included
+// inside an instruction set's namespace.
 //
 // decide() writes, per element, whether sign(m + xi) is up (>= 0) or down (< 0), and returns the ties as bits, that of element
 // element_at(bit): those for which 8 bits and an approximate Phi do not tell. That is all that it may get wrong, so
@@ -6,13 +7,16 @@
 //
 // Phi(z) - 1/2 = z h(z^2) in 16-bit fixed point, where a vector holds most elements. z is in units of 2^-13, so that it ends
 // at 4 as Phi nearly does; beyond, only the bytes 0 and 255 can tie, and the last bytes' bounds are made to do so. h is a
-// minimax polynomial of degree 5 in z^2 / 16 - 1/2, its coefficients times 2^12.
+// minimax polynomial of degree 5 in z^2 / 16 - 1/2, its coefficients times 2^12. For uniform noise the chance less 1/2 is z / 2.
 
 constexpr int GROUP = 64;
-constexpr float UNITS_OF_Z = 8192.0f;
+template <bool UNIFORM>
+constexpr float UNITS_OF_Z = UNIFORM ? 4096.0f : 8192.0f;  // so that PER_BYTE are a 256th of what z / 2 is when it is linear
 constexpr int16_t H[6] = {5770, -5508, 6898, -9784, 16968, -15568};
 constexpr int PER_BYTE = 32;  // units of the difference between Phi and a byte
-constexpr int SLACK = 6;      // more than the approximation is wrong by: checked for all 2^16 z by the tests
+template <bool UNIFORM>
+constexpr int SLACK = UNIFORM ? 1 : 6;  // more than the approximation is wrong by: checked for all 2^16 z by the tests
+constexpr int16_t MIDDLE = 128 * PER_BYTE - PER_BYTE / 2;  // byte 128 begins where the chance is 1/2
 
 #if defined(__AVX512BW__) || defined(__AVX2__)
 
@@ -22,6 +26,7 @@ typedef int16_t Short __attribute__((vector_size(64)));
 typedef uint16_t Unsigned __attribute__((vector_size(64)));
 
 static inline Short product(Short a, Short b) { return (Short)_mm512_mulhrs_epi16((__m512i)a, (__m512i)b); }
+static inline Short difference(Short a, Short b) { return (Short)_mm512_subs_epi16((__m512i)a, (__m512i)b); }  // saturates
 
 // The numbers of a Short are in the order in which instructions put two Floats into one: four by four of each by turns.
 static inline Short packed(Floats low, Floats high) {
@@ -52,6 +57,7 @@ typedef int16_t Short __attribute__((vector_size(32)));
 typedef uint16_t Unsigned __attribute__((vector_size(32)));
 
 static inline Short product(Short a, Short b) { return (Short)_mm256_mulhrs_epi16((__m256i)a, (__m256i)b); }
+static inline Short difference(Short a, Short b) { return (Short)_mm256_subs_epi16((__m256i)a, (__m256i)b); }
 
 static inline Short packed(Floats low, Floats high) {
   return (Short)_mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));
@@ -81,34 +87,48 @@ static inline uint64_t near_0(const Short* x, int near) {
 }
 #endif
 
-// Phi less the middle of the byte's 256th, of SHORTS elements: up where it is not negative, a tie where it is near 0.
+// The chance less the middle of the byte's 256th, of SHORTS elements: up where it is not negative, a tie where it is near 0.
+template <bool UNIFORM>
 static inline Short above(Floats low, Floats high, Floats unit, const uint8_t* top) {
   // To 16 bits, saturating: what is too small converts to the smallest integer, what is too large and NaN is made smaller.
   const Short z = packed(smaller(low * unit, 32767.0f), smaller(high * unit, 32767.0f));
+  if (UNIFORM) return difference(z, bytes(top) - MIDDLE);
   const Short t = (Short)((Unsigned)product(z, z) - 16384);  // wraps for the smallest z, to the right value
   Short h = product(H[5] + (z ^ z), t) + H[4];
   for (int k = 3; k >= 0; --k) h = product(h, t) + H[k];
-  // Phi - 1/2 is product(h, z), and byte 128 begins at 1/2.
-  return product(h, z) - bytes(top) + (128 * PER_BYTE - PER_BYTE / 2);
+  return product(h, z) - bytes(top) + MIDDLE;  // Phi - 1/2 is product(h, z)
 }
 
-static inline uint64_t ties(const Short* above) { return near_0(above, PER_BYTE / 2 + SLACK + 1); }
+template <bool UNIFORM>
+static inline uint64_t ties(const Short* above) {
+  return near_0(above, PER_BYTE / 2 + SLACK<UNIFORM> + 1);
+}
 
+template <bool UNIFORM>
 static inline uint64_t decide(const float* m, const uint8_t* top, float inverse_sigma, int16_t* up) {
-  const Floats unit = Floats{} + UNITS_OF_Z * inverse_sigma;
+  const Floats unit = Floats{} + UNITS_OF_Z<UNIFORM> * inverse_sigma;
   Short groups[GROUP / SHORTS];
   for (int i = 0; i < GROUP / SHORTS; ++i) {
     const float* at = m + i * SHORTS;
-    groups[i] = above(load(at), load(at + SHORTS / 2), unit, top + i * SHORTS);
+    groups[i] = above<UNIFORM>(load(at), load(at + SHORTS / 2), unit, top + i * SHORTS);
     store(up + i * SHORTS, in_order(groups[i]));
   }
-  return ties(groups);
+  return ties<UNIFORM>(groups);
 }
 
 #else
 
+template <bool UNIFORM>
 static inline uint64_t decide(const float* m, const uint8_t* top, float inverse_sigma, int16_t* up) {
   uint8_t tie[GROUP];
+  if (UNIFORM) {
+    for (int i = 0; i < GROUP; ++i) {
+      const float above = 128.0f * (m[i] * inverse_sigma) - (float(top[i]) - 127.5f);
+      tie[i] = __builtin_fabsf(above) < 0.51f ? 1 : 0;
+      up[i] = above > 0 ? 1 : -1;
+    }
+    return gathered(tie);
+  }
   const float inverse = 0.70710678f * inverse_sigma;
   for (int i = 0; i < GROUP; ++i) {
     // Q to 5e-4 (Abramowitz and Stegun 7.1.27).

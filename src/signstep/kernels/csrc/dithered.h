@@ -2,7 +2,7 @@
 // tensors, in which numbers go from memory to registers and back. Only what a tie needs waits in memory. Other dithered steps
 // go tile by tile. Included inside an instruction set's namespace.
 
-template <bool MOMENT, bool DECAY, bool INTERPOLATES>
+template <bool UNIFORM, bool MOMENT, bool DECAY, bool INTERPOLATES>
 struct Dithered {
   const Options& o;
   const Vector<float> weight, direction_weight, rate, decay, unit;
@@ -13,7 +13,7 @@ struct Dithered {
         direction_weight(Vector<float>{} + float(o.direction_weight)),
         rate(Vector<float>{} + float(-o.rate)),
         decay(Vector<float>{} + float(o.decay)),
-        unit(Vector<float>{} + UNITS_OF_Z * (1.0f / sigma)) {}
+        unit(Vector<float>{} + UNITS_OF_Z<UNIFORM> * (1.0f / sigma)) {}
 
   // What the direction is taken of: m or, in its own place, the average that is not kept.
   INLINE Vector<float> advance(const float* grad, float* exp_avg, float* average) const {
@@ -51,13 +51,13 @@ struct Dithered {
         const int i = first + j * SHORTS;
         const Vector<float> low = advance(grad + i, exp_avg + i, decides + i);
         const Vector<float> high = advance(grad + i + HALF, exp_avg + i + HALF, decides + i + HALF);
-        up[j] = above(low, high, unit, top + i);
+        up[j] = above<UNIFORM>(low, high, unit, top + i);
         if (MOMENT) {
           moment.part[0] += low * low;
           moment.part[REGISTERS<float> - 1] += high * high;
         }
       }
-      waiting.add(ties(up), first, TILE, decides, top, element);
+      waiting.add(ties<UNIFORM>(up), first, TILE, decides, top, element);
 #pragma GCC unroll 4
       for (int j = 0; j < GROUP / SHORTS; ++j) {
         const int i = first + j * SHORTS;
@@ -71,7 +71,7 @@ struct Dithered {
     const Dithered self(o, sigma);
     const ToNearest<float, float> rounding;
     const Key key = {uint32_t(o.seed), uint32_t(o.seed >> 32), uint32_t(o.step), uint32_t(t.ordinal)};
-    Ties<Moves<float, float, ToNearest<float, float>>> waiting = {{o, rounding, nullptr}, key, sigma};
+    Ties<Moves<float, float, ToNearest<float, float>>> waiting = {{o, rounding, nullptr}, key, sigma, UNIFORM};
     Sums<float> total;
     Bytes random;
     for (int64_t at = begin; at < end; at += TILE) {
@@ -104,12 +104,18 @@ struct Dithered {
   }
 };
 
+template <bool UNIFORM, bool INTERPOLATES>
+void dithered_by(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end, float sigma, double* sums) {
+  if (t.mean_square != 0 || o.sums == SIGNSTEP_SUMS_OF_MOMENTUM) {
+    if (o.decay == 1) return Dithered<UNIFORM, true, false, INTERPOLATES>::run(t, o, begin, end, sigma, sums);
+    return Dithered<UNIFORM, true, true, INTERPOLATES>::run(t, o, begin, end, sigma, sums);
+  }
+  if (o.decay == 1) return Dithered<UNIFORM, false, false, INTERPOLATES>::run(t, o, begin, end, sigma, sums);
+  return Dithered<UNIFORM, false, true, INTERPOLATES>::run(t, o, begin, end, sigma, sums);
+}
+
 template <bool INTERPOLATES>
 void dithered(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end, float sigma, double* sums) {
-  if (t.mean_square != 0 || o.sums == SIGNSTEP_SUMS_OF_MOMENTUM) {
-    if (o.decay == 1) return Dithered<true, false, INTERPOLATES>::run(t, o, begin, end, sigma, sums);
-    return Dithered<true, true, INTERPOLATES>::run(t, o, begin, end, sigma, sums);
-  }
-  if (o.decay == 1) return Dithered<false, false, INTERPOLATES>::run(t, o, begin, end, sigma, sums);
-  return Dithered<false, true, INTERPOLATES>::run(t, o, begin, end, sigma, sums);
+  if (o.law == SIGNSTEP_UNIFORM) return dithered_by<true, INTERPOLATES>(t, o, begin, end, sigma, sums);
+  return dithered_by<false, INTERPOLATES>(t, o, begin, end, sigma, sums);
 }

@@ -147,6 +147,20 @@ static inline float reciprocal_erfc(float x) {
   return q * q;
 }
 
+// E sign(m + xi), 0 where m is 0: erf(m / (sigma sqrt 2)), or of uniform noise on +-sigma the line m / sigma between -1 and 1.
+template <bool UNIFORM>
+static inline float expected_sign(float m, float sigma) {
+  float mean;
+  if (UNIFORM) {
+    const float z = m / sigma, most = z > 1.0f ? 1.0f : z;
+    mean = most < -1.0f ? -1.0f : most;
+  } else {
+    const float x = m * (0.70710678f / sigma), size = 1.0f - 1.0f / reciprocal_erfc(x);
+    mean = x > 0 ? size : -size;
+  }
+  return m == 0 ? 0.0f : mean;
+}
+
 // The inverse of the normal distribution function: Wichura 1988, algorithm AS 241 (PPND16).
 static inline double inverse_normal(double u) {
   const double q = u - 0.5;

@@ -88,6 +88,7 @@ int signstep_step(const signstep_tensor* tensors, int64_t count, const signstep_
     elements += t.size;
     float sigma = static_cast<float>(options->sigma);
     if (t.mean_square != 0) sigma *= std::sqrt(*reinterpret_cast<const float*>(t.mean_square));
+    if (options->law == SIGNSTEP_UNIFORM) sigma *= 1.7320508f;  // the noise's half-width, which takes sigma's place
     cut(pieces, t, t.size, CHUNK, sigma);
   }
   Chunk* const chunk = kernels_for(options->isa).chunk;

@@ -10,7 +10,7 @@
 #endif
 
 // Raised whenever a structure below changes; native.py refuses a library that answers another number.
-#define SIGNSTEP_ABI 5
+#define SIGNSTEP_ABI 6
 
 enum {
   SIGNSTEP_FLOAT32,
@@ -23,6 +23,7 @@ enum {
 
 // What a parameter moves along: sign(m), sign(m + noise), sign(m) + noise, or m itself. engine.py has the same numbers.
 enum { SIGNSTEP_SIGN, SIGNSTEP_PRE, SIGNSTEP_POST, SIGNSTEP_MOMENTUM };
+enum { SIGNSTEP_GAUSSIAN, SIGNSTEP_UNIFORM };  // the law of the noise
 enum { SIGNSTEP_NO_SUMS, SIGNSTEP_SUMS_OF_SIGN, SIGNSTEP_SUMS_OF_EXPECTED_SIGN, SIGNSTEP_SUMS_OF_MOMENTUM };
 enum { SIGNSTEP_BEST, SIGNSTEP_PORTABLE, SIGNSTEP_AVX2, SIGNSTEP_AVX512 };
 
@@ -58,6 +59,7 @@ struct signstep_options {
   int32_t isa;       // SIGNSTEP_BEST, or one by name for tests
   int32_t threads;
   int32_t stochastic_params;  // bfloat16 parameters are rounded at random
+  int32_t law;                // SIGNSTEP_GAUSSIAN, or _UNIFORM on +-sqrt(3) sigma
   void* parallel;  // GOMP_parallel of the OpenMP runtime that torch uses, or null for threads of our own
   const double* rates;  // null, or a rate per tensor in place of `rate`
 };

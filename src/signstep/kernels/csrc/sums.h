@@ -44,13 +44,13 @@ struct Sums {
     add(0, inner), add(1, square);
   }
 
-  // s = E sign(m + xi) = erf(m / (sigma sqrt 2)).
-  void add_expected_calibration(const W* m, const W* g, float sigma) {
+  // s = E sign(m + xi).
+  void add_expected_calibration(const W* m, const W* g, float sigma, bool uniform) {
     alignas(64) W s[TILE];
-    const float inverse = SQRT_HALF / sigma;
-    for (int i = 0; i < TILE; ++i) {
-      const float x = float(m[i]) * inverse, size = 1.0f - 1.0f / reciprocal_erfc(x);
-      s[i] = W(m[i] == 0 ? 0.0f : (x > 0 ? size : -size));
+    if (uniform) {
+      for (int i = 0; i < TILE; ++i) s[i] = W(expected_sign<true>(float(m[i]), sigma));
+    } else {
+      for (int i = 0; i < TILE; ++i) s[i] = W(expected_sign<false>(float(m[i]), sigma));
     }
     Lanewise<W> inner, square;
     each([&](int i, int j) {

@@ -52,7 +52,7 @@ from signstep.lab.output.tables import markdown_table  # noqa: E402
 STEPS = 3
 DTYPES = {x: getattr(torch, x) for x in ("float32", "bfloat16", "float16", "float64")}
 STATE_DTYPES: list[torch.dtype | None] = [None, torch.float32, torch.bfloat16, torch.int8]
-POSITIONS = ("clean", "pre", "post", "relative", "gradient")
+POSITIONS = ("clean", "pre", "post", "relative", "gradient", "uniform", "uniform post", "expected")
 PEERS = ("sgd-fused", "adamw-fused")
 OURS = {"clean": "clean", "dither": "dither", "relative": "relative dither"}
 SHARE, OVER_ADAMW = 0.9, 0.75
@@ -124,6 +124,9 @@ _DIRECTIONS = {
     "pre": Direction.PRE,
     "relative": Direction.PRE,
     "post": Direction.POST,
+    "uniform": Direction.PRE,
+    "uniform post": Direction.POST,
+    "expected": Direction.EXPECTED,
     "gradient": Direction.MOMENTUM,
 }
 
@@ -132,7 +135,7 @@ def options_for(step: int, state: torch.dtype | None, position: str, other: dict
     """The request for one step."""
     sigma = torch.tensor(1.0 if position == "relative" else 0.05)
     direction = _DIRECTIONS[position]
-    dithered = direction in (Direction.PRE, Direction.POST)
+    dithered = direction not in (Direction.SIGN, Direction.MOMENTUM)
     return Options(
         step=torch.tensor(step),
         rate=0.013,
@@ -147,6 +150,7 @@ def options_for(step: int, state: torch.dtype | None, position: str, other: dict
         sums=sums if "sums" in other and position != "gradient" else None,
         measured=other.get("measured", Measured.SIGN),
         interpolation=other.get("interpolation"),
+        law="uniform" if position.startswith("uniform") else "gaussian",
     )
 
 
@@ -177,7 +181,7 @@ def compare(name: str, device: torch.device, sizes: Sequence[int], *kind: Any) -
             options = options._replace(step=options.step.to(device), rate=rate, sigma=sigma)
         engine.step(actual, options)
     elements = sum(sizes)
-    result = Comparison(name, elements, exact=position in ("clean", "pre", "relative"))
+    result = Comparison(name, elements, exact=position in ("clean", "pre", "relative", "uniform"))
     for x, y in zip(actual.params, expected.params, strict=True):
         result.params += int((x.cpu() != y).sum())
         result.largest = max(result.largest, _largest(x.cpu(), y))

@@ -79,6 +79,8 @@ class SignSGDReference:
         m = self.m[i]
         if self.alpha == 0:
             return np.sign(m)
+        if self.position == "expected":
+            return self.expected_sign(i)
         u = noise(self.seed, self.k, i, m.shape)
         # xi = -sigma Phi^-1(u), so that sign(m + xi) = +1 exactly when u < Phi(m / sigma). Uniform noise of that
         # variance is within sqrt(3) sigma.
@@ -210,7 +212,7 @@ class HybridSignSGDReference(SignSGDReference):
         raw = self.gradients(gradients)
         super().step(gradients)  # lines 6 and 9
         signs = [np.sign(m) for m in self.m]
-        if self.rule == "applied" and self.alpha > 0 and self.position == "pre":
+        if self.rule == "applied" and self.alpha > 0 and self.position in ("pre", "expected"):
             signs = [self.expected_sign(i) for i in range(len(self.m))]
         off = 0.0
         for rate, members in zip(self.rates, self.members, strict=True):

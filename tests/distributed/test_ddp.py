@@ -331,6 +331,9 @@ def _refusals() -> dict[str, str]:
         "Invalid after_switch": lambda: MajorityVote(model, sign(), after_switch="fp8"),
         "Invalid dither_workers": lambda: MajorityVote(model, sign(), dither_workers="shared"),
         "Invalid dither_position: 'post'": lambda: MajorityVote(model, sign(dither=1.0, dither_position="post")),
+        "Invalid dither_position: 'expected', the expected sign is a number, which does not fit in one bit": (
+            lambda: MajorityVote(model, sign(dither=1.0, dither_position="expected"))
+        ),
         "Invalid capturable": lambda: MajorityVote(model, sign(capturable=True)),
         "Invalid state_dtype": lambda: MajorityVote(model, sign(state_dtype=torch.int8), error_feedback=True),
     }

@@ -24,6 +24,13 @@ DITHERS: dict[str, dict[str, Any]] = {
     "relative": {"dither": 1.0, "dither_decay": 0.0, "dither_scale": "relative"},
     "uniform": {"dither": 0.01, "dither_law": "uniform", "seed": 5},
     "uniform, relative": {"dither": 1.0, "dither_decay": 0.0, "dither_scale": "relative", "dither_law": "uniform"},
+    "expected": {"dither": 0.01, "dither_position": "expected"},
+    "expected, uniform, relative": {
+        "dither": 1.0,
+        "dither_position": "expected",
+        "dither_scale": "relative",
+        "dither_law": "uniform",
+    },
     "post": {"dither": 0.1, "dither_position": "post", "seed": 7},
     "post, uniform": {"dither": 0.1, "dither_position": "post", "dither_law": "uniform"},
     "post, relative": {"dither": 0.1, "dither_position": "post", "dither_scale": "relative"},
@@ -148,7 +155,7 @@ def check_equal(engine: Engine, cls: type[SignSGD], options: dict[str, Any], mak
         for ps, each in ((params, optimizer), (expected, plain)):
             give_gradients(ps, step)
             each.step()
-        exact = options.get("dither_position") != "post" and getattr(plain, "phase", "sign") == "sign"
+        exact = options.get("dither_position", "pre") == "pre" and getattr(plain, "phase", "sign") == "sign"
         if exact:
             assert sum(differing(p, q) for p, q in zip(params, expected, strict=True)) <= allowed
         for p, q in zip(params, expected, strict=True):

@@ -65,7 +65,9 @@ def test_stochastic_rounding_of_a_shard_is_the_references(
 
 @pytest.mark.parametrize(
     ("dtype", "position", "sigma", "law"),
-    every_combination(DTYPES, [None, "pre", "post"], [0.0, 0.5, math.inf, math.nan], ["gaussian", "uniform"]),
+    every_combination(
+        DTYPES, [None, "pre", "post", "expected"], [0.0, 0.5, math.inf, math.nan], ["gaussian", "uniform"]
+    ),
 )
 def test_numbers_that_are_not_finite_or_zero(
     engine: Engine, dtype: torch.dtype, position: str | None, sigma: float, law: str
@@ -75,7 +77,7 @@ def test_numbers_that_are_not_finite_or_zero(
     dither = None if position is None else Dither(position, torch.tensor(sigma), law)
     actual = directions(m, engine.module.step, device=engine.device, dither=dither)
     rtol = 1e-2 if m.dtype.itemsize == 2 else 1e-6
-    close(actual, directions(m, dither=dither), rtol, 1e-6 if position == "post" else 0)
+    close(actual, directions(m, dither=dither), rtol, 0 if position in (None, "pre") else 1e-6)
 
 
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)

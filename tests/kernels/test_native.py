@@ -94,6 +94,21 @@ def test_decisions_of_uniform_noise_at_the_boundaries_of_bytes(isa: str) -> None
 
 
 @pytest.mark.parametrize("law", ["gaussian", "uniform"])
+def test_the_expected_sign_is_exact_to_a_float32_and_alike_in_all_instruction_sets(law: str) -> None:
+    """From 1e-12 to 100 sigma, also relative to itself where it is small; the line of uniform noise to the bit."""
+    m = torch.logspace(-12, 2, 1 << 16) * torch.tensor([1.0, -1.0]).repeat(1 << 15)
+    dither = Dither("expected", torch.tensor(0.7), law)
+    z = m.double() / 0.7
+    exact = (z / math.sqrt(3)).clamp(-1, 1) if law == "uniform" else torch.special.erf(z * math.sqrt(0.5))
+    expected = directions(m, dither=dither)
+    torch.testing.assert_close(expected.double(), exact, rtol=3e-7, atol=0)
+    first, *others = (native_directions(m, dither=dither, isa=isa) for isa in ISAS)
+    torch.testing.assert_close(first.double(), exact, rtol=1e-6, atol=0)
+    assert all(torch.equal(first, other) for other in others)
+    assert law == "gaussian" or torch.equal(first, expected)
+
+
+@pytest.mark.parametrize("law", ["gaussian", "uniform"])
 def test_post_noise_is_the_references(law: str) -> None:
     m = torch.ones(1_000_000)
     dither = Dither("post", torch.tensor(1.0), law)
@@ -103,7 +118,7 @@ def test_post_noise_is_the_references(law: str) -> None:
 
 
 @pytest.mark.parametrize("law", ["gaussian", "uniform"])
-@pytest.mark.parametrize("position", [None, "pre", "post"])
+@pytest.mark.parametrize("position", [None, "pre", "post", "expected"])
 @pytest.mark.parametrize("sigma", [0.0, 0.5, math.inf, math.nan])
 def test_numbers_that_are_not_finite_or_zero(sigma: float, position: str | None, law: str) -> None:
     m = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 3e38, math.inf, -math.inf, math.nan] * 30)

@@ -58,9 +58,10 @@ BROKEN: dict[str, tuple[str, str, str]] = {
         "pass",
     ),
     "the mean square is not read": ("triton", "sigma = sigma * tl.sqrt_rn(", "sigma = sigma * tl.abs("),
-    "the sums are doubled": ("triton", "totals.sum(dim=0).to(", "totals.sum(dim=0).mul(2).to("),
+    "the sums are doubled": ("triton", "add_(totals.to(", "add_(totals.mul(2).to("),
     "the sums are of the first program": ("triton", "mine = start + lane < end", "mine = start + lane < begin + 1"),
-    "the expected sign is the sign": ("triton", "tl.where(narrow == 0, 0.0, tl.erf(x)).to(WIDE)", "signs"),
+    "the expected sign is the sign": ("triton", "tl.where(narrow == 0, 0.0, mean).to(WIDE)", "signs"),
+    "uniform noise is Gaussian": ("triton", 'UNIFORM=options.law == "uniform"', "UNIFORM=False"),
     "the scale is another block's": ("triton", "first // 256, tl.float32, False)", "first // 2048, tl.float32, False)"),
     "rounding is to the nearest": ("triton", "((bits + random) >> 16)", "((bits + 0x8000) >> 16)"),
     "the momentum's weight is that of the gradient": (

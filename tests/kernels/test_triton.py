@@ -194,10 +194,13 @@ KINDS: list[dict[str, Any]] = [
     {"DIRECTION": "sign"},
     {"PARAM": "bfloat16", "COUPLED": True, "MAXIMIZE": True},
     {"PARAM": "bfloat16", "DIRECTION": "sign", "STOCHASTIC": True},
-    {"RELATIVE": True, "SUMS": True, "EXPECTED": True, "on_device": True},
+    {"RELATIVE": True, "MEASURED": "expected_sign", "RATES": True, "on_device": True},
     {"PARAM": "float64", "DIRECTION": "post", "RELATIVE": True},
     {"PARAM": "float16", "STATE": "int8", "KEPT": "int8", "ALIGNED": False, "VECTORS": False},
     {"STATE": "bfloat16", "KEPT": "bfloat16", "DIRECTION": "m", "SMALL": False},
+    {"UNIFORM": True, "MEASURED": "expected_sign"},
+    {"UNIFORM": True, "DIRECTION": "post"},
+    {"PARAM": "bfloat16", "DIRECTION": "expected"},
 ]
 NUMBERS = {"seed": "u64", "step": "u32"} | dict.fromkeys(["rate", "decay", "coupled_decay", "weight", "sigma"], "i64")
 
@@ -211,8 +214,8 @@ def compile_kind(kind: dict[str, Any], target: Any) -> None:
         "SMALL": True,
     }
     options |= (
-        dict.fromkeys(["RELATIVE", "MAXIMIZE", "COUPLED", "SUMS", "EXPECTED", "STOCHASTIC"], False)
-        | {"VECTORS": True}
+        dict.fromkeys(["RELATIVE", "MAXIMIZE", "COUPLED", "RATES", "STOCHASTIC", "UNIFORM"], False)
+        | {"VECTORS": True, "MEASURED": "none"}
         | kind
     )
     on_device = options.pop("on_device", False)
@@ -260,7 +263,13 @@ def compile_all() -> None:
         for kind in kinds:
             compile_kind(kind, target)
         compile_ballots(target)
-        constants = {"SUMS": True, "RELATIVE": True, "ROWS": engine.ROWS, "COLUMNS": engine._COLUMNS, "WIDTH": 4096}
+        constants = {
+            "MEASURED": "sign",
+            "RELATIVE": True,
+            "ROWS": engine.ROWS,
+            "COLUMNS": engine._COLUMNS,
+            "WIDTH": 4096,
+        }
         types = {"table": "*i64", "partials": "*fp32", "totals": "*fp64"}
         compiled_kernel(engine._reduce_kernel, types, constants, target, 8)
     kernel, keys = engine._step_kernel, set()

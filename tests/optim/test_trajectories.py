@@ -46,8 +46,8 @@ def _run(
     fast = fast_class(params, lr=3e-3, foreach=foreach, **options)
     slow = slow_class([np.asarray(p) for p in start], 3e-3, **options)
     scheduler = torch.optim.lr_scheduler.LambdaLR(fast, lambda step: schedule(step / steps))
-    # Decisions must agree exactly; post-sign noise is itself a float32 number.
-    tolerance = 1e-6 if options.get("dither_position") == "post" else 1e-9
+    # Decisions must agree exactly; post-sign noise and the expected sign are themselves float32 numbers.
+    tolerance = 1e-6 if options.get("dither_position", "pre") != "pre" else 1e-9
     switched = False
     for step in range(steps):
         slow.lr = 3e-3 * schedule(step / steps)
@@ -74,6 +74,14 @@ DITHERS = {
     "post": {"dither": 0.1, "dither_position": "post", "seed": 3},
     "uniform": {"dither": 0.1, "dither_law": "uniform", "seed": 3},
     "uniform, relative": {"dither": 1.0, "dither_scale": "relative", "dither_law": "uniform", "seed": 3},
+    "expected": {"dither": 0.1, "dither_position": "expected"},
+    "expected, relative": {
+        "dither": 2.0,
+        "dither_decay": 0.0,
+        "dither_position": "expected",
+        "dither_scale": "relative",
+        "dither_law": "uniform",
+    },
     "uniform, post": {"dither": 0.1, "dither_position": "post", "dither_law": "uniform", "seed": 3},
 }
 DECAYS = {
@@ -124,7 +132,7 @@ def test_hybrid_follows_algorithm_2(calibration: str, dither: str, decay: str, s
 
 
 @lengths
-@pytest.mark.parametrize("dither", ["uniform", "uniform, relative"])
+@pytest.mark.parametrize("dither", ["uniform", "uniform, relative", "expected", "expected, relative"])
 @pytest.mark.parametrize("calibration", ["ratio", "applied"])
 def test_hybrid_of_another_dither(calibration: str, dither: str, steps: int) -> None:
     options = {"calibration": calibration, "switch_step": int(SWITCH * steps), "ema_decay": 0.9} | DITHERS[dither]

@@ -27,6 +27,10 @@ from signstep.optim.wrappers import unwrap
 
 __all__ = ["Gradient", "Worker", "resplit", "worker_seed"]
 
+_NOT_ONE_BIT = {
+    "post": "noise after the sign does not fit in",
+    "expected": "the expected sign is a number, which does not fit in",
+}
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -142,8 +146,9 @@ class Worker:
         optimizer.start_taking_votes()
 
     def _check(self, group: dict[str, Any]) -> None:
-        if group["dither"] > 0 and group["dither_position"] == "post":
-            raise ValueError("Invalid dither_position: 'post', noise after the sign does not fit in one bit; use 'pre'")
+        position = group["dither_position"]
+        if group["dither"] > 0 and position in _NOT_ONE_BIT:
+            raise ValueError(f"Invalid dither_position: {position!r}, {_NOT_ONE_BIT[position]} one bit; use 'pre'")
         for option in ("capturable", "differentiable"):
             if group[option]:
                 raise ValueError(f"Invalid {option}: True, a vote cannot be so; leave it out")

@@ -27,6 +27,8 @@ class Direction(IntEnum):
     """sign(m) + noise, eq. (10)."""
     MOMENTUM = 3
     """m itself, as in SGD."""
+    EXPECTED = 4
+    """E sign(m + noise), without noise."""
 
 
 class Measured(IntEnum):

@@ -18,8 +18,8 @@ def order_is_free(options: Options, dtype: torch.dtype) -> bool:
 
     It does where no noise is drawn.
     """
-    undithered = options.direction in (Direction.SIGN, Direction.MOMENTUM)
-    return undithered and options.state_dtype not in STOCHASTIC and not rounds_at_random(dtype, options)
+    noisy = options.direction in (Direction.PRE, Direction.POST)
+    return not noisy and options.state_dtype not in STOCHASTIC and not rounds_at_random(dtype, options)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from signstep.kernels.engine import Direction, Measured, Options, Tensors, real_
 from signstep.kernels.layout import order_is_free, share_dense_order
 from signstep.kernels.momentum import BLOCK, enter_momenta, enter_momentum, mean_square, widened
 from signstep.kernels.plain_noise import chunk
-from signstep.kernels.reference import Segment, expected_sign
+from signstep.kernels.reference import Segment, expected_direction, expected_sign
 from signstep.kernels.rounding import rounds_at_random
 
 __all__ = ["dithered", "multi_tensor_step", "single_tensor_step"]
@@ -41,7 +41,10 @@ def single_tensor_step(tensors: Tensors, options: Options) -> None:
             direction = reference.sign(m)
         else:
             (sigma,) = sigmas(options, tensors.mean_squares[i : i + 1], 1)
-            (direction,) = dithered([m.detach()], [sigma], [segment], options)
+            if options.direction is Direction.EXPECTED:
+                direction = expected_direction(m, sigma, options.law)
+            else:
+                (direction,) = dithered([m.detach()], [sigma], [segment], options)
             if _measures_expected_sign(options):
                 expected = expected_sign(m, sigma, options.law)
         if tensors.mean_squares:
@@ -140,7 +143,7 @@ def _cut(vector: Tensors, first: int, end: int) -> Tensors:
 
 def _measures_expected_sign(options: Options) -> bool:
     # Noise after the sign does not change the expected step.
-    return options.measured is Measured.EXPECTED_SIGN and options.direction is Direction.PRE
+    return options.measured is Measured.EXPECTED_SIGN and options.direction in (Direction.PRE, Direction.EXPECTED)
 
 
 def _directions(tensors: Tensors, options: Options, ms: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
@@ -159,6 +162,8 @@ def _directions(tensors: Tensors, options: Options, ms: list[Tensor], grads: lis
         expected = _measures_expected_sign(options)
         signs = [expected_sign(m, s, options.law) if expected else m.sign() for m, s in zip(ms, stds, strict=True)]
         _add_sums(options, signs, grads, ms)
+    if options.direction is Direction.EXPECTED:
+        return [expected_direction(m, s, options.law) for m, s in zip(ms, stds, strict=True)]
     return dithered(ms, stds, _segments(tensors), options)
 
 

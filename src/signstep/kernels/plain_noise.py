@@ -114,8 +114,8 @@ def _draw(
     ties = room.ties[: -(-total // 8) * 8]
     ties[total:] = False
     few = _IN_CACHE * torch.get_num_threads()
-    for some in zip(*(torch.split(x, few) for x in (m, z, byte, out, ties[:total])), strict=True):
-        _estimate(*some, law)
+    for a, b, c, d, e in zip(*(torch.split(x, few) for x in (m, z, byte, out, ties[:total])), strict=True):
+        _estimate(a, b, c, d, e, law)
     tied = _true(ties)
     decided = _decide(z[tied], byte[tied].to(torch.int64), tied, segments, sizes, seed, step, law)
     out[tied] = _masked(decided, m[tied], torch.empty_like(decided))

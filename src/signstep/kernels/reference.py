@@ -97,7 +97,7 @@ def _cut_words(
 
 
 def spread(sigma: Tensor, law: str) -> Tensor:
-    r"""What a momentum is divided by: sigma, or for uniform noise :math:`\Delta = \sqrt3\,\sigma`, a float32 as sigma is.
+    r"""What a momentum is divided by, float32 as sigma is: sigma, or for uniform noise :math:`\Delta = \sqrt3\,\sigma`.
 
     Uniform noise on [-Delta, Delta] has the standard deviation sigma.
     """
@@ -184,10 +184,16 @@ def expected_sign(m: Tensor, sigma: Tensor, law: str = "gaussian") -> Tensor:
     Returns:
         A float32 tensor of m's shape in [-1, 1]; 0 where m is 0.
     """
-    narrow = m.to(torch.float32)
-    z = narrow / spread(sigma, law)
+    narrow, width = m.to(torch.float32), spread(sigma, law)
+    # No division by 0, whose derivative is not a number.
+    z = narrow / torch.where(width == 0, 1.0, width)
     mean = z.clamp(-1, 1) if law == "uniform" else torch.special.erf(z * math.sqrt(0.5))
-    return torch.where(narrow == 0, 0.0, mean)
+    return torch.where(narrow == 0, 0.0, torch.where(width == 0, torch.sign(narrow), mean))
+
+
+def expected_direction(m: Tensor, sigma: Tensor, law: str = "gaussian") -> Tensor:
+    """`expected_sign` as a step: NaN where m is not finite, as `sign` is."""
+    return torch.where(m.to(torch.float32).isfinite(), expected_sign(m, sigma, law), math.nan)
 
 
 def in_pieces(

@@ -173,6 +173,8 @@ _CASES = [
         offset=2**36 - 7,
         shift=1,
     ),
+    _Case("expected sign, relative", _FLOAT32, _RELATIVE | {"direction": Direction.EXPECTED}, relative=True, odd=True),
+    _Case("expected sign of uniform dither", _BFLOAT16, _PRE | _UNIFORM | {"direction": Direction.EXPECTED}, offset=13),
     _Case("uniform dither, relative", _FLOAT32, _RELATIVE | _UNIFORM | {"decay": 0.9}, relative=True, odd=True),
     _Case("uniform noise after the sign", _FLOAT32, _POST | _UNIFORM),
     _Case("noise after the sign, without momentum", _FLOAT32, _POST | {"momentum": 0.0, "decay": 0.9}, odd=True),

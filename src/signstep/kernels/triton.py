@@ -24,10 +24,10 @@ from signstep.kernels.momentum import STOCHASTIC
 from signstep.kernels.rounding import rounds_at_random
 from signstep.kernels.triton_noise import (
     argument,
+    below_curve,
     below_line,
     centred,
     clip,
-    erf,
     jit,
     noise_bits,
     normal,
@@ -206,30 +206,29 @@ def _step_elements(
     # The decision is made in float32 whatever the parameter is.
     narrow = m.to(tl.float32)
     signs = _sign(m)
-    if DIRECTION == "pre" or DIRECTION == "post":
+    if DIRECTION == "pre" or DIRECTION == "post" or DIRECTION == "expected":
         if RELATIVE:
             sigma = sigma * tl.sqrt_rn(tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32))))
         if UNIFORM:
             sigma = sigma * 1.7320508
-        u = uniform(element, local, seed, step, ordinal, ROWS, ALIGNED)
-        if DIRECTION == "pre":
+        if DIRECTION == "post":
+            u = uniform(element, local, seed, step, ordinal, ROWS, ALIGNED)
+            noisy = _sign(narrow) + sigma * (centred(u) if UNIFORM else normal(u))
+        else:
             if UNIFORM:
                 z = tl.div_rn(narrow, sigma)
-                up = below_line(u, z)
                 mean = clip(z)
             else:
-                x = narrow * tl.div_rn(tl.full([], 0.70710678, tl.float32), sigma)
-                # U < 2^32 Phi by the upper 24 bits, which float32 holds; at sigma = 0 it is the sign.
-                up = (u >> 8).to(tl.float32) < tl.fma(erf(x), 8388608.0, 8388608.0)
-                mean = tl.erf(x)
-            one = tl.where(sigma == sigma, 1.0, sigma)
-            noisy = tl.where(up, one, -one)
+                z = narrow * tl.div_rn(tl.full([], 0.70710678, tl.float32), sigma)
+                mean = tl.erf(z)
             if MEASURED == "expected_sign":
                 signs = tl.where(narrow == 0, 0.0, mean).to(WIDE)
-        elif UNIFORM:
-            noisy = _sign(narrow) + sigma * centred(u)
-        else:
-            noisy = _sign(narrow) + sigma * normal(u)
+            noisy = mean
+            if DIRECTION == "pre":
+                u = uniform(element, local, seed, step, ordinal, ROWS, ALIGNED)
+                up = below_line(u, z) if UNIFORM else below_curve(u, z)
+                one = tl.where(sigma == sigma, 1.0, sigma)
+                noisy = tl.where(up, one, -one)
         noisy = tl.where(narrow == 0, 0.0, noisy)
         # m * 0 is NaN where m is not finite.
         direction = tl.fma(narrow, 0.0, noisy).to(WIDE)

@@ -182,6 +182,12 @@ def erf(x: tl.tensor) -> tl.tensor:
 
 
 @jit()
+def below_curve(u: tl.tensor, x: tl.tensor) -> tl.tensor:
+    """U < 2^32 Phi(sqrt(2) x) by the upper 24 bits, which float32 holds; at an infinite x it is the sign."""
+    return (u >> 8).to(tl.float32) < tl.fma(erf(x), 8388608.0, 8388608.0)
+
+
+@jit()
 def normal(u: tl.tensor) -> tl.tensor:
     """Phi^-1((U + 1/2) / 2^32) to 5e-7 of itself.
 

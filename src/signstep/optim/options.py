@@ -83,7 +83,7 @@ SIGNSGD_OPTIONS: Mapping[str, Option] = {
     "momentum": _number(0.9, 1, always=True),
     "dither": _number(0.0),
     "dither_decay": _number(0.55),
-    "dither_position": _choice("pre", "post"),
+    "dither_position": _choice("pre", "post", "expected"),
     "dither_scale": _choice("absolute", "relative"),
     "dither_law": _choice("gaussian", "uniform"),
     "state_dtype": Option(

@@ -46,7 +46,7 @@ ENGINE_CHOICE = ("foreach", "fused", "differentiable")
 _OWN_DTYPE = ("exp_avg_scale", "mean_square")
 """State that is float32 for parameters of every dtype."""
 
-_DIRECTIONS = {"pre": Direction.PRE, "post": Direction.POST}
+_DIRECTIONS = {"pre": Direction.PRE, "post": Direction.POST, "expected": Direction.EXPECTED}
 
 _CAPTURE_CHECK = "_accelerator_graph_capture_health_check"
 if not hasattr(Optimizer, _CAPTURE_CHECK):  # before torch 2.9
@@ -74,7 +74,8 @@ class SignSGD(Optimizer):
         dither: alpha of eq. (9), the noise's variance at step 0, in squared units of the momentum; 0 is no noise. A
             fixed alpha must match the momentum's scale, which changes over training: see ``dither_scale``. (default: 0)
         dither_decay: gamma of eq. (9). (default: 0.55)
-        dither_position: "pre" adds the noise before the sign (Algorithm 1), "post" after it (eq. 10). (default: "pre")
+        dither_position: "pre" adds the noise before the sign (Algorithm 1), "post" after it (eq. 10). "expected" draws
+            none: the step is the expectation of "pre" (Sec. IV), which is not one bit. (default: "pre")
         dither_scale: "absolute" is eq. (9); "relative" multiplies sigma_k by the rms of each tensor's m_k, which the
             last step left, so that no second pass over memory is needed; the first step, with m_0 = 0, is not dithered.
             (default: "absolute")

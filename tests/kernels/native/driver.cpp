@@ -171,7 +171,7 @@ int main(int argc, char** argv) {
   const int stride = argc > 2 ? std::atoi(argv[2]) : 1;
   for (int dtype = SIGNSTEP_FLOAT32; dtype < dtypes; ++dtype) {
     for (int state : {-1, dtype, int(SIGNSTEP_FLOAT32), int(SIGNSTEP_BFLOAT16_STOCHASTIC), int(SIGNSTEP_INT8)}) {
-      for (int direction = SIGNSTEP_SIGN; direction <= SIGNSTEP_MOMENTUM; ++direction) {
+      for (int direction = SIGNSTEP_SIGN; direction <= SIGNSTEP_EXPECTED; ++direction) {
         for (int variant = 0; variant < 12; ++variant) {
           const bool ballot = variant / 4 == 1 || variant == 10;
           if (ballot && (direction > SIGNSTEP_PRE || variant % 3 != 1)) continue;

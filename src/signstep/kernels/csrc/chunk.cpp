@@ -242,6 +242,15 @@ void draw_noise(Tile<W>& tile, int n, uint64_t element, const Key& key, float si
   }
 }
 
+// E sign(m + xi), NaN where m is not finite.
+template <bool UNIFORM, class W>
+void expect(const W* __restrict m, int n, float sigma, W* __restrict mean) {
+  for (int i = 0; i < n; ++i) {
+    const float narrow = float(m[i]);
+    mean[i] = W(expected_sign<UNIFORM>(narrow, sigma) + (narrow - narrow));
+  }
+}
+
 // sign(m) + xi.
 template <class W>
 inline W post_direction(W m, W noise) {
@@ -337,7 +346,7 @@ INLINE const W* advance(const signstep_tensor& t, const Options& o, int64_t firs
   if (sums != nullptr) {
     // What is not full is in the tile.
     for (int i = n; i < TILE; ++i) tile.g[i] = tile.m[i] = tile.c[i] = 0;
-    if (o.sums == SIGNSTEP_SUMS_OF_EXPECTED_SIGN && o.direction == SIGNSTEP_PRE) {
+    if (o.sums == SIGNSTEP_SUMS_OF_EXPECTED_SIGN && (o.direction == SIGNSTEP_PRE || o.direction == SIGNSTEP_EXPECTED)) {
       sums->add_expected_calibration(m, g, sigma, o.law == SIGNSTEP_UNIFORM);
     } else if (o.sums == SIGNSTEP_SUMS_OF_SIGN || o.sums == SIGNSTEP_SUMS_OF_EXPECTED_SIGN) {
       sums->add_calibration(m, g);
@@ -374,6 +383,9 @@ void step(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end
     } else if (sigma != sigma) {  // the rms of a tensor with elements that are not finite
       // From here on m is a float, also that of a double parameter, as in the reference.
       apply<T, W>(param, n, o, rounding, [m, sigma](int i) { return float(m[i]) == 0 ? W(0) : W(sigma); });
+    } else if (o.direction == SIGNSTEP_EXPECTED) {
+      ties.uniform ? expect<true>(m, n, sigma, tile.noise) : expect<false>(m, n, sigma, tile.noise);
+      apply<T, W>(param, n, o, rounding, [&tile](int i) { return tile.noise[i]; });
     } else if (o.direction == SIGNSTEP_POST) {
       draw_noise(tile, n, element, key, sigma, ties.uniform);
       apply<T, W>(param, n, o, rounding, [m, &tile](int i) { return W(post_direction(float(m[i]), float(tile.noise[i]))); });

@@ -21,8 +21,9 @@ enum {
   SIGNSTEP_INT8,                 // of a momentum buffer only: blocks of 256, one float32 scale each
 };
 
-// What a parameter moves along: sign(m), sign(m + noise), sign(m) + noise, or m itself. engine.py has the same numbers.
-enum { SIGNSTEP_SIGN, SIGNSTEP_PRE, SIGNSTEP_POST, SIGNSTEP_MOMENTUM };
+// What a parameter moves along: sign(m), sign(m + noise), sign(m) + noise, m itself, or E sign(m + noise). engine.py has the
+// same numbers.
+enum { SIGNSTEP_SIGN, SIGNSTEP_PRE, SIGNSTEP_POST, SIGNSTEP_MOMENTUM, SIGNSTEP_EXPECTED };
 enum { SIGNSTEP_GAUSSIAN, SIGNSTEP_UNIFORM };  // the law of the noise
 enum { SIGNSTEP_NO_SUMS, SIGNSTEP_SUMS_OF_SIGN, SIGNSTEP_SUMS_OF_EXPECTED_SIGN, SIGNSTEP_SUMS_OF_MOMENTUM };
 enum { SIGNSTEP_BEST, SIGNSTEP_PORTABLE, SIGNSTEP_AVX2, SIGNSTEP_AVX512 };
@@ -54,7 +55,7 @@ struct signstep_options {
   uint64_t seed;
   uint64_t step;
   int32_t maximize;
-  int32_t direction;  // SIGNSTEP_SIGN, _PRE, _POST or _MOMENTUM
+  int32_t direction;  // SIGNSTEP_SIGN, _PRE, _POST, _MOMENTUM or _EXPECTED
   int32_t sums;       // which s enters <s, g>, or that sum m^2 alone is wanted
   int32_t isa;       // SIGNSTEP_BEST, or one by name for tests
   int32_t threads;

@@ -38,10 +38,12 @@ class CalibrationReference:
         steps.step(gradients)
         m = np.concatenate([x.ravel() for x in (steps.m if steps.beta else steps.gradients(gradients))])
         s = expected = np.sign(m)
-        if steps.alpha > 0 and steps.position == "pre":
+        if steps.alpha > 0 and steps.position != "post":
             sigma = np.concatenate([np.full(x.size, v) for x, v in zip(steps.m, steps.sigmas, strict=True)])
             with np.errstate(divide="ignore", invalid="ignore"):
-                expected = np.where(sigma > 0, 2 * ndtr(m / sigma) - 1, s)
+                z = m / sigma
+                mean = np.clip(z / np.sqrt(3), -1, 1) if steps.law == "uniform" else 2 * ndtr(z) - 1
+                expected = np.where(sigma > 0, mean, s)
         self.lr = lr
         self.history.append(
             {"inner": s @ g, "applied": expected @ g, "lagged": lagged @ g, "square": g @ g, "length": s @ s, "lr": lr}
@@ -75,6 +77,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dithered": {"dither": 1e-4},
     "relative": {"dither": 1.0, "dither_decay": 0.0, "dither_scale": "relative"},
     "post": {"dither": 0.1, "dither_position": "post"},
+    "uniform": {"dither": 1e-4, "dither_law": "uniform"},
+    "expected": {"dither": 1e-4, "dither_position": "expected"},
     "no momentum": {"momentum": 0.0, "dither": 1e-4},
     "maximize": {"maximize": True},
     "coupled decay": {"weight_decay": 0.05, "decoupled_weight_decay": False},

@@ -32,6 +32,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "relative, decaying": {"dither": 4.0, "dither_scale": "relative"},
     "clean": {},
     "post": {"dither": 0.1, "dither_position": "post"},
+    "uniform": {"dither": 1e-4, "dither_law": "uniform"},
+    "expected": {"dither": 1e-4, "dither_position": "expected"},
     "no momentum": {"dither": 1e-4, "momentum": 0.0},
     "no momentum, relative": {"dither": 1.0, "momentum": 0.0, "dither_scale": "relative"},
     "maximize": {"dither": 1e-4, "momentum": 0.0, "maximize": True},
@@ -69,13 +71,17 @@ def test_every_number_is_the_papers(case: str, fused: bool | None) -> None:
                 assert layer["ratio"] is layer["linear_share"] is layer["matching_alpha"] is None
                 assert layer["random_walk"] == pytest.approx(2e-3 * math.sqrt(k + 1) * sigma, rel=1e-4)
                 continue
-            assert layer["random_walk"] == pytest.approx(2e-3 * math.sqrt(k + 1))
+            if case == "expected":
+                assert layer["random_walk"] is None
+            else:
+                assert layer["random_walk"] == pytest.approx(2e-3 * math.sqrt(k + 1))
             if sigma == 0:  # the first step of relative dither
                 assert layer["ratio"] is layer["matching_alpha"] is None
                 continue
             assert layer["ratio"] == pytest.approx(rms / sigma, rel=1e-4)
-            assert layer["linear_share"] == pytest.approx(float(np.mean(np.abs(m) < sigma / 2)))
-            assert layer["equivalent_lr"] == pytest.approx(2e-3 * math.sqrt(2 / math.pi) / sigma, rel=1e-4)
+            reach, slope = (math.sqrt(3), 1 / math.sqrt(3)) if case == "uniform" else (0.5, math.sqrt(2 / math.pi))
+            assert layer["linear_share"] == pytest.approx(float(np.mean(np.abs(m) < sigma * reach)))
+            assert layer["equivalent_lr"] == pytest.approx(2e-3 * slope / sigma, rel=1e-4)
         sizes = [m.size for m in reference.m]
         squares = np.concatenate([m.ravel() ** 2 for m in reference.m])
         assert record["rms"] == pytest.approx(float(np.sqrt(squares.mean())), rel=1e-4)
@@ -389,6 +395,17 @@ def test_advice_on_weak_and_on_matching_dither() -> None:
     mixed = _advice([1.0, 1.0, 1e-4], momentum=0.0, dither=1.0, dither_decay=0.0)
     assert "not so in 1 of 3 layers" in mixed
     assert "dither_scale='relative'" in mixed
+
+
+def test_advice_on_the_expected_step() -> None:
+    said = _advice([1.0, 10.0], count=3, dither=1.0, dither_decay=0.0, dither_scale="relative")
+    expected = _advice(
+        [1.0, 10.0], count=3, dither=1.0, dither_decay=0.0, dither_scale="relative", dither_position="expected"
+    )
+    assert expected.startswith("dither: the step is the expected sign, without noise: rms(m) / sigma is ")
+    assert expected.rpartition("lr ")[2] == said.rpartition("lr ")[2]
+    first = _advice([1.0], dither=1.0, dither_scale="relative", dither_position="expected")
+    assert "first step of relative dither" in first
 
 
 def test_advice_without_dither() -> None:

@@ -49,6 +49,21 @@ def test_expected_vote_is_that_of_drawn_votes(snr: float, workers: int, flipping
     assert error < 0.0225
 
 
+@pytest.mark.parametrize("law", ["gaussian", "uniform"])
+@pytest.mark.parametrize("workers", [1, 2, 7, 16])
+def test_the_expected_vote_begins_with_its_slope(workers: int, law: str) -> None:
+    assert expected_vote(1e-5, workers, law=law) / 1e-5 == pytest.approx(linear_slope(workers, law), rel=1e-4)
+    assert accuracy(0.0, law) == 0.5
+
+
+@given(SNR, WORKERS)
+def test_uniform_noise_decides_beyond_its_range(snr: float, workers: int) -> None:
+    chance = accuracy(snr, "uniform")
+    assert chance == pytest.approx(min(1.0, (1 + snr / math.sqrt(3)) / 2), rel=1e-12)
+    if snr > 1.7321:
+        assert chance == expected_vote(snr, workers, law="uniform") == 1
+
+
 def test_numbers_of_the_theory_notes() -> None:
     assert [round(expected_vote(0.3, m), 3) for m in (1, 15, 101)] == [0.236, 0.654, 0.984]
     assert round(expected_vote(0.1, 15), 3) == 0.247

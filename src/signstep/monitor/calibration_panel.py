@@ -214,13 +214,14 @@ class CalibrationPanel:
         m = sign_momentum(optimizer, moved, before) if momentum else g
         if m is None:
             return None
-        sigma = None
-        if isinstance(optimizer, SignSGD) and group["dither"] > 0 and group["dither_position"] == "pre":
+        sigma, law = None, group.get("dither_law", "gaussian")
+        dithered = isinstance(optimizer, SignSGD) and group["dither"] > 0
+        if dithered and group["dither_position"] in ("pre", "expected"):
             sigma = before.sigma(moved).to(m.device)
         sums = torch.zeros(5, dtype=wide_dtype(g.device), device=g.device)
         for x, y, last in chunks(g, m, self._signs.get(p, g)):
             s = torch.sign(y).to(x.dtype)
-            expected = s if sigma is None else expected_sign(y, sigma).to(x.dtype)
+            expected = s if sigma is None else expected_sign(y, sigma, law).to(x.dtype)
             factors = ((s, x), (expected, x), (last.to(x.dtype), x), (x, x), (s, s))
             sums += torch.stack([inner_product(a, b) for a, b in factors])
         return list(sums.unbind())

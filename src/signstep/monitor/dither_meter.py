@@ -93,13 +93,15 @@ class DitherMeter:
             Numbers, None where there is none:
 
             - layers: for each parameter that has moved: rms (of m), sigma (0: not dithered), ratio = rms / sigma,
-              linear_share (of coordinates with \\|m\\| < sigma / 2), equivalent_lr, random_walk (delta sqrt(k), k with
-              this step), weight_rms, and matching_alpha, the ``dither`` that would have made the ratio 1 at this step
-              with the group's ``dither_scale`` and ``dither_decay`` (decay 0 for other optimizers).
+              linear_share (of coordinates with \\|m\\| < sigma / 2, of uniform noise sqrt(3) sigma), equivalent_lr,
+              random_walk (delta sqrt(k), k with this step), weight_rms, and matching_alpha, the ``dither`` that would
+              have made the ratio 1 at this step with the group's ``dither_scale`` and ``dither_decay`` (decay 0 for
+              other optimizers).
             - the same over all coordinates: root mean squares, means, and the ratio of the first two.
             - dithered: how many layers are. advice: what follows, in words.
 
-            Noise after the sign (``dither_position="post"``) is in units of the step, so it has no ratio.
+            Noise after the sign (``dither_position="post"``) is in units of the step, so it has no ratio. The expected
+            step has no noise, so it has no random_walk.
 
         Raises:
             RuntimeError: there was no `before_step`.
@@ -122,11 +124,11 @@ class DitherMeter:
             layer = _Layer(name, m.numel(), group, rates[index], before.steps[index])
             if isinstance(optimizer, SignSGD) and before.phases[index] == "sign" and group["dither"] > 0:
                 sigma = self._sigma(moved, before)
-                layer.position = group["dither_position"]
+                layer.position, layer.law = group["dither_position"], group["dither_law"]
                 if optimizer.takes_votes and self.worker is not None:
-                    layer.slope = linear_slope(self.worker.world_size)
+                    layer.workers = self.worker.world_size
             layer.phase = before.phases[index]
-            edge = sigma.to(m.device) * (_ONE / layer.slope / 2)
+            edge = sigma.to(m.device) * layer.reach
             linear = sum((torch.count_nonzero(x.abs() < edge) for (x,) in chunks(m)), torch.zeros_like(edge))
             weight = flat(p)
             values += [inner_product(m, m), sigma, linear, inner_product(weight, weight)]
@@ -164,8 +166,8 @@ class DitherMeter:
         return sigma if square is None else sigma.to(square.device) * square.sqrt()
 
 
-_ONE = math.sqrt(2 / math.pi)
-"""The slope of one worker's expected sign."""
+_REACH = {"gaussian": 0.5, "uniform": math.sqrt(3)}
+"""Up to how many sigma the expected sign of one worker is linear: within 4.2 %, and exactly."""
 _VOTED = (
     "dither: the momentum is on the workers' side of a vote, which this meter has not been given: "
     "DitherMeter(names, worker=vote.worker)"
@@ -187,7 +189,9 @@ class _Layer:
     position: str | None = None
     """Of the dither; None: not dithered."""
     phase: str = ""
-    slope: float = _ONE
+    law: str = "gaussian"
+    workers: int = 1
+    """Whose votes move it."""
     rms: float = 0.0
     sigma: float = 0.0
     linear: float = 0.0
@@ -199,13 +203,23 @@ class _Layer:
         self.sigma, self.linear = sigma, linear / size
 
     @property
+    def slope(self) -> float:
+        """Of the expected step in m / sigma, at 0."""
+        return linear_slope(self.workers, self.law)
+
+    @property
+    def reach(self) -> float:
+        """Up to how many sigma the expected step is linear; votes narrow that as they sharpen the slope."""
+        return _REACH[self.law] * linear_slope(1) / linear_slope(self.workers)
+
+    @property
     def dithered(self) -> bool:
-        """Whether noise of some size was added before the sign."""
-        return self.position == "pre" and self.sigma > 0
+        """Whether noise of some size was added before the sign, or its expectation taken."""
+        return self.position in ("pre", "expected") and self.sigma > 0
 
     @property
     def walk(self) -> float | None:
-        if self.step is None or self.phase != "sign":
+        if self.step is None or self.phase != "sign" or self.position == "expected":
             return None
         return self.lr * math.sqrt(self.step + 1) * (self.sigma if self.position == "post" else 1.0)
 
@@ -279,13 +293,25 @@ def _advice(layers: list[_Layer]) -> str:
             "is; dither_position='pre' is the dither of Algorithm 1"
         )
     on = [layer for layer in alive if layer.dithered]
+    if any(layer.position == "expected" for layer in on):
+        return _advice_expected(on)
     if on:
         return _advice_dithered(on)
-    if any(layer.position == "pre" for layer in alive):
+    if any(layer.position is not None for layer in alive):
         return "dither: the first step of relative dither has no momentum to be relative to, and is not dithered"
     if all(layer.phase == "sgd" for layer in alive):
         return "dither: off in the SGD phase"
     return _advice_undithered(alive)
+
+
+def _advice_expected(on: list[_Layer]) -> str:
+    size = sum(layer.size for layer in on)
+    linear = sum(layer.size * layer.linear for layer in on) / size
+    return (
+        f"dither: the step is the expected sign, without noise: rms(m) / sigma is "
+        f"{span([layer.rms / layer.sigma for layer in on], 2)}, and {linear:.0%} of the coordinates move as under SGD "
+        f"with lr {span([layer.lr * layer.slope / layer.sigma for layer in on], 2)}"
+    )
 
 
 def _advice_dithered(on: list[_Layer]) -> str:
@@ -296,11 +322,11 @@ def _advice_dithered(on: list[_Layer]) -> str:
     of = f"in {{}} of {len(on)} layers"
     if 2 * len(loud) >= len(on):
         times = median(loud)
+        layer = max(on, key=lambda one: one.size)
         said = (
             f"dither is {times:.3g} times the momentum {of.format(len(loud))}: a typical sign is right with "
-            f"probability {accuracy(1 / times):.3f}, so the step is random"
+            f"probability {accuracy(1 / times, layer.law):.3f}, so the step is random"
         )
-        layer = max(on, key=lambda one: one.size)
         if layer.walk is not None:
             said += f", a walk of lr sqrt(k) = {layer.walk:.2g} per weight (rms {layer.weight:.2g} in {layer.name})"
         gamma = float(layer.group["dither_decay"])

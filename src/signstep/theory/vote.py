@@ -1,6 +1,7 @@
 r"""What a vote is worth: the expected vote of M workers, its slope at 0, and the attackers that it survives.
 
-Let :math:`q = \Phi(m / \sigma)` be the chance that one worker's dithered sign is right, and let a coin decide ties.
+Let :math:`q = \Phi(m / \sigma)` be the chance that one worker's dithered sign is right, or of uniform noise
+:math:`\min(1, (1 + m / (\sqrt3\,\sigma)) / 2)`, and let a coin decide ties.
 Then the vote of M workers has the expectation
 
 .. math::
@@ -17,12 +18,14 @@ __all__ = ["accuracy", "colluders_survived", "expected_vote", "linear_slope"]
 _ROUNDING = 1e-12
 
 
-def accuracy(snr: float) -> float:
-    """The chance that one worker's dithered sign is right: Phi(m / sigma).
+def accuracy(snr: float, law: str = "gaussian") -> float:
+    """The chance that one worker's dithered sign is right: Phi(m / sigma), of "uniform" noise a line until it is 1.
 
-    >>> accuracy(0.0)
-    0.5
+    >>> accuracy(0.0), round(accuracy(1.0), 3), round(accuracy(1.0, "uniform"), 3), accuracy(2.0, "uniform")
+    (0.5, 0.841, 0.789, 1.0)
     """
+    if law == "uniform":
+        return min(max(0.5 + snr / math.sqrt(12), 0.0), 1.0)
     return math.erfc(-snr / math.sqrt(2)) / 2
 
 
@@ -36,7 +39,7 @@ def _binomial(count: int, chance: float) -> list[float]:
     return [math.exp(w + k * up + (count - k) * down) for k, w in enumerate(ways)]
 
 
-def expected_vote(snr: float, workers: int, *, flipping: int = 0, colluding: int = 0) -> float:
+def expected_vote(snr: float, workers: int, *, flipping: int = 0, colluding: int = 0, law: str = "gaussian") -> float:
     """E v, counted as positive in the direction of the right sign, in [-1, 1]; a fair coin decides ties.
 
     Args:
@@ -44,6 +47,7 @@ def expected_vote(snr: float, workers: int, *, flipping: int = 0, colluding: int
         workers: M, attackers included.
         flipping: how many of them cast the opposite of their own sign.
         colluding: how many of them all cast the wrong sign.
+        law: of the noise, "gaussian" or "uniform".
 
     Raises:
         ValueError: fewer than one worker, or more attackers than workers.
@@ -58,7 +62,7 @@ def expected_vote(snr: float, workers: int, *, flipping: int = 0, colluding: int
             f"workers={workers}, flipping={flipping}, colluding={colluding}: expected at least one worker, and no more "
             "attackers than workers"
         )
-    chance = accuracy(snr)
+    chance = accuracy(snr, law)
     right = [0.0] * (honest + flipping + 1)
     for i, p in enumerate(_binomial(honest, chance)):
         for j, r in enumerate(_binomial(flipping, 1 - chance)):
@@ -68,17 +72,21 @@ def expected_vote(snr: float, workers: int, *, flipping: int = 0, colluding: int
     return for_it - against
 
 
-def linear_slope(workers: int) -> float:
+def linear_slope(workers: int, law: str = "gaussian") -> float:
     r"""The slope of `expected_vote` at 0: :math:`\sqrt{2/\pi}\, M \binom{M-1}{(M-1)/2} 2^{1-M}` for odd M.
 
-    A vote of an even number of workers is worth as much as that of one worker fewer.
+    Of "uniform" noise :math:`1 / \sqrt3` stands for :math:`\sqrt{2/\pi}`. A vote of an even number of workers is worth
+    as much as that of one worker fewer.
 
     >>> round(linear_slope(1), 2), round(linear_slope(15), 2), linear_slope(16) == linear_slope(15)
     (0.8, 2.51, True)
+    >>> round(linear_slope(1, "uniform") / linear_slope(1), 4)
+    0.7236
     """
+    one = 1 / math.sqrt(3) if law == "uniform" else math.sqrt(2 / math.pi)
     odd = workers - 1 + workers % 2
     ways = math.lgamma(odd) - 2 * math.lgamma((odd + 1) / 2)
-    return math.sqrt(2 / math.pi) * odd * math.exp(ways + (1 - odd) * math.log(2))
+    return one * odd * math.exp(ways + (1 - odd) * math.log(2))
 
 
 def colluders_survived(snr: float, workers: int) -> tuple[float, int]:

@@ -42,7 +42,16 @@ from signstep.optim import HybridSignSGD
 
 _FEWEST = 4
 _WIDTH = 180
-_CHOICES = ("momentum", "dither", "dither_decay", "dither_position", "dither_scale", "switch", "calibration")
+_CHOICES = (
+    "momentum",
+    "dither",
+    "dither_decay",
+    "dither_position",
+    "dither_scale",
+    "dither_law",
+    "switch",
+    "calibration",
+)
 """Options that the sentence about a run names where they are set."""
 _VOTED = (
     "dither and calibration: the momentum is with the run's workers, who vote; signstep train --watch measures them "

@@ -77,10 +77,12 @@ class RunConfig:
     """Variance of a sign method's noise at its first step; None: no noise."""
     dither_decay: float | None = None
     """The variance falls as (1 + step) to the power of minus this; None: 0.55."""
-    dither_position: Literal["pre", "post"] | None = None
-    """Add the noise before or after the sign; None: before."""
+    dither_position: Literal["pre", "post", "expected"] | None = None
+    """Add the noise before or after the sign, or step by the expectation of the former, without noise; None: before."""
     dither_scale: Literal["absolute", "relative"] | None = None
     """relative: the noise is in units of the rms of the last step's momentum; None: absolute."""
+    dither_law: Literal["gaussian", "uniform"] | None = None
+    """Of the noise, of the same variance; None: gaussian."""
     state_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """How a sign method keeps its momentum, the last two with stochastic rounding; None: as the weights, in float32."""
     switch: float | None = None

@@ -30,7 +30,7 @@ class KnownOptimizer:
     """It draws noise, and takes the run's seed."""
 
 
-_DITHER_OPTIONS = ("dither", "dither_decay", "dither_position", "dither_scale", "state_dtype")
+_DITHER_OPTIONS = ("dither", "dither_decay", "dither_position", "dither_scale", "dither_law", "state_dtype")
 _SIGN_OPTIONS = ("momentum", *_DITHER_OPTIONS)
 _HYBRID_OPTIONS = ("switch", "switch_tolerance", "calibration", "calibration_scope", "ema_decay", "sgd_momentum")
 

@@ -12,6 +12,7 @@ from signstep import SignSGD
 from signstep.lab.verify.measures import LINEAR_GAIN, sign_score, step_on
 from signstep.lab.verify.registry import FAILS, LIMIT, Finding, check, when
 from signstep.optim.dither import dither_std, expected_sign
+from signstep.theory.vote import accuracy, linear_slope
 
 ALPHA, DECAY = 0.1, 0.55
 """The paper's best alpha, and gamma."""
@@ -34,6 +35,14 @@ def sigma(step: int, alpha: float = ALPHA) -> float:
 def law(z: float) -> float:
     """E sign(m + xi) at m / sigma = z, by Sec. IV."""
     return math.erf(z / math.sqrt(2))
+
+
+def uniform_law(z: float) -> float:
+    """The same of uniform noise of that sigma, by Schuchman's condition."""
+    return max(-1.0, min(1.0, z / math.sqrt(3)))
+
+
+_UNIFORM: dict[str, Any] = {"dither": 1.0, "dither_decay": 0.0, "dither_law": "uniform"}
 
 
 @check(
@@ -126,21 +135,125 @@ def linear(rng: Generator) -> Finding:
 
 @check(
     "dither.uniform",
-    "Uniform dither on [-A, A] makes the expected sign exactly m/A for |m| <= A",
+    "Uniform dither on [-A, A] makes the expected sign exactly m/A for |m| <= A, with A = sqrt(3) sigma",
     source="docs/theory.md; Schuchman 1964",
 )
 def uniform(rng: Generator) -> Finding:
-    scores = []
-    for z in (-1.0, -0.7, 0.01, 0.3, 0.5, 0.9):
-        noise = 2 * torch.rand(_DRAWS, generator=rng, dtype=torch.float64) - 1
-        found = torch.where(z + noise > 0, 1.0, -1.0).double()
-        scores.append((float(found.mean()) - z) / math.sqrt(max(1 - z * z, 1e-9) / _DRAWS))
+    scores, beyond = [], True
+    for i, z in enumerate((-0.999, -0.7, 0.001, 0.1, 0.3, 0.5, 0.9, 1.001, -5.0)):
+        found = directions(torch.full((_DRAWS,), z * math.sqrt(3)), seed=i, **_UNIFORM)
+        if abs(z) < 1:
+            scores.append(sign_score(found, uniform_law(z * math.sqrt(3)))[1])
+        else:
+            beyond = beyond and bool((found == math.copysign(1, z)).all())
     worst = max(map(abs, scores))
     return Finding(
-        measured="mean sign at 6 values of m/A from -1 to 0.9",
-        error=f"largest |z| {worst:.1f}, {_DRAWS:,} draws each",
-        verdict=when(worst < LIMIT),
+        measured='steps of signstep.SignSGD, dither_law="uniform": mean sign at 7 values of m/A from -0.999 to 0.9; '
+        f"{'no' if beyond else 'some'} step against m at 1.001 and -5",
+        error=f"largest |z| {worst:.1f} of {len(scores)}, {_DRAWS:,} draws each",
+        verdict=when(worst < LIMIT and beyond),
         detail="Gaussian dither, the paper's, is linear to first order only",
+    )
+
+
+@check(
+    "dither.uniform-flips",
+    "Uniform dither turns a sign with probability (1 - |m|/A)/2, and none beyond A = sqrt(3) sigma, where Gaussian "
+    "dither of that sigma turns 4.2 %",
+    source="docs/theory.md, what dither does to a step",
+)
+def uniform_flips(rng: Generator) -> Finding:
+    ratios = (0.1, 0.5, 1.0, 1.5, 1.8)
+    found: dict[str, list[float]] = {"gaussian": [], "uniform": []}
+    scores = []
+    for i, ratio in enumerate(ratios):
+        m = torch.full((_DRAWS,), ratio)
+        for name in found:
+            turned = float((directions(m, seed=i, **(_UNIFORM | {"dither_law": name})) < 0).double().mean())
+            chance = 1 - accuracy(ratio, name)
+            scores.append((turned - chance) / math.sqrt(max(chance * (1 - chance), 1e-12) / _DRAWS))
+            found[name].append(turned)
+    worst, edge = max(map(abs, scores)), 1 - accuracy(math.sqrt(3))
+    return Finding(
+        measured="share of signs turned: "
+        + ", ".join(
+            f"{u:.3f} (Gaussian {g:.3f}) at {r:g} sigma"
+            for r, u, g in zip(ratios, found["uniform"], found["gaussian"], strict=True)
+        ),
+        error=f"largest |z| {worst:.1f} of {len(scores)}, {_DRAWS:,} draws each",
+        verdict=when(worst < LIMIT and found["uniform"][-1] == 0 and abs(edge - 0.0416) < 5e-5),
+        values={"ratios": ratios, **found},
+    )
+
+
+@check(
+    "dither.uniform-slope",
+    "At equal variance the expected signs begin with the slopes 1/sqrt(3) and 2/sqrt(2 pi) over sigma: uniform dither "
+    "of sqrt(pi/6) sigma is Gaussian dither of sigma to first order, and within 0.0161 of it up to sigma/2",
+    source="docs/theory.md, what dither does to a step",
+)
+def uniform_slope(rng: Generator) -> Finding:
+    share = math.sqrt(math.pi / 6)
+    slopes, gaps, scores = {}, {}, []
+    for i, name in enumerate(("gaussian", "uniform")):
+        signs = directions(torch.full((16 * _DRAWS,), 0.05), seed=40 + i, **(_UNIFORM | {"dither_law": name}))
+        mean, score = sign_score(signs, 2 * accuracy(0.05, name) - 1)
+        slopes[name] = mean / 0.05
+        scores.append(score)
+    for i, ratio in enumerate((0.1, 0.5, 1.0)):
+        m = torch.full((_DRAWS,), ratio)
+        pair = [
+            float(directions(m, seed=50 + i, **(_UNIFORM | options)).double().mean())
+            for options in ({"dither_law": "gaussian"}, {"dither": share**2})
+        ]
+        gaps[ratio] = pair[1] - pair[0]
+        exact = uniform_law(ratio / share) - law(ratio)
+        # Both are decided by the same uniform numbers, so that the error of the difference is below that of two draws.
+        scores.append((gaps[ratio] - exact) / math.sqrt(2 / _DRAWS))
+    worst = max(map(abs, scores))
+    within = max(uniform_law(z / 100 / share) - law(z / 100) for z in range(51))
+    stated = abs(linear_slope(1, "uniform") - 1 / math.sqrt(3)) < 1e-12 and within < 0.0161
+    return Finding(
+        measured=f"slopes at m = 0.05 sigma: {slopes['gaussian']:.4f} (sqrt(2/pi) = {LINEAR_GAIN:.4f}) and "
+        f"{slopes['uniform']:.4f} (1/sqrt(3) = {1 / math.sqrt(3):.4f}); with sqrt(pi/6) = {share:.4f} of the sigma the "
+        "mean signs differ by " + ", ".join(f"{gap:+.4f} at {r:g} sigma" for r, gap in gaps.items()),
+        error=f"largest |z| {worst:.1f} of {len(scores)}; exactly at most {within:.4f} up to sigma/2",
+        verdict=when(worst < LIMIT and stated),
+        values={"slopes": slopes, "gaps": {str(r): gap for r, gap in gaps.items()}},
+    )
+
+
+@check(
+    "dither.expected",
+    'dither_position="expected" steps by the mean of the noisy steps, of either law, absolute or relative',
+    source="signstep.SignSGD, dither_position; Sec. IV",
+)
+def expected_step(rng: Generator) -> Finding:
+    seeds, n = 1 << 12, 64
+    gradient, scores = torch.linspace(-2, 2, n), []
+
+    def second(copies: int, **options: Any) -> Tensor:
+        """The second step of so many copies of the gradient, which relative dither needs the first for."""
+        x = nn.Parameter(torch.zeros(copies, n))
+        optimizer = SignSGD([x], lr=1.0, momentum=0.5, **options)
+        step_on(optimizer, x, gradient.repeat(copies, 1))
+        return step_on(optimizer, x, gradient.repeat(copies, 1)).double()
+
+    for name in ("gaussian", "uniform"):
+        for scale in ("absolute", "relative"):
+            options = {"dither": 0.5, "dither_law": name, "dither_scale": scale}
+            mean = second(seeds, seed=8, **options).mean(dim=0)
+            (stated,) = second(1, dither_position="expected", **options)
+            # Where a sign is nearly certain, the count of the others is not normal.
+            within = stated.abs() < 0.98
+            scores.append(((mean - stated) * ((1 - stated**2) / seeds).rsqrt())[within])
+    found = torch.cat(scores).abs()
+    worst = float(found.max())
+    return Finding(
+        measured=f"{n} momenta from -1.5 to 1.5 in the second step, {seeds:,} noisy steps of each beside one without",
+        error=f"largest |z| {worst:.1f} of {len(found)}, where the expected sign is within 0.98",
+        verdict=when(worst < LIMIT),
+        detail="the step is not one bit: it is the limit of many noisy ones, and tells a training what the noise costs",
     )
 
 

@@ -145,7 +145,8 @@ def attackers(rng: Generator) -> Finding:
     for i, (name, (momenta, flip, counts, stated)) in enumerate(cases.items()):
         attacks = {rank: SignFlip() for rank in flip or ()}
         found[name] = float(votes(momenta, seed=i, attacks=attacks).mean())
-        value = vote.expected_vote(0.1, 15, **counts)
+        flipping, colluding = counts.get("flipping", 0), counts.get("colluding", 0)
+        value = vote.expected_vote(0.1, 15, flipping=flipping, colluding=colluding)
         z.append((found[name] - value) / math.sqrt((1 - value**2) / _ELEMENTS))
         miss = max(miss, abs(value - stated))
     return Finding(

@@ -68,6 +68,7 @@ class Coarse(Attack):
 OPTIMIZERS: dict[str, Callable[[nn.Module], SignSGD]] = {
     "clean": lambda m: SignSGD(m.parameters(), lr=3e-3),
     "dithered": lambda m: SignSGD(m.parameters(), lr=3e-3, dither=1e-4, seed=5),
+    "uniform": lambda m: SignSGD(m.parameters(), lr=3e-3, dither=1e-4, dither_law="uniform"),
     "relative": lambda m: SignSGD(
         [
             {"params": [m.conv.weight], "momentum": 0.5, "seed": 9},
@@ -126,6 +127,7 @@ CASES: list[Any] = [
     (4, "clean", {"error_feedback": True}, {}),
     (2, "dithered", {}, {}),
     (4, "dithered", {"dither_workers": "scaled", "ties": "abstain"}, {}),
+    (2, "uniform", {}, {}),
     (4, "relative", {}, {}),
     (4, "bfloat16", {}, {}),
     (4, "int8", {}, {}),

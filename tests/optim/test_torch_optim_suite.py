@@ -76,6 +76,9 @@ SIGN_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("dither", {"dither": 0.01, "dither_decay": 0, "seed": 2**64 - 1}),
     ("dither, relative", {"dither": 0.5, "dither_scale": "relative"}),
     ("dither, relative, no momentum", {"dither": 0.5, "dither_scale": "relative", "momentum": 0, "maximize": True}),
+    ("dither, uniform", {"dither": 0.01, "dither_law": "uniform"}),
+    ("dither, expected", {"dither": 0.01, "dither_position": "expected"}),
+    ("dither, uniform, expected", {"dither": 1.0, "dither_position": "expected", "dither_law": "uniform"}),
     ("dither, post", {"dither": 0.1, "dither_position": "post"}),
     (
         "dither, post, relative",
@@ -1119,7 +1122,8 @@ class TestDifferentiableOptimizer:
         lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
         exp_avg = make() if kwargs.get("momentum", 0.9) > 0 else None
         # sigma and the expected sign are float32 for any parameter: a difference must be wide to stand above rounding.
-        wide = kwargs.get("dither_scale") == "relative" or kwargs.get("calibration") == "applied"
+        options = {"relative", "applied", "expected"}
+        wide = any(kwargs.get(name) in options for name in ("dither_scale", "calibration", "dither_position"))
         precision = {"eps": 1e-3, "atol": 1e-3, "rtol": 1e-2} if wide else {"eps": 1e-6}
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -66,6 +66,7 @@ class Lion(SignSGD):
         dither_decay: float = 0.55,
         dither_position: str = "pre",
         dither_scale: str = "absolute",
+        dither_law: str = "gaussian",
         state_dtype: torch.dtype | str | None = None,
         param_rounding: str | None = None,
         seed: int = 0,

@@ -201,8 +201,12 @@ KINDS: list[dict[str, Any]] = [
     {"UNIFORM": True, "MEASURED": "expected_sign"},
     {"UNIFORM": True, "DIRECTION": "post"},
     {"PARAM": "bfloat16", "DIRECTION": "expected"},
+    {"DIRECTION": "sign", "INTERPOLATE": "small"},
+    {"DIRECTION": "m", "MEASURED": "momentum"},
 ]
-NUMBERS = {"seed": "u64", "step": "u32"} | dict.fromkeys(["rate", "decay", "coupled_decay", "weight", "sigma"], "i64")
+NUMBERS = {"seed": "u64", "step": "u32"} | dict.fromkeys(
+    ["rate", "decay", "coupled_decay", "weight", "direction_weight", "sigma"], "i64"
+)
 
 
 def compile_kind(kind: dict[str, Any], target: Any) -> None:
@@ -215,14 +219,14 @@ def compile_kind(kind: dict[str, Any], target: Any) -> None:
     }
     options |= (
         dict.fromkeys(["RELATIVE", "MAXIMIZE", "COUPLED", "RATES", "STOCHASTIC", "UNIFORM"], False)
-        | {"VECTORS": True, "MEASURED": "none"}
+        | {"VECTORS": True, "MEASURED": "none", "INTERPOLATE": "no"}
         | kind
     )
     on_device = options.pop("on_device", False)
     wide = "float64" if options["PARAM"] == "float64" else "float32"
     options = {"STATE": options["PARAM"], "WIDE": wide} | options
     constants = {n: getattr(tl, x) if n in ("PARAM", "STATE", "WIDE") else x for n, x in options.items()}
-    constants |= {"ROWS": engine.ROWS, "COLUMNS": engine._COLUMNS}
+    constants |= {"ROWS": engine.ROWS, "COLUMNS": engine.COLUMNS}
     types = {"table": "*i64", "chunks": "*i64", "partials": "*fp32", **NUMBERS}
     addresses = ["step_at", "rate_at", "decay_at", "sigma_at"]
     if on_device:
@@ -267,7 +271,7 @@ def compile_all() -> None:
             "MEASURED": "sign",
             "RELATIVE": True,
             "ROWS": engine.ROWS,
-            "COLUMNS": engine._COLUMNS,
+            "COLUMNS": engine.COLUMNS,
             "WIDTH": 4096,
         }
         types = {"table": "*i64", "partials": "*fp32", "totals": "*fp64"}

@@ -196,7 +196,7 @@ def test_noise_without_signal_by_the_law_of_the_docstring() -> None:
 
 def test_advice_on_the_start_of_the_papers_average() -> None:
     params = parameters()
-    optimizer = HybridSignSGD(params.values(), lr=1e-3)
+    optimizer = HybridSignSGD(params.values(), lr=1e-3, calibration="paper")
     panel = CalibrationPanel()
     for _ in range(8):
         record = measured_step(panel, optimizer, params, small_gradients(0))
@@ -219,7 +219,7 @@ def test_a_steady_gradient_needs_no_caution() -> None:
 def test_advice_on_the_absolute_value_and_on_dither() -> None:
     """Every fifth gradient points the other way: 0.8 - 0.2 = 0.6 signed, 1 by absolute values."""
     p = nn.Parameter(torch.zeros(40))
-    optimizer = HybridSignSGD([p], lr=1e-3, momentum=0.99, dither=1.0, dither_decay=0.0)
+    optimizer = HybridSignSGD([p], lr=1e-3, calibration="paper", momentum=0.99, dither=1.0, dither_decay=0.0)
     panel = CalibrationPanel()
     for k in range(100):
         p.grad = torch.full((40,), 1.0 if k % 5 != 2 else -1.0)
@@ -306,7 +306,7 @@ def test_complex_parameters() -> None:
 @pytest.mark.parametrize("sgd_momentum", [0.0, 0.5])
 def test_after_the_switch(sgd_momentum: float) -> None:
     params = parameters()
-    optimizer = HybridSignSGD(params.values(), switch_step=4, sgd_momentum=sgd_momentum)
+    optimizer = HybridSignSGD(params.values(), switch_step=4, calibration="paper", sgd_momentum=sgd_momentum)
     panel = CalibrationPanel()
     records = [measured_step(panel, optimizer, params, small_gradients(k)) for k in range(6)]
     # On the step that switches, the momentum is there only if SGD goes on with it.

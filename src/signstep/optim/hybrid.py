@@ -278,7 +278,7 @@ class HybridSignSGD(SignSGD):
             steady = steady_steps(group, alone, sizes)
             if int(group["step"]) >= round(1 / (1 - decay)) and steady >= group["switch_patience"]:
                 self._switch_group(group)
-        elif switch is not None and group["step"] >= switch and bool(group["avg_weight"].any()):
+        elif switch is not None and group["step"] >= switch and (ratio.is_meta or bool(group["avg_weight"].any())):
             self._switch_group(group)
 
 

@@ -215,7 +215,9 @@ def test_a_lesson_is_drawn_where_two_settings_differ_by_more_than_their_seeds(
     ]
     headline = Sentences(Results(experiment, by_hash(*runs), {})).headline
     first, second, *_ = headline.split("%. ")
-    assert first == "On Fashion-MNIST, SignSGD-M reaches 78.0 %, SGD 78.0 %, Adam (decoupled decay) 78.0 % and Lion 78.0 "
+    assert (
+        first == "On Fashion-MNIST, SignSGD-M reaches 78.0 %, SGD 78.0 %, Adam (decoupled decay) 78.0 % and Lion 78.0 "
+    )
     gains = [f"{means[key] - 78:+.1f}".replace("-", "−") for key in ("pre-relative", "pre-0.1")]
     assert second.startswith(
         f"SignSGD-M + pre-noise (σ = rms(m)) adds {gains[0]} points to SignSGD-M, "

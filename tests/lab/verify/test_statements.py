@@ -85,8 +85,8 @@ def _signed_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """The paper's rule without its absolute value."""
     original = calibration.update_rate
 
-    def update(rule: str, state: Any, sums: Any, **options: Any) -> None:
-        original("ratio" if rule == "paper" else rule, state, sums, **options)
+    def update(rule: str, *measured: Any, **options: Any) -> None:
+        original("ratio" if rule == "paper" else rule, *measured, **options)
 
     monkeypatch.setattr(calibration, "update_rate", update)
     monkeypatch.setattr(hybrid, "update_rate", update)

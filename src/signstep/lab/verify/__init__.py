@@ -10,6 +10,7 @@ dithered_sign.py       Sec. IV, eq. (9) and (10): the law of a dithered step, on
 dithered_training.py   Sec. IV in a training: dither beside the momentum
 projection_rate.py     Sec. V, eq. (11) and (12): what the calibrated rate measures, on the real optimizer
 projection_switch.py   Sec. V: averages of the rate, and the switch
+projection_length.py   the rules beside it: SWATS, and the step that keeps its length
 majority.py            the majority vote, through the real ballots
 estimators.py          what a live run can know, signstep.theory.stationarity
 

@@ -22,7 +22,7 @@ _FLOAT32_ROUNDING = 1e-5
 
 def hybrid(x: Tensor, **options: Any) -> HybridSignSGD:
     """The optimizer at delta = 1, where calibrated_lr is lambda / delta; it averages only if `options` say so."""
-    return HybridSignSGD([x], **{"lr": 1.0, "ema_decay": 0.0, **options})
+    return HybridSignSGD([x], **{"lr": 1.0, "ema_decay": 0.0, "calibration": "paper", **options})
 
 
 def rates(gradients: Tensor, held: Tensor | None = None, **options: Any) -> Tensor:
@@ -110,7 +110,8 @@ class Agreement:
 def agreement() -> Agreement:
     """Train, and measure the agreement after each step."""
     delta, ratio, norm, cosine, count = 1e-3, [], [], [], 0
-    for model, optimizer, _ in train_resnet8(lambda p: HybridSignSGD(p, lr=delta, ema_decay=0.0), seed=_SEED):
+    make = functools.partial(HybridSignSGD, lr=delta, ema_decay=0.0, calibration="paper")
+    for model, optimizer, _ in train_resnet8(make, seed=_SEED):
         parameters = list(model.parameters())
         count = sum(p.numel() for p in parameters)
         inner = sum(float((optimizer.state[p]["exp_avg"].sign() * p.grad).sum()) for p in parameters)

@@ -21,6 +21,7 @@ from signstep.lab.verify import (  # noqa: F401
     estimators,
     gauss,
     majority,
+    projection_length,
     projection_rate,
     projection_switch,
     registry,

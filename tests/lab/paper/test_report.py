@@ -229,7 +229,7 @@ def test_a_lesson_names_the_rows_that_it_waits_for() -> None:
     experiment = experiments.load("demo", scale="demo")
     runs = by_hash(*(run(row, "fashion-mnist", 0, 70.0) for row in experiment.rows[:2]))
     headline = Sentences(Results(experiment, runs, {})).headline
-    assert headline.startswith("On Fashion-MNIST there is no result yet of SignSGD-M, SignSGD-M + pre-noise")
+    assert headline.startswith("On Fashion-MNIST there is no result yet of SignSGD-M, Lion, SignSGD-M + pre-noise")
 
 
 def test_one_method_with_fewer_seeds_leaves_the_order_open() -> None:

@@ -90,7 +90,13 @@ BETAS = [(0.9, 0.99), (0.99, 0.9), (0.2, 0.3), (0.0, 0.0)]
 
 @pytest.mark.parametrize(
     ("dtype", "dither", "other", "state_dtype", "betas"),
-    pairwise(DTYPES, DITHERS, list(OTHERS), STATE_DTYPES, BETAS),
+    pairwise(
+        DTYPES,
+        ["clean", "pre", "relative", "uniform", "expected", "post"],
+        ["plain", "coupled decay, maximize", "to the nearest"],
+        STATE_DTYPES,
+        BETAS,
+    ),
 )
 def test_lion(
     engine: Engine,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pairwise import every_combination
 from references import HybridSignSGDReference, LionReference, SignSGDReference
 from signstep import HybridSignSGD, Lion, SignSGD
 from signstep.optim.calibration import RULES
@@ -92,9 +93,7 @@ DECAYS = {
 
 
 @lengths
-@pytest.mark.parametrize("foreach", [False, True])
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("dither", DITHERS)
+@pytest.mark.parametrize(("dither", "decay", "foreach"), every_combination(DITHERS, DECAYS, [False, True]))
 def test_signsgd_follows_algorithm_1(dither: str, decay: str, foreach: bool, steps: int) -> None:
     _run(SignSGD, SignSGDReference, _cosine, foreach, DITHERS[dither] | DECAYS[decay], steps)
 
@@ -106,9 +105,7 @@ def test_signsgd_options(options: dict[str, Any], steps: int) -> None:
 
 
 @lengths
-@pytest.mark.parametrize("foreach", [False, True])
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("dither", DITHERS)
+@pytest.mark.parametrize(("dither", "decay", "foreach"), every_combination(DITHERS, DECAYS, [False, True]))
 def test_lion_follows_its_algorithm(dither: str, decay: str, foreach: bool, steps: int) -> None:
     _run(Lion, LionReference, _cosine, foreach, DITHERS[dither] | DECAYS[decay], steps)
 
@@ -120,10 +117,10 @@ def test_betas_of_lion(betas: tuple[float, float], steps: int) -> None:
 
 
 @lengths
-@pytest.mark.parametrize("schedule", [_cosine, _milestone])
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("dither", ["clean", "pre", "relative"])
-@pytest.mark.parametrize("calibration", RULES)
+@pytest.mark.parametrize(
+    ("calibration", "dither", "decay", "schedule"),
+    every_combination(RULES, ["clean", "pre", "relative"], DECAYS, [_cosine, _milestone]),
+)
 def test_hybrid_follows_algorithm_2(calibration: str, dither: str, decay: str, schedule: Schedule, steps: int) -> None:
     # The milestone is at the switch: the schedule's drop must come through, and nothing else.
     options = {"calibration": calibration, "switch_step": int(SWITCH * steps), "ema_decay": 0.9}

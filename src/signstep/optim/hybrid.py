@@ -50,7 +50,7 @@ class HybridSignSGD(SignSGD):
         switch_tolerance, switch_patience: under "auto" a group switches when, ``switch_patience`` steps in a row, the
             rate that one step alone would have made differed from the average by at most ``switch_tolerance`` times
             that, in the mean over its coordinates, and at the earliest after 1 / (1 - ema_decay) steps. All ranks
-            switch at the same step. (default: 0.1 and 50)
+            switch at the same step. (default: 0.25 and 50)
         ema_decay: eta, the decay of the running averages. (default: 0.99)
         calibration: the rule for the rate, see `signstep.optim.calibration`. "norm" keeps the length of the step:
             :math:`\bar\lambda = \delta \sqrt{d / E\|m\|^2}` with d coordinates. "paper" is eq. (12) to the letter;
@@ -98,7 +98,7 @@ class HybridSignSGD(SignSGD):
         momentum: float = 0.9,
         *,
         switch_step: int | str | None = None,
-        switch_tolerance: float = 0.1,
+        switch_tolerance: float = 0.25,
         switch_patience: int = 50,
         ema_decay: float = 0.99,
         calibration: str = "norm",

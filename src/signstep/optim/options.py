@@ -123,7 +123,7 @@ HYBRID_OPTIONS: Mapping[str, Option] = {
         lambda x: x is None or x == "auto" or (not isinstance(x, str) and x >= 1),
         "None, 'auto' or an integer >= 1",
     ),
-    "switch_tolerance": _number(0.1),
+    "switch_tolerance": _number(0.25),
     "switch_patience": Option(50, (Integral,), lambda x: x >= 1, "an integer >= 1"),
     "ema_decay": _number(0.99, 1),
     "calibration": _choice("norm", *(rule for rule in RULES if rule != "norm")),

@@ -1,22 +1,14 @@
-"""Lion against lion-pytorch's formula, and where it meets SignSGD."""
+"""Lion against the package lion-pytorch, and where it meets SignSGD."""
 
 import math
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from lion_pytorch import Lion as PackagesLion
+from torch import nn
 
 from signstep import Lion, SignSGD
-
-
-def lion_pytorch(p: Tensor, g: Tensor, exp_avg: Tensor, lr: float, wd: float, beta1: float, beta2: float) -> None:
-    """`update_fn` of lion-pytorch, word for word."""
-    p.data.mul_(1.0 - lr * wd)
-    update = exp_avg.clone().mul_(beta1).add(g, alpha=1.0 - beta1).sign_()
-    p.add_(update, alpha=-lr)
-    exp_avg.mul_(beta2).add_(g, alpha=1.0 - beta2)
-
 
 ENGINES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -33,21 +25,23 @@ def test_200_steps_are_those_of_lion_pytorch(engine: str, weight_decay: float, b
     torch.manual_seed(0)
     shapes = [(64, 33), (257,), ()]
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-    theirs = [p.detach().clone() for p in ours]
-    averages = [torch.zeros_like(p) for p in theirs]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     optimizer = Lion(ours, 1e-3, betas, weight_decay, **ENGINES[engine])
+    package = PackagesLion(theirs, 1e-3, betas, weight_decay)
     for _ in range(200):
-        for p, q, m in zip(ours, theirs, averages, strict=True):
-            # Of a noisy quadratic: a sign that differed once would show for ever.
-            p.grad = q + torch.randn(q.shape)
-            p.grad[torch.rand(q.shape) < 0.05] = 0
-            lion_pytorch(q, p.grad, m, 1e-3, weight_decay, *betas)
-        optimizer.step()
         for p, q in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(p.detach(), q, rtol=0, atol=2e-5)
-    for p, q, m in zip(ours, theirs, averages, strict=True):
-        torch.testing.assert_close(optimizer.state[p]["exp_avg"], m, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(p.detach(), q, rtol=1e-5, atol=2e-5)
+            # Of a noisy quadratic: a sign that differed once would show for ever.
+            p.grad = q.detach() + torch.randn(q.shape)
+            p.grad[torch.rand(q.shape) < 0.05] = 0
+            q.grad = p.grad.clone()
+        optimizer.step()
+        package.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
+    for p, q in zip(ours, theirs, strict=True):
+        average = package.state[q]["exp_avg"]
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], average, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=2e-5)
 
 
 def test_a_call_of_lion_pytorch_is_one_of_ours() -> None:

@@ -18,6 +18,8 @@ from signstep.lab.training.models import PadShortcut, build, count_parameters
         ("resnet18", 100, "cifar", 11_220_132),
         ("resnet20", 10, "cifar", 269_722),  # He et al., table 6: 0.27M
         ("resnet8", 10, "cifar", 75_290),
+        # 9 (3 24 + 24 32 + 32 32 + 32 64 + 64 64 + 64 128 + 128 128) + 2 (24 + 2 (32 + 64 + 128)) + 10 (128 + 1).
+        ("convnet", 10, "cifar", 9 * 32_584 + 2 * 472 + 1_290),
     ],
 )
 def test_published_parameter_counts(model: Any, classes: int, stem: Any, parameters: int) -> None:
@@ -25,7 +27,7 @@ def test_published_parameter_counts(model: Any, classes: int, stem: Any, paramet
 
 
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-@pytest.mark.parametrize("model", ["resnet8", "resnet20", "resnet18"])
+@pytest.mark.parametrize("model", ["resnet8", "resnet20", "resnet18", "convnet"])
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (1, 28), (3, 32), (3, 33)])
 def test_any_channels_and_size(model: Any, stem: Any, channels: int, size: int) -> None:
     network = build(model, num_classes=7, in_channels=channels, width=0.25, stem=stem)

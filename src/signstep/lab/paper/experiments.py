@@ -20,12 +20,12 @@ from signstep.lab.errors import BadInput
 from signstep.lab.training.config import Dataset, RunConfig
 from signstep.lab.training.optimizers import OPTIMIZERS
 
-Name = Literal["table1", "fig1", "fig2", "fig3", "beyond", "state", "baselines", "remedies", "demo"]
-Scale = Literal["smoke", "demo", "cpu", "full"]
+Name = Literal["table1", "fig1", "fig2", "fig3", "beyond", "state", "baselines", "remedies", "verdict", "demo"]
+Scale = Literal["smoke", "demo", "cpu", "cpu2", "full"]
 Recipe = Literal["strong", "paper"]
 
 OF_THE_PAPER: tuple[Name, ...] = ("table1", "fig1", "fig2", "fig3")
-NAMES: tuple[Name, ...] = (*OF_THE_PAPER, "beyond", "state", "baselines", "remedies", "demo")
+NAMES: tuple[Name, ...] = (*OF_THE_PAPER, "beyond", "state", "baselines", "remedies", "verdict", "demo")
 TUNING_SEED = 1000
 """Seed of every tuning run; no final run has it, unless someone asks for more than a thousand seeds."""
 

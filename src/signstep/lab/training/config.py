@@ -47,7 +47,7 @@ class RunConfig:
     """Side of the square set to the mean; 0: off."""
 
     # model
-    model: Literal["resnet8", "resnet20", "resnet18"] = "resnet18"
+    model: Literal["resnet8", "resnet20", "resnet18", "convnet"] = "resnet18"
     """The network."""
     width: float = 1.0
     """Factor on the number of channels of every layer."""

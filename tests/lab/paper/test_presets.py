@@ -10,6 +10,7 @@ from typing import get_args
 
 import pytest
 
+from signstep.lab.errors import BadInput
 from signstep.lab.paper import experiments
 from signstep.lab.paper.experiments import NAMES, OF_THE_PAPER, Name, Recipe, Scale, grid_point, load, load_all
 from signstep.lab.training.config import Dataset, RunConfig
@@ -71,6 +72,20 @@ def test_a_row_takes_its_rate_from_a_tuned_row_beside_it() -> None:
                 assert (giver.lr, giver.lr_of) == (row.lr, "")
     narrower, later = {"signsgd-bfloat16", "signsgd-int8"}, {"dither-norm-0.3", "dither-norm-0.7", "dither-auto"}
     assert takers == narrower | later | {"hybrid-norm-group", "hybrid-norm-plain"}
+
+
+def test_an_experiment_of_some_rows() -> None:
+    some = load("remedies", rows=["dither-auto", "sgd", "dither-norm"])
+    assert [row.key for row in some.rows] == ["sgd", "dither-norm", "dither-auto"]  # the table's order
+    assert load("demo", rows=["sgd"]).lesson is None
+    with pytest.raises(BadInput, match="remedies has no row 'adam': it has sgd, signsgd"):
+        load("remedies", rows=["adam"])
+    with pytest.raises(
+        BadInput, match="row dither-auto takes the learning rate of row dither-norm: choose that one too"
+    ):
+        load("remedies", rows=["dither-auto"])
+    with pytest.raises(BadInput, match="rows sgd: name one experiment that has them, not all"):
+        load_all("all", scale="cpu", recipe="strong", rows=["sgd"])
 
 
 def test_state_varies_the_momentums_dtype_alone() -> None:

@@ -26,11 +26,13 @@ class ExperimentOptions:
     experiment: Annotated[Name | Literal["all"], tyro.conf.Positional] = "all"
     """Which of the paper's results."""
     scale: Scale = "cpu"
-    """smoke: seconds; demo: minutes; cpu: hours on two cores; full: one GPU."""
+    """smoke: seconds; demo: minutes; cpu: hours on two cores; cpu2: days on two cores; full: one GPU."""
     recipe: Recipe = "strong"
     """paper: what the paper's text says; strong: what a reviewer would accept."""
     dataset: tuple[Dataset, ...] = ()
     """Data sets instead of the paper's."""
+    rows: tuple[str, ...] = ()
+    """Rows, by their keys (sgd, signsgd, pre-relative, ...), instead of all."""
     out: Path = Path("results")
     """Results go to <out>/<scale>-<recipe>."""
 
@@ -40,14 +42,15 @@ class ExperimentOptions:
 
     def load(self) -> tuple[Experiment, ...]:
         return experiments.load_all(
-            self.experiment, scale=self.scale, recipe=self.recipe, datasets=self.dataset or None
+            self.experiment, scale=self.scale, recipe=self.recipe, datasets=self.dataset or None, rows=self.rows
         )
 
     @property
     def which(self) -> list[str]:
         """The arguments that choose these experiments, for any command."""
         words = [self.experiment, "--scale", self.scale, "--recipe", self.recipe]
-        return words + (["--dataset", *self.dataset] if self.dataset else [])
+        words += ["--dataset", *self.dataset] if self.dataset else []
+        return words + (["--rows", *self.rows] if self.rows else [])
 
     def write_reports(self, chosen: Sequence[Experiment], seeds: int) -> None:
         """Write what the runs in `folder` show, and name the reports."""

@@ -169,9 +169,14 @@ def _row(key: str, recipe: Recipe, scale: Scale, datasets: Sequence[str]) -> Row
 
 
 def load(
-    experiment: Name, *, scale: Scale = "cpu", recipe: Recipe = "strong", datasets: Sequence[str] | None = None
+    experiment: Name,
+    *,
+    scale: Scale = "cpu",
+    recipe: Recipe = "strong",
+    datasets: Sequence[str] | None = None,
+    rows: Sequence[str] = (),
 ) -> Experiment:
-    """Read an experiment's presets; `datasets` replaces the paper's.
+    """Read an experiment's presets; `datasets` replaces the paper's, and `rows` keeps those with these keys only.
 
     >>> load("fig2").datasets
     ('cifar10',)
@@ -189,6 +194,12 @@ def load(
         if dataset not in _toml("datasets"):
             raise BadInput(f"data set {dataset!r}: expected one of {', '.join(_toml('datasets'))}")
     recipe_values, scale_values = _toml(f"recipe-{recipe}"), _toml(f"scale-{scale}")
+    for key in rows:
+        if key not in values["rows"]:
+            raise BadInput(f"{experiment} has no row {key!r}: it has {', '.join(values['rows'])}")
+        giver = _toml("methods")[key].get("lr_of", key)
+        if giver not in rows:
+            raise BadInput(f"row {key} takes the learning rate of row {giver}: choose that one too")
     return Experiment(
         name=experiment,
         title=values["title"],
@@ -196,25 +207,32 @@ def load(
         scale=scale,
         recipe=recipe,
         datasets=chosen,
-        rows=tuple(_row(key, recipe, scale, chosen) for key in values["rows"]),
+        rows=tuple(_row(key, recipe, scale, chosen) for key in values["rows"] if not rows or key in rows),
         recipe_summary=recipe_values["summary"],
         scale_summary=scale_values["summary"],
         guesses=tuple(recipe_values["guesses"]),
         tune_epochs=scale_values["tune_epochs"],
-        lesson=Lesson(**values["lesson"]) if "lesson" in values else None,
+        lesson=Lesson(**values["lesson"]) if "lesson" in values and not rows else None,
     )
 
 
 def load_all(
-    name: Name | Literal["all"], *, scale: Scale, recipe: Recipe, datasets: Sequence[str] | None = None
+    name: Name | Literal["all"],
+    *,
+    scale: Scale,
+    recipe: Recipe,
+    datasets: Sequence[str] | None = None,
+    rows: Sequence[str] = (),
 ) -> tuple[Experiment, ...]:
-    """One experiment, or with "all" the table and the three figures.
+    """One experiment, of which `rows` may keep a part, or with "all" the table and the three figures.
 
     With "all", a figure keeps to those of `datasets` that the paper shows it on; where that leaves none, it is made on
     all of them.
     """
     if name != "all":
-        return (load(name, scale=scale, recipe=recipe, datasets=datasets),)
+        return (load(name, scale=scale, recipe=recipe, datasets=datasets, rows=rows),)
+    if rows:
+        raise BadInput(f"rows {', '.join(rows)}: name one experiment that has them, not all")
     experiments = []
     for each in OF_THE_PAPER:
         usual = load(each, scale=scale, recipe=recipe).datasets

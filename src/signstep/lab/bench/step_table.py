@@ -27,6 +27,8 @@ _ROWS = {
     "state-int8": "SignSGD, 8-bit momentum",
     "state-bf16": "SignSGD, bf16 momentum",
     "bf16-nearest": "SignSGD, bf16 parameters and momentum, to the nearest",
+    "eager": "SignSGD without the native library",
+    "eager-dither": "SignSGD without the native library, dithered",
     "plain-foreach": "dithered sign step in plain torch (foreach, randn_like)",
     "pytorch-optimizer": "pytorch_optimizer SignSGD",
     "lion-pytorch": "lion-pytorch Lion",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from decimal import Decimal
 from pathlib import Path
 
@@ -19,6 +20,16 @@ def check_folder(folder: Path | None) -> None:
     """Raise BadInput for a --data that is no folder; None means that the option was left out."""
     if folder is not None and not folder.is_dir():
         raise BadInput(f"--data {folder}: there is no such folder; make it, or leave the option out")
+
+
+def check_place(place: Path | None, datasets: Collection[str]) -> None:
+    """Raise BadInput for a --data that these data sets cannot use: a file for "text" alone, a folder for the others."""
+    if "text" not in datasets:
+        check_folder(place)
+    elif len(datasets) > 1:
+        raise BadInput("--dataset text: give it alone, for --data names its file, and the folder of others")
+    elif place is None or not place.is_file():
+        raise BadInput("--dataset text: " + (f"--data {place} is no file" if place else "name its file with --data"))
 
 
 _THOUSANDS = {"": 0, "k": 1, "m": 2, "b": 3, "g": 3, "t": 4}

@@ -101,14 +101,19 @@ def test_the_listing_has_every_set_and_fetches_nothing(tmp_path: Path, monkeypat
     make_idx(tmp_path / "here" / "data" / "mnist")
     (tmp_path / "cifar-10-batches-bin").mkdir()  # an incomplete set is not found
     lines = {line.name: line for line in listing(tmp_path)}
-    assert list(lines) == ["cifar10", "cifar100", "fashion-mnist", "mnist", "digits"]
+    assert list(lines) == [*("cifar10", "cifar100", "fashion-mnist", "mnist", "bible", "shakespeare", "text", "digits")]
     assert {name: line.found for name, line in lines.items()} == {
         "cifar10": None,
         "cifar100": None,
         "fashion-mnist": None,
         "mnist": "data/mnist",
+        "bible": None,
+        "shakespeare": None,
+        "text": None,
         "digits": "scikit-learn",
     }
+    assert "bible-kjv-text" in lines["bible"].how
+    assert lines["text"].how == "any file: name it with --data FILE"
     assert "cifar-10-batches-bin/" in lines["cifar10"].how
     assert "dataset-fashion-mnist" in lines["fashion-mnist"].how
 

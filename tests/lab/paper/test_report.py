@@ -114,8 +114,8 @@ def test_tuned_learning_rates_choose_the_runs(tmp_path: Path) -> None:
     sgd = experiment.row("sgd")
     runs = by_hash(run(sgd, "cifar10", 0, 60.0), run(sgd, "cifar10", 0, 99.0, lr=0.0123))
     choices = {"cifar10": {"sgd": {"lr": 0.0123, "trials": []}}}
-    assert Results(experiment, runs, {}).cells["sgd", "cifar10"].accuracies == pytest.approx({0: 60.0})
-    assert Results(experiment, runs, choices).cells["sgd", "cifar10"].accuracies == pytest.approx({0: 99.0})
+    assert Results(experiment, runs, {}).cells["sgd", "cifar10"].results == pytest.approx({0: 60.0})
+    assert Results(experiment, runs, choices).cells["sgd", "cifar10"].results == pytest.approx({0: 99.0})
     tuning = by_hash(Run(sgd.tuning_config("cifar10", sgd.lr), {}, [], {"status": "done"}))
     assert Results(experiment, tuning, {}).seeds == ()
 

@@ -83,9 +83,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path, capfd: pytest.Capture
         torch.set_num_threads(threads)
     one, two = (read_runs(tmp_path / name / "runs") for name in ("one", "two"))
     assert len(one) == 3
-    assert {key: run.final_accuracy for key, run in one.items()} == {
-        key: run.final_accuracy for key, run in two.items()
-    }
+    assert {key: run.result for key, run in one.items()} == {key: run.result for key, run in two.items()}
     assert reproduce([few], tmp_path / "two", seeds=1, tuned={}, processes=2, say=lambda line: None)
 
 

@@ -20,7 +20,7 @@ from signstep.lab.training.config import RunConfig
 class FakeRecord:
     """What the sweep reads of a run."""
 
-    final_accuracy: float
+    result: float
     done: bool = True
     diverged: bool = False
 

@@ -65,10 +65,10 @@ def test_an_empty_record(tmp_path: Path) -> None:
     assert runs.read_runs(tmp_path / "nowhere") == {}
 
 
-def test_an_unfinished_record_has_no_final_accuracy(written: Path) -> None:
+def test_an_unfinished_record_has_no_result(written: Path) -> None:
     written.write_bytes(written.read_bytes().splitlines(keepends=True)[0])
     with pytest.raises(ValueError, match="not been evaluated yet"):
-        _ = runs.read_run(written).final_accuracy
+        _ = runs.read_run(written).result
 
 
 def test_a_number_that_json_does_not_have_is_refused(tmp_path: Path) -> None:

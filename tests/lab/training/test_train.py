@@ -75,7 +75,7 @@ def test_the_loop_is_the_plain_one(tmp_path: Path) -> None:
 def test_it_learns(changes: dict[str, Any], tmp_path: Path) -> None:
     config = tiny(subset=None, width=0.5, epochs=4, **changes)
     assert train(config, tmp_path, progress=False) == "done"
-    assert record(config, tmp_path).final_accuracy > 60
+    assert record(config, tmp_path).result > 60
 
 
 def test_the_record(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_record(tmp_path: Path) -> None:
         "step": 15,
         "eval_accuracy": run.epochs[-1]["eval_accuracy"],
     }
-    assert run.final_accuracy == 100 * run.epochs[-1]["eval_accuracy"]
+    assert run.result == 100 * run.epochs[-1]["eval_accuracy"]
     assert (run.epochs[-1]["eval_accuracy"] * 143) == pytest.approx(round(run.epochs[-1]["eval_accuracy"] * 143))
     assert runs.read_runs(tmp_path) == {config.hash: run}
 
@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert train(config, tmp_path, checkpoint_minutes=0, progress=False) == "diverged"
     run = record(config, tmp_path)
     assert run.diverged
-    assert run.final_accuracy == 10.0
+    assert run.result == 10.0
     assert run.end is not None
     assert run.end["status"] == "diverged"
     assert run.end["step"] == 2

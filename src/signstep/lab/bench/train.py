@@ -185,7 +185,7 @@ def _sample(key: str, run: Run, sent: float, target: float) -> TrainSample:
         seconds += images / epoch["timing"]["images_per_second"]
         if to_target is None and 100 * epoch["eval_accuracy"] >= target:
             to_target = seconds
-    return TrainSample(key, run.config.seed, seconds, to_target, sent / 1e6, run.final_accuracy)
+    return TrainSample(key, run.config.seed, seconds, to_target, sent / 1e6, run.result)
 
 
 def train_all(options: BenchTrain) -> list[TrainSample]:

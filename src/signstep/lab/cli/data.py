@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from signstep.lab.arguments import check_folder
+from signstep.lab.arguments import check_place
 from signstep.lab.errors import BadInput
 from signstep.lab.training.config import Dataset
+from signstep.lab.training.tasks import TEXTS
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,18 @@ class Data:
     """Folder to look in first."""
 
     def run(self) -> int:
-        from signstep.lab.data import listing, load
+        from signstep.lab.data import listing, load, load_text
 
-        check_folder(self.data)
+        check_place(self.data, self.names)
         if self.action == "get":
             if not self.names:
                 raise BadInput("data get: name the sets to get, as in: signstep data get cifar10")
             for name in self.names:
+                if name in TEXTS:
+                    text = load_text(name, self.data)
+                    size = len(text.train) + len(text.validation)
+                    print(f"{name}: {size} training and {len(text.test)} test bytes from {text.source}")
+                    continue
                 images = load(name, self.data)
                 print(
                     f"{name}: {len(images.train_x)} training and {len(images.test_x)} test images from {images.source}"
@@ -40,13 +46,13 @@ class Data:
             return 0
         # A line each, for the terminal to fold: a path can be read and copied whole.
         for each in listing(self.data):
-            print(f"{each.name}: {each.found or f'not here; {each.how}'}")
+            print(f"{each.name}: {each.found or (each.how if each.name == 'text' else f'not here; {each.how}')}")
         return 0
 
 
 def say_where(names: Collection[str], folder: Path | None) -> None:
     """Print which of these data sets are not in the folder of --data, and where they are instead."""
-    if folder is None:
+    if folder is None or "text" in names:
         return
     from signstep.lab.data import listing
 

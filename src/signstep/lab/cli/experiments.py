@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from signstep.lab.arguments import check_folder, check_minutes, parse_shard
+from signstep.lab.arguments import check_minutes, check_place, parse_shard
 from signstep.lab.cli.data import say_where
 from signstep.lab.errors import BadInput
 from signstep.lab.paper import experiments
@@ -74,7 +74,7 @@ class TrainingOptions(ExperimentOptions):
     """Which experiments to train, and how."""
 
     data: Path | None = None
-    """Folder to look for the images in first."""
+    """Folder to look for the images in first, or the file of --dataset text."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     max_minutes: float | None = None
@@ -94,8 +94,16 @@ class TrainingOptions(ExperimentOptions):
                 "and --shard here to train several runs at the same time"
             )
         check_minutes(self.max_minutes)
-        check_folder(self.data)
         shard = parse_shard(self.shard)
         chosen = self.load()
-        say_where({dataset for e in chosen for dataset in e.datasets}, self.data)
+        datasets = {dataset for e in chosen for dataset in e.datasets}
+        check_place(self.data, datasets)
+        say_where(datasets, self.data)
+        if "text" in datasets:
+            from signstep.lab.data import load_text
+            from signstep.lab.training.records import require_text_of
+
+            text = load_text("text", self.data)
+            for folder in ("tune", "runs"):
+                require_text_of(self.folder / folder, text)
         return chosen, shard

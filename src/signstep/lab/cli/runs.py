@@ -22,8 +22,8 @@ _LEFT = (0, 1, 6, 7)
 class Runs:
     """List the runs of a folder: what they are, how good, and how far.
 
-    Accuracy is that of the last evaluation, in percent. A run that was interrupted goes on with the command that
-    started it.
+    Accuracy is that of the last evaluation, in percent; of a text bits per byte stand in its place. A run that was
+    interrupted goes on with the command that started it.
     """
 
     folder: Annotated[Path, tyro.conf.Positional] = Path("runs")
@@ -72,10 +72,15 @@ def _row(run: Run, running: bool) -> tuple[str, ...]:
         f"{config.lr:g}",
         str(config.seed),
         str(config.epochs),
-        f"{run.final_accuracy:.2f}" if evaluated else "",
+        _result(run) if evaluated else "",
         _state(run, running),
         config.hash,
     )
+
+
+def _result(run: Run) -> str:
+    """As printed: an accuracy in percent, or what else it is in its unit."""
+    return f"{run.result:.2f}" if run.metric.unit == "%" else run.metric.text(run.result)
 
 
 def _method(config: RunConfig) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, cast
 
 import tyro
 
-from signstep.lab.arguments import check_folder, check_minutes
+from signstep.lab.arguments import check_minutes, check_place
 from signstep.lab.cli.commands import parse
 from signstep.lab.cli.data import say_where
 from signstep.lab.paper import experiments
@@ -42,7 +42,7 @@ class Train:
     out: Path = Path("runs")
     """Folder of the run's files, which are named by the hash of its configuration."""
     data: Path | None = None
-    """Folder to look for the images in first."""
+    """Folder to look for the images in first, or the file of --dataset text."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     max_minutes: float | None = None
@@ -65,7 +65,7 @@ class Train:
         from signstep.optim import step_length
 
         check_minutes(self.max_minutes)
-        check_folder(self.data)
+        check_place(self.data, [self.config.dataset])
         config = replace(self.config, reduce="vote") if self.vote else self.config
         first = os.environ.get("RANK", "0") == "0"
         path = self.out / f"{config.hash}.jsonl"
@@ -96,7 +96,8 @@ class Train:
             assert run.end is not None
             print(f"diverged: {run.end.get('reason', 'a loss was not finite')}; see {path}")
         else:
-            print(f"done: {run.final_accuracy:.2f} % accuracy after the last epoch; see {path}")
+            what = run.metric.text(run.result) + (" accuracy" if run.metric.unit == "%" else "")
+            print(f"done: {what} after the last epoch; see {path}")
         if ended:
             saved = path.with_suffix(".pt")
             files = f"{path} and {saved}" if saved.exists() else path

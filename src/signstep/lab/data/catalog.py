@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import platformdirs
 
-from signstep.lab.data import cifar, digits, idx
+from signstep.lab.data import cifar, digits, idx, text
 from signstep.lab.data.images import DataError, Images
+from signstep.lab.data.text import Text
 
 _DEBIAN = Path("/usr/share/datasets")
 
 
+T = TypeVar("T", Images, Text)
+
+
 @dataclass(frozen=True)
-class _OnDisk:
+class _OnDisk(Generic[T]):
     """A data set that lies in files; the functions are those of its format's module."""
 
     find: Callable[[str, Path], Path | None]
     fetch: Callable[[str, Path], Path]
-    read: Callable[[str, Path], Images]
+    read: Callable[[str, Path], T]
     files: str
     origin: str
+    installed: tuple[Path, ...] = ()
+    """Where its package puts it, looked in after all others."""
 
 
-_ON_DISK: dict[str, _OnDisk] = {
+_IMAGES: dict[str, _OnDisk[Images]] = {
     "cifar10": _OnDisk(
         cifar.find,
         cifar.fetch,
@@ -56,6 +63,24 @@ _ON_DISK: dict[str, _OnDisk] = {
         origin="its mirrors (12 MB)",
     ),
 }
+_TEXTS: dict[str, _OnDisk[Text]] = {
+    "bible": _OnDisk(
+        text.find,
+        text.fetch,
+        text.read,
+        files="bible.data",
+        origin="Debian's package bible-kjv-text (2 MB)",
+        installed=(Path("/usr/lib"),),
+    ),
+    "shakespeare": _OnDisk(
+        text.find,
+        text.fetch,
+        text.read,
+        files="shakespeare/input.txt",
+        origin="Karpathy's char-rnn on GitHub (1 MB)",
+    ),
+}
+_ON_DISK: Mapping[str, _OnDisk[Images] | _OnDisk[Text]] = {**_IMAGES, **_TEXTS}
 
 
 @dataclass(frozen=True)
@@ -83,9 +108,29 @@ def load(name: str, folder: Path | None = None, *, download: bool = True) -> Ima
     """
     if name == "digits":
         return digits.read()
-    if name not in _ON_DISK:
-        raise DataError(f"there is no data set {name!r}, expected {', '.join(_ON_DISK)} or digits")
-    return _ON_DISK[name].read(name, _locate(name, folder, download))
+    if name not in _IMAGES:
+        raise DataError(f"there is no data set {name!r}, expected {', '.join(_IMAGES)} or digits")
+    return _IMAGES[name].read(name, _locate(name, folder, download))
+
+
+def load_text(name: str, place: Path | None = None, *, download: bool = True) -> Text:
+    """Return a text, from the first place in `search_path(place)` that has it.
+
+    Args:
+        name: "bible", "shakespeare", or "text", a file of the user's.
+        place: of "text" the file, of the others a folder that is looked in before all others.
+        download: fetch what was not found.
+
+    Raises:
+        DataError: the text was found nowhere and could not be fetched, or its file is damaged or too short.
+    """
+    if name == "text":
+        if place is None:
+            raise DataError("text: there is no file to read; name one with --data FILE")
+        return text.read(name, place)
+    if name not in _TEXTS:
+        raise DataError(f"there is no text {name!r}, expected {', '.join(_TEXTS)} or text")
+    return _TEXTS[name].read(name, _locate(name, place, download))
 
 
 def listing(folder: Path | None = None) -> list[Listed]:
@@ -98,7 +143,8 @@ def listing(folder: Path | None = None) -> list[Listed]:
         except DataError:
             found = None
         lines.append(Listed(name, found, how))
-    return [*lines, Listed("digits", "scikit-learn", "comes with scikit-learn")]
+    own = Listed("text", None, "any file: name it with --data FILE")
+    return [*lines, own, Listed("digits", "scikit-learn", "comes with scikit-learn")]
 
 
 def demo_dataset(folder: Path | None = None) -> tuple[str, str]:
@@ -128,7 +174,7 @@ def _locate(name: str, folder: Path | None, download: bool) -> Path:
     data_set = _ON_DISK[name]
     target = _cache() if folder is None else folder
     looked = []
-    for place in search_path(folder):
+    for place in (*search_path(folder), *data_set.installed):
         looked.append(str(place) if place.is_dir() else f"{place} (no such folder)")
         try:
             found = data_set.find(name, place)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pooch
 import requests
@@ -36,8 +36,10 @@ class Archive:
     """A file with one known content and the addresses that serve it, the fastest first."""
 
     file: str
-    md5: str
+    digest: str
     mirrors: tuple[str, ...]
+    algorithm: Literal["md5", "sha256"] = "md5"
+    """Of the digest."""
 
 
 @contextmanager
@@ -81,7 +83,7 @@ def download(archive: Archive, folder: Path) -> Path:
                 try:
                     done = pooch.retrieve(
                         mirror,
-                        known_hash=f"md5:{archive.md5}",
+                        known_hash=f"{archive.algorithm}:{archive.digest}",
                         fname=archive.file,
                         path=work,
                         downloader=partial(_download, part=part),

@@ -1,6 +1,6 @@
 """Means over seeds with their 95% t-interval, paired differences, and what they say in words.
 
-Every number is in percent (or points of percent). One seed has no interval: nothing here invents one.
+Numbers are in whatever unit their metric has, percent or bits. One seed has no interval: nothing here invents one.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     """Mean of values - baseline over the seeds that both have, with the 95% interval of the paired t-test.
 
     Args:
-        values: accuracy by seed.
-        baseline: accuracy by seed of the method compared with.
+        values: the result by seed.
+        baseline: the result by seed of the method compared with.
 
     Returns None if no seed is common. `n` of the result is the number of common seeds.
 
@@ -115,10 +115,10 @@ def signed(value: float, digits: int = 2) -> str:
     return f"+{text}" if float(text.replace("−", "-")) > 0 else text
 
 
-def with_interval(e: MeanEstimate, *, sign: bool = False) -> str:
+def with_interval(e: MeanEstimate, *, sign: bool = False, digits: int = 2) -> str:
     """'71.00 ± 2.48', or the mean alone where there is no interval."""
-    mean = signed(e.mean) if sign else number(e.mean)
-    return mean if e.half_width is None else f"{mean} ± {number(e.half_width)}"
+    mean = signed(e.mean, digits) if sign else number(e.mean, digits)
+    return mean if e.half_width is None else f"{mean} ± {number(e.half_width, digits)}"
 
 
 def paper_number(value: float) -> str:

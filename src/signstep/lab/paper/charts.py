@@ -1,7 +1,7 @@
 """The figures of the results: accuracy over epochs as in the paper's Figures 1 to 3, and Table I as dots.
 
 First what a figure shows (`curves`, `dots`, `difference_dots`), then how it is drawn (`draw_curves`, `draw_dots`), in
-the style of `signstep.lab.output.figures`. Accuracies are in percent.
+the style of `signstep.lab.output.figures`. Results are in the unit of their metric.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from signstep.lab.output.stats import MIN_SEEDS, MeanEstimate, number, signed
 from signstep.lab.paper.experiments import Row
 from signstep.lab.paper.results import Results
 from signstep.lab.training.records import Run
+from signstep.lab.training.tasks import ACCURACY, Metric
 
 _COLOURS = {
     "sgd": "black",
@@ -41,6 +42,8 @@ _COLOURS = {
     "dither-norm-0.7": "olive",
     "dither-auto": "grey",
     "lion": "pink",
+    "lion-dither": "brown",
+    "expected-relative": "olive",
     "swats": "green",
     "swats-0.001": "olive",
     "sgd-noise-0.01": "orange",
@@ -60,14 +63,14 @@ def colour(method: str) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """One method's accuracy over epochs: mean over seeds, and the interval where there is one."""
+    """One method's result over epochs: mean over seeds, and the interval where there is one."""
 
     method: str
     label: str
     epochs: tuple[int, ...]
     estimates: tuple[MeanEstimate, ...]
     runs: tuple[Mapping[int, float], ...] = ()
-    """Accuracy by epoch of each seed."""
+    """Result by epoch of each seed."""
     own: bool = False
     """A method that is not in the paper: drawn dashed."""
     diverged_at: tuple[int, ...] = ()
@@ -91,7 +94,7 @@ class Dot:
 
 
 def curves(results: Results, dataset: str) -> tuple[Curve, ...]:
-    """Mean accuracy over epochs of each row that has been evaluated; its last point is the table's number."""
+    """Mean result over epochs of each row that has been evaluated; its last point is the table's number."""
     lines = []
     for row in results.experiment.rows:
         cell = results.cells[row.key, dataset]
@@ -102,7 +105,7 @@ def curves(results: Results, dataset: str) -> tuple[Curve, ...]:
             if run.diverged and run.end and not cell.all_diverged:
                 # It goes on at chance wherever another was evaluated after its end.
                 rest = [epoch for epoch in epochs if epoch not in values and epoch >= int(run.end["epoch"])]
-                values |= dict.fromkeys(rest, run.final_accuracy)
+                values |= dict.fromkeys(rest, run.result)
         points = [stats.estimate([values[epoch] for values in series if epoch in values]) for epoch in epochs]
         if epochs:
             lines.append(
@@ -120,16 +123,24 @@ def curves(results: Results, dataset: str) -> tuple[Curve, ...]:
     return tuple(lines)
 
 
-def by_accuracy(results: Results, dataset: str) -> list[tuple[Curve, str]]:
-    """The curves by falling final accuracy, each with that accuracy as printed."""
-    lines = sorted(curves(results, dataset), key=lambda line: (line.diverged, -line.estimates[-1].mean))
-    return [(line, "diverged" if line.diverged else stats.with_interval(line.estimates[-1])) for line in lines]
+def by_result(results: Results, dataset: str) -> list[tuple[Curve, str]]:
+    """The curves from the best final result to the worst, each with that result as printed."""
+    sign, digits = results.metric.sign, results.metric.digits
+    lines = sorted(curves(results, dataset), key=lambda line: (line.diverged, -sign * line.estimates[-1].mean))
+    return [
+        (line, "diverged" if line.diverged else stats.with_interval(line.estimates[-1], digits=digits))
+        for line in lines
+    ]
 
 
 def curve_values(results: Results, dataset: str) -> list[dict[str, Any]]:
     """What the page's script shows under the pointer."""
     return [
-        {"method": c.method, "epochs": c.epochs, "text": [stats.with_interval(e) for e in c.estimates]}
+        {
+            "method": c.method,
+            "epochs": c.epochs,
+            "text": [stats.with_interval(e, digits=results.metric.digits) for e in c.estimates],
+        }
         for c in curves(results, dataset)
     ]
 
@@ -141,7 +152,7 @@ def dots(results: Results, dataset: str) -> tuple[Dot, ...]:
             row.key,
             row.label,
             cell.estimate,
-            tuple(cell.accuracies.values()) if cell.estimate else (),
+            tuple(cell.results.values()) if cell.estimate else (),
             cell.paper,
             cell.text,
         )
@@ -153,39 +164,56 @@ def dots(results: Results, dataset: str) -> tuple[Dot, ...]:
 
 def difference_dots(results: Results, dataset: str, baseline: Row) -> tuple[Dot, ...]:
     """The differences to a baseline on a data set."""
-    base = results.cells[baseline.key, dataset].accuracies
+    base = results.cells[baseline.key, dataset].results
     lines = []
     for _, rows in results.groups:
         for row in rows:
             each = results.difference(dataset, row, baseline)
             if each is not None:
-                own = results.cells[row.key, dataset].accuracies
+                own = results.cells[row.key, dataset].results
                 values = tuple(own[s] - base[s] for s in own if s in base) if each.estimate else ()
-                text = stats.with_interval(each.estimate, sign=True) if each.estimate else "—"
+                text = (
+                    stats.with_interval(each.estimate, sign=True, digits=results.metric.digits)
+                    if each.estimate
+                    else "—"
+                )
                 lines.append(Dot(row.key, row.label, each.estimate, values, each.paper, text))
     return tuple(lines)
 
 
 def _series(run: Run, *, to_the_end: bool) -> dict[int, float]:
-    """Accuracy in percent by epoch; with `to_the_end` a diverged run's last epoch has that of chance."""
-    values = {
-        int(e["epoch"]): 100.0 * float(e["eval_accuracy"]) for e in run.epochs if e.get("eval_accuracy") is not None
-    }
+    """Result by epoch; with `to_the_end` a diverged run's last epoch has that of chance."""
+    values = {int(e["epoch"]): value for e in run.epochs if (value := run.result_of(e)) is not None}
     if run.diverged and to_the_end:
-        values[run.config.epochs] = run.final_accuracy
+        values[run.config.epochs] = run.result
     return values
 
 
+def axis_title(metric: Metric, what: str = "test") -> str:
+    """What an axis or a column shows, with its unit.
+
+    >>> axis_title(ACCURACY)
+    'test accuracy, %'
+    """
+    return f"{what} {metric.name}" + (f", {metric.unit}" if metric.unit != metric.name else "")
+
+
 def draw_curves(
-    lines: Sequence[Curve], *, switches: Iterable[float], epochs: int, heading: tuple[str, str] | None = None
+    lines: Sequence[Curve],
+    *,
+    switches: Iterable[float],
+    epochs: int,
+    metric: Metric = ACCURACY,
+    heading: tuple[str, str] | None = None,
 ) -> Figure:
-    """Test accuracy over epochs, the interval over seeds as a band (of two seeds: each as a thin line), the switch to
+    """The result over epochs, the interval over seeds as a band (of two seeds: each as a thin line), the switch to
     SGD as a red dashed line.
 
     Args:
         lines: the methods; later ones are drawn on top.
         switches: epochs (may be fractional) after which a hybrid method goes on as SGD.
         epochs: length of the runs, the right end of the axis.
+        metric: what the values are.
         heading: title and subtitle of a figure that stands alone, where the lines are named at their ends; None:
             the page around the figure has a title and a key.
     """
@@ -205,7 +233,7 @@ def draw_curves(
             axes.fill_between(
                 [epoch for epoch, _ in banded],
                 [max(e.mean - (e.half_width or 0), 0) for _, e in banded],
-                [min(e.mean + (e.half_width or 0), 100) for _, e in banded],
+                [min(e.mean + (e.half_width or 0), metric.most) for _, e in banded],
                 alpha=0.13,
                 linewidth=0,
                 **style,
@@ -230,14 +258,14 @@ def draw_curves(
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("epoch", color=figures.MUTED, fontsize=10, loc="right", labelpad=3)
-    figures.annotate(axes, "test accuracy, %", (0, 1), "axes fraction", (-30, 7))
+    figures.annotate(axes, axis_title(metric), (0, 1), "axes fraction", (-30, 7))
     if heading:
         figures.add_heading(figure, heading, 6)
-        _label_ends(axes, lines, height - top - 40)
+        _label_ends(axes, lines, height - top - 40, metric.digits)
     return figure
 
 
-def _label_ends(axes: Axes, lines: Sequence[Curve], plot_height: float) -> None:
+def _label_ends(axes: Axes, lines: Sequence[Curve], plot_height: float, digits: int) -> None:
     low, high = axes.get_ylim()
     ordered = sorted(lines, key=lambda line: line.estimates[-1].mean)
     gap = (high - low) * min(15 / plot_height, 1 / max(len(ordered), 1))
@@ -245,7 +273,7 @@ def _label_ends(axes: Axes, lines: Sequence[Curve], plot_height: float) -> None:
     for line, place in zip(ordered, places, strict=True):
         last = line.estimates[-1]
         shade = figures.shade(colour(line.method))
-        ending = "diverged" if line.diverged else number(last.mean)
+        ending = "diverged" if line.diverged else number(last.mean, digits)
         axes.annotate(
             "", (line.epochs[-1], last.mean), (1.03, place), textcoords=("axes fraction", "data"),
             annotation_clip=False,
@@ -255,13 +283,21 @@ def _label_ends(axes: Axes, lines: Sequence[Curve], plot_height: float) -> None:
         figures.annotate(axes, text, (1, place), right, (14, 0), color=figures.INK, fontsize=9.5, va="center")
 
 
-def draw_dots(lines: Sequence[Dot], *, axis: str, zero: str = "", heading: tuple[str, str] | None = None) -> Figure:
+def draw_dots(
+    lines: Sequence[Dot],
+    *,
+    axis: str,
+    zero: str = "",
+    metric: Metric = ACCURACY,
+    heading: tuple[str, str] | None = None,
+) -> Figure:
     """One line per method: mean and interval, each seed as a small tick, the paper's number as a hollow mark.
 
     Args:
         lines: from top to bottom.
         axis: what the numbers are, printed below.
         zero: where not empty, the numbers are differences, and this names what the line at 0 stands for.
+        metric: what the values are.
         heading: title and subtitle of a figure that stands alone.
     """
     step, bottom, width = 36.0, 40.0, 400.0
@@ -287,7 +323,7 @@ def draw_dots(lines: Sequence[Dot], *, axis: str, zero: str = "", heading: tuple
             if e.half_width is not None:
                 ends = [e.mean - e.half_width, e.mean + e.half_width]
                 if not zero:
-                    ends = [max(ends[0], 0), min(ends[1], 100)]
+                    ends = [max(ends[0], 0), min(ends[1], metric.most)]
                 axes.plot(ends, [y, y], color=shade, linewidth=2.2,
                           solid_capstyle="butt", gid=gid, zorder=3)  # fmt: skip
             axes.plot([e.mean], [y], "o", color=shade, markersize=6.5, gid=gid, zorder=5)
@@ -311,7 +347,9 @@ def draw_dots(lines: Sequence[Dot], *, axis: str, zero: str = "", heading: tuple
         figures.annotate(axes, zero, (0, 1), ("data", "axes fraction"), (0, 4), fontsize=9.5, ha="center")
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     if zero:
-        axes.xaxis.set_major_formatter(lambda value, _: signed(value, 0 if value == int(value) else 1))
+        whole = metric.digits if metric.better == "lower" else 0
+        part = whole or 1
+        axes.xaxis.set_major_formatter(lambda value, _: signed(value, whole if value == int(value) else part))
     axes.set_xlabel(axis, color=figures.MUTED, fontsize=10, loc="right", labelpad=3)
     if heading:
         figures.add_heading(figure, heading, 12)

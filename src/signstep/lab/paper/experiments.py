@@ -1,7 +1,8 @@
 """The paper's Table I and Figures 1 to 3 as lists of runs.
 
 An experiment is a list of methods (`presets/methods.toml`) trained by a recipe (`recipe-*.toml`) at a scale
-(`scale-*.toml`) on some data sets (`datasets.toml`). Where several set a field, the later one of this list has it:
+(`scale-*.toml`) on some data sets (`datasets.toml`). Recipes and scales say what holds for images, and in a table
+`text` what holds for texts instead. Where several set a field, the later one of this list has it:
 recipe, data set, scale, method, the recipe's part for the method's optimizer.
 Experiments that share a run share its `RunConfig`, so its hash, so its file.
 """
@@ -19,13 +20,14 @@ from typing import Any, Literal, cast
 from signstep.lab.errors import BadInput
 from signstep.lab.training.config import Dataset, RunConfig
 from signstep.lab.training.optimizers import OPTIMIZERS
+from signstep.lab.training.tasks import TEXTS, Metric, task
 
-Name = Literal["table1", "fig1", "fig2", "fig3", "beyond", "state", "baselines", "remedies", "verdict", "demo"]
+Name = Literal["table1", "fig1", "fig2", "fig3", "beyond", "state", "baselines", "remedies", "verdict", "language", "demo"]
 Scale = Literal["smoke", "demo", "cpu", "cpu2", "full"]
 Recipe = Literal["strong", "paper"]
 
 OF_THE_PAPER: tuple[Name, ...] = ("table1", "fig1", "fig2", "fig3")
-NAMES: tuple[Name, ...] = (*OF_THE_PAPER, "beyond", "state", "baselines", "remedies", "verdict", "demo")
+NAMES: tuple[Name, ...] = (*OF_THE_PAPER, "beyond", "state", "baselines", "remedies", "verdict", "language", "demo")
 TUNING_SEED = 1000
 """Seed of every tuning run; no final run has it, unless someone asks for more than a thousand seeds."""
 
@@ -121,6 +123,11 @@ class Experiment:
     lesson: Lesson | None = None
     """What its headline compares; None: the best row with the others."""
 
+    @property
+    def metric(self) -> Metric:
+        """What its runs are judged by."""
+        return task(self.datasets[0]).metric
+
     def row(self, key: str) -> Row:
         """The row called `key`; BadInput with the known keys otherwise."""
         for row in self.rows:
@@ -138,9 +145,15 @@ def dataset_title(dataset: str) -> str:
     return str(_toml("datasets")[dataset]["title"])
 
 
+def _for_task(name: str, datasets: Sequence[str]) -> dict[str, Any]:
+    """A recipe or a scale, as it is for data sets that are all images or all texts."""
+    values = _toml(name)
+    return {**values, **values["text"]} if datasets[0] in TEXTS else values
+
+
 def _row(key: str, recipe: Recipe, scale: Scale, datasets: Sequence[str]) -> Row:
     method = _toml("methods")[key]
-    recipe_values, scale_values = _toml(f"recipe-{recipe}"), _toml(f"scale-{scale}")
+    recipe_values, scale_values = (_for_task(name, datasets) for name in (f"recipe-{recipe}", f"scale-{scale}"))
     for_optimizer = recipe_values["optimizers"].get(method["options"]["optimizer"], {})
     options: dict[str, dict[str, Any]] = {}
     for dataset in datasets:
@@ -152,7 +165,7 @@ def _row(key: str, recipe: Recipe, scale: Scale, datasets: Sequence[str]) -> Row
             **method["options"],
             **for_optimizer.get("options", {}),
         }
-        if merged.get("subset", 0) > values["train_images"]:
+        if merged.get("subset", 0) > values["train_size"]:
             del merged["subset"]
         options[dataset] = merged
     return Row(
@@ -193,13 +206,15 @@ def load(
     for dataset in chosen:
         if dataset not in _toml("datasets"):
             raise BadInput(f"data set {dataset!r}: expected one of {', '.join(_toml('datasets'))}")
-    recipe_values, scale_values = _toml(f"recipe-{recipe}"), _toml(f"scale-{scale}")
     for key in rows:
         if key not in values["rows"]:
             raise BadInput(f"{experiment} has no row {key!r}: it has {', '.join(values['rows'])}")
         giver = _toml("methods")[key].get("lr_of", key)
         if giver not in rows:
             raise BadInput(f"row {key} takes the learning rate of row {giver}: choose that one too")
+    if 0 < sum(dataset in TEXTS for dataset in chosen) < len(chosen):
+        raise BadInput(f"data sets {', '.join(chosen)}: an experiment is on images or on texts, not on both")
+    recipe_values, scale_values = (_for_task(name, chosen) for name in (f"recipe-{recipe}", f"scale-{scale}"))
     return Experiment(
         name=experiment,
         title=values["title"],

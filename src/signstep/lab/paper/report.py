@@ -33,25 +33,27 @@ class _Drawing:
 
 
 def _drawings(results: Results) -> Iterator[_Drawing]:
+    metric = results.metric
+    unit_word = "Percent" if metric.unit == "%" else metric.unit[0].upper() + metric.unit[1:]
     for dataset in results.experiment.datasets:
         lines = charts.curves(results, dataset)
         if lines:
             switches = results.switches(dataset)
-            title = f"{results.titles[dataset]}: test accuracy over epochs"
-            words = [f"{line.label} {text}" for line, text in charts.by_accuracy(results, dataset)]
+            title = f"{results.titles[dataset]}: test {metric.name} over epochs"
+            words = [f"{line.label} {text}" for line, text in charts.by_result(results, dataset)]
             switch = f" Switch to SGD after epoch {listed([f'{s:g}' for s in switches])}." if switches else ""
             yield _Drawing(
                 dataset,
                 "curves",
                 title,
-                f"{title}. Percent at the end: {'; '.join(words)}.{switch}",
-                partial(charts.draw_curves, lines, switches=switches, epochs=results.epochs(dataset)),
+                f"{title}. {unit_word} at the end: {'; '.join(words)}.{switch}",
+                partial(charts.draw_curves, lines, switches=switches, epochs=results.epochs(dataset), metric=metric),
             )
-        tables = [("dots", "final test accuracy", "%", charts.dots(results, dataset), "")]
+        tables = [("dots", f"final test {metric.name}", metric.unit, charts.dots(results, dataset), "")]
         for base in results.baselines[:1]:
             difference = f"difference to {base.label}"
             tables.append(
-                ("differences", difference, "points", charts.difference_dots(results, dataset, base), base.label)
+                ("differences", difference, metric.points, charts.difference_dots(results, dataset, base), base.label)
             )
         for kind, what, unit, dots, zero in tables:
             if any(dot.estimate for dot in dots):
@@ -60,8 +62,10 @@ def _drawings(results: Results) -> Iterator[_Drawing]:
                     f"{d.label} {d.text}{'' if d.paper is None else f' (paper {stats.paper_number(d.paper)})'}"
                     for d in dots
                 ]
-                draw = partial(charts.draw_dots, dots, axis=unit if zero else f"{what}, {unit}", zero=zero)
-                yield _Drawing(dataset, kind, title, f"{title}, {unit}: {'; '.join(words)}.", draw)
+                axis = unit if zero else charts.axis_title(metric, "final test")
+                draw = partial(charts.draw_dots, dots, axis=axis, zero=zero, metric=metric)
+                named = title if what.endswith(unit) else f"{title}, {unit}"
+                yield _Drawing(dataset, kind, title, f"{named}: {'; '.join(words)}.", draw)
 
 
 def write(
@@ -112,12 +116,14 @@ def write(
         }
     context = {
         "results": results,
+        "metric": results.metric,
+        "axis": charts.axis_title(results.metric),
         "experiment": experiment,
         "words": words,
         "shared_settings": shared_settings(results),
         "own_settings": partial(own_settings, results),
         "environment": environment(results),
-        "curve_key": partial(charts.by_accuracy, results),
+        "curve_key": partial(charts.by_result, results),
         "curve_values": partial(charts.curve_values, results),
         "drawn": drawn,
         "commands": commands,
@@ -182,7 +188,7 @@ def _estimate_dict(e: stats.MeanEstimate | None) -> dict[str, Any]:
 def _cell_dict(cell: Cell) -> dict[str, Any]:
     return {
         **_estimate_dict(cell.estimate),
-        "accuracy_by_seed": {str(seed): value for seed, value in cell.accuracies.items()},
+        f"{cell.metric.key}_by_seed": {str(seed): value for seed, value in cell.results.items()},
         "diverged_seeds": list(cell.diverged),
         "missing_seeds": list(cell.missing),
         "paper": cell.paper,

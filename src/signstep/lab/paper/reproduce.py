@@ -43,7 +43,7 @@ def reproduce(
         folder: where the results go.
         seeds: seeds 0 to seeds - 1 for every row.
         tuned: learning rates, as `signstep.lab.paper.tuned.read_tuned` gives them.
-        data: folder to look for the images in first; None: the usual places.
+        data: folder to look for the images in first, or the file of data set "text"; None: the usual places.
         device: as of `signstep.lab.training.loop.train`.
         max_minutes: start no run, and stop the one that runs, after so many minutes; None: no limit.
         shard: (i, n): train every n-th run, beginning with the i-th.
@@ -113,7 +113,8 @@ def _train(share: _Share, say: Callable[[str], None], *, progress: bool = True) 
         if status == "stopped":
             break
         if not progress and status != "busy":
-            reached = f"{read_run(share.out / _record(each)).final_accuracy:.2f} %" if status == "done" else status
+            run = read_run(share.out / _record(each))
+            reached = run.metric.text(run.result) if status == "done" else status
             say(f"{title}: {reached}")
 
 

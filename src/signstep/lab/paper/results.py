@@ -1,7 +1,8 @@
-"""What an experiment's runs show, as numbers: accuracies, intervals, and differences to the baselines.
+"""What an experiment's runs show, as numbers: results, intervals, and differences to the baselines.
 
-Accuracies are in percent, differences in points of percent. A run stopped by a non-finite loss counts with the accuracy
-of chance and is said to have diverged; an unfinished run counts nowhere and is listed as missing.
+A result is what the experiment's metric says: an accuracy in percent, with differences in points of percent, or bits
+per byte, of which fewer are better. A run stopped by a non-finite loss counts with the value of chance and is said to
+have diverged; an unfinished run counts nowhere and is listed as missing.
 What is said of the numbers is in sentences.py, how the runs were made in settings.py, what is drawn in charts.py.
 """
 
@@ -18,6 +19,7 @@ from signstep.lab.paper.plan import plan
 from signstep.lab.paper.tuned import Choices, learning_rate
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.records import Run
+from signstep.lab.training.tasks import Metric
 
 BASELINES = ("sgd", "adam", "signsgd")
 """Keys of the rows that every other one is compared with, seed by seed."""
@@ -29,33 +31,34 @@ class Cell:
 
     dataset: str
     lr: float
-    accuracies: Mapping[int, float]
-    """Percent by seed, of finished runs."""
+    results: Mapping[int, float]
+    """By seed, of finished runs."""
     diverged: tuple[int, ...]
     missing: tuple[int, ...]
     """Seeds that the experiment has and this cell has no finished run of."""
     paper: float | None
     runs: tuple[Run, ...]
+    metric: Metric
 
     @property
     def all_diverged(self) -> bool:
-        return bool(self.accuracies) and len(self.diverged) == len(self.accuracies)
+        return bool(self.results) and len(self.diverged) == len(self.results)
 
     @cached_property
     def estimate(self) -> stats.MeanEstimate | None:
         """None without a finished run, and where all diverged: chance is no measurement."""
-        return stats.estimate(list(self.accuracies.values())) if self.accuracies and not self.all_diverged else None
+        return stats.estimate(list(self.results.values())) if self.results and not self.all_diverged else None
 
     @property
     def text(self) -> str:
         if self.estimate is None:
             return f"diverged ({self.caveat})" if self.all_diverged else "not run"
-        return stats.with_interval(self.estimate)
+        return stats.with_interval(self.estimate, digits=self.metric.digits)
 
     @property
     def caveat(self) -> str:
         """'1 of 3' or nothing: how many seeds diverged."""
-        return f"{len(self.diverged)} of {len(self.accuracies)}" if self.diverged else ""
+        return f"{len(self.diverged)} of {len(self.results)}" if self.diverged else ""
 
     @property
     def shift(self) -> float | None:
@@ -102,7 +105,7 @@ class Results:
     def __init__(
         self, experiment: Experiment, runs: Mapping[str, Run], tuned: Choices, seeds: Iterable[int] | None = None
     ) -> None:
-        self.experiment = experiment
+        self.experiment, self.metric = experiment, experiment.metric
         self.tuned = {d: {r.key: tuned[d][r.key] for r in experiment.rows if r.key in tuned[d]}
                       for d in experiment.datasets if d in tuned}  # fmt: skip
         self.titles = {d: dataset_title(d) for d in experiment.datasets}
@@ -128,11 +131,12 @@ class Results:
         return Cell(
             dataset=dataset,
             lr=lr,
-            accuracies={seed: run.final_accuracy for seed, run in finished.items()},
+            results={seed: run.result for seed, run in finished.items()},
             diverged=tuple(seed for seed, run in finished.items() if run.diverged),
             missing=tuple(seed for seed in self.seeds if seed not in finished),
             paper=row.paper.get(dataset),
             runs=tuple(finished.values()),
+            metric=self.metric,
         )
 
     def _differences(self) -> Iterator[Difference]:
@@ -145,7 +149,7 @@ class Results:
                         continue  # itself, or its mirror image, which has been there
                     measured = None
                     if cell.estimate and ours_base.estimate:
-                        measured = stats.paired_difference(cell.accuracies, ours_base.accuracies)
+                        measured = stats.paired_difference(cell.results, ours_base.results)
                     paper = None if cell.paper is None or ours_base.paper is None else cell.paper - ours_base.paper
                     yield Difference(dataset, row, base, measured, paper)
 
@@ -169,9 +173,12 @@ class Results:
         return None
 
     def is_best(self, cell: Cell) -> bool:
-        """Highest mean of its data set, to the digits shown."""
+        """Best mean of its data set, to the digits shown."""
         means = [c.estimate.mean for c in self.cells.values() if c.dataset == cell.dataset and c.estimate]
-        return cell.estimate is not None and stats.number(cell.estimate.mean) == stats.number(max(means))
+        if cell.estimate is None:
+            return False
+        best, digits = max(means, key=lambda mean: self.metric.sign * mean), self.metric.digits
+        return stats.number(cell.estimate.mean, digits) == stats.number(best, digits)
 
     def is_paper_best(self, cell: Cell) -> bool:
         """Highest of the paper's numbers of its data set."""

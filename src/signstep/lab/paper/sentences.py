@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from signstep.lab.output import stats
 from signstep.lab.paper.experiments import Lesson, Row
 from signstep.lab.paper.results import Results
+from signstep.lab.training.tasks import ACCURACY, task
 
 
 class Sentences:
@@ -15,12 +17,12 @@ class Sentences:
 
     def __init__(self, results: Results) -> None:
         self._results, self._experiment = results, results.experiment
-        self._cells, self._titles = results.cells, results.titles
+        self._cells, self._titles, self._metric = results.cells, results.titles, results.metric
 
     @property
     def headline(self) -> str:
         """The outcome in one sentence; for an experiment that has a lesson, what to take from it in a few."""
-        if self._experiment.lesson is not None:
+        if self._experiment.lesson is not None and self._metric is ACCURACY:
             return " ".join(self._draw(self._experiment.lesson, d) for d in self._experiment.datasets)
         parts = [f"on {self._titles[d]}, {self._outcome(d)}" for d in self._experiment.datasets]
         sentence = "; ".join(parts)
@@ -29,28 +31,33 @@ class Sentences:
     def _outcome(self, dataset: str) -> str:
         cells = [(row, self._cells[row.key, dataset].estimate) for row in self._experiment.rows]
         means = [(estimate.mean, row) for row, estimate in cells if estimate]
-        ranked = [row for _, row in sorted(means, key=lambda pair: -pair[0])]
+        metric, digits = self._metric, self._metric.digits
+        ranked = [row for _, row in sorted(means, key=lambda pair: -metric.sign * pair[0])]
         if not ranked:
             any_run = any(self._cells[row.key, dataset].runs for row in self._experiment.rows)
             return "every run diverged" if any_run else "no run has finished yet"
         best = ranked[0]
-        reached = f"{self._cells[best.key, dataset].text} %"
+        reached = f"{self._cells[best.key, dataset].text} {metric.unit}"
         if len(ranked) == 1:
             return f"{best.label}, the only method with a result, reaches {reached}"
         if doubts := self._doubts(dataset, ranked):
-            low, high = (stats.number(end(mean for mean, _ in means)) for end in (min, max))
-            return f"{len(ranked)} methods reach {low} to {high} %, which ranks none of them: {listed(doubts)}"
+            low, high = (stats.number(end(mean for mean, _ in means), digits) for end in (min, max))
+            return (
+                f"{len(ranked)} methods reach {low} to {high} {metric.unit}, which ranks none of them: {listed(doubts)}"
+            )
         rival = next((row for row in ranked[1:] if row.key == "sgd"), ranked[1])
-        gap = stats.paired_difference(
-            self._cells[best.key, dataset].accuracies, self._cells[rival.key, dataset].accuracies
-        )
+        gap = stats.paired_difference(self._cells[best.key, dataset].results, self._cells[rival.key, dataset].results)
         assert gap is not None
         if gap.contains(0):
-            points = stats.with_interval(gap, sign=True)
-            return f"{best.label} is highest, but {gap.n} seeds do not tell it from {rival.label} ({points} points)"
-        verb = "beats" if gap.mean > 0 else "is highest, but is beaten seed by seed by"
+            points = stats.with_interval(gap, sign=True, digits=digits)
+            return (
+                f"{best.label} is {metric.best_word}, but {gap.n} seeds do not tell it from {rival.label} "
+                f"({points} {metric.points})"
+            )
+        ahead = replace(gap, mean=metric.sign * gap.mean)
+        verb = "beats" if ahead.mean > 0 else f"is {metric.best_word}, but is beaten seed by seed by"
         name = rival.label if rival.key == "sgd" else f"the next best, {rival.label},"
-        return f"{best.label} {verb} {name} by {stats.with_interval(gap)} points"
+        return f"{best.label} {verb} {name} by {stats.with_interval(ahead, digits=digits)} {metric.points}"
 
     def _draw(self, lesson: Lesson, dataset: str) -> str:
         """What sign steps reach beside their peers, what each remedy adds to them, and which of two to use.
@@ -72,7 +79,7 @@ class Sentences:
             sentences.append(
                 f"{rows[ours]} adds {added[0]} points to {plain}, the paper's {rows[published]} {added[1]}."
             )
-            values = [list(cells[key].accuracies.values()) for key in (ours, published)]
+            values = [list(cells[key].results.values()) for key in (ours, published)]
             ahead, apart = means[ours] - means[published], max(max(each) - min(each) for each in values)
             if min(map(len, values)) == 1 or abs(ahead) <= apart:
                 open_.append(f"{rows[ours]} or {rows[published]}")
@@ -90,18 +97,18 @@ class Sentences:
         tuned = [row.tuned_key in self._results.tuned.get(dataset, {}) for row in rows]
         if not all(tuned):
             doubts.append("not every learning rate was tuned" if any(tuned) else "no learning rate was tuned")
-        if len(set.intersection(*(set(self._cells[row.key, dataset].accuracies) for row in rows))) < stats.MIN_SEEDS:
+        if len(set.intersection(*(set(self._cells[row.key, dataset].results) for row in rows))) < stats.MIN_SEEDS:
             doubts.append(f"fewer than {stats.MIN_SEEDS} seeds are common to all")
         return doubts
 
     @property
     def setting(self) -> str:
-        """Net, images, epochs and seeds, as of the runs."""
-        configs = self._results.configs
-        images = sorted({int(run.start["train_images"]) for run in self._results.finished})
+        """Net, images or bytes, epochs and seeds, as of the runs."""
+        configs, noun = self._results.configs, task(self._experiment.datasets[0]).noun
+        images = sorted({int(run.start[f"train_{noun}"]) for run in self._results.finished})
         parts = [" and ".join(sorted({_net(c.model, c.width) for c in configs}))]
         if images:
-            parts.append(f"{' and '.join(f'{n:,}' for n in images)} training images")
+            parts.append(f"{' and '.join(f'{n:,}' for n in images)} training {noun}")
         parts.append(f"{' and '.join(str(n) for n in sorted({c.epochs for c in configs}))} epochs")
         parts.append(f"{len(self._results.seeds)} {plural(len(self._results.seeds), 'seed')}")
         return ", ".join(parts)
@@ -156,7 +163,7 @@ class Sentences:
     @property
     def gaps(self) -> tuple[str, ...]:
         """What is missing or went wrong, one sentence each."""
-        sentences = []
+        sentences, metric = [], self._metric.name
         for row in self._experiment.rows:
             for dataset in self._experiment.datasets:
                 cell = self._cells[row.key, dataset]
@@ -164,9 +171,9 @@ class Sentences:
                 if cell.diverged:
                     seeds = listed([str(seed) for seed in cell.diverged])
                     sentences.append(
-                        f"{name}: {cell.caveat} diverged (seed {seeds}), counted with the accuracy of chance."
+                        f"{name}: {cell.caveat} diverged (seed {seeds}), counted with the {metric} of chance."
                     )
-                if cell.missing and not cell.accuracies:
+                if cell.missing and not cell.results:
                     sentences.append(f"{name}: no finished run.")
                 elif cell.missing:
                     sentences.append(f"{name}: seed {listed([str(s) for s in cell.missing])} missing.")
@@ -203,8 +210,11 @@ class Sentences:
     @property
     def guesses(self) -> tuple[str, ...]:
         """What the paper does not say and is assumed here, the choice of the learning rates among it."""
+        held_out = "a held-out tenth of the training set"
+        if self._metric is not ACCURACY:
+            held_out = "the tenth of the text before the last, which is the test part"
         tuning = (
-            f"Learning rates are chosen on a held-out tenth of the training set, by runs of "
+            f"Learning rates are chosen on {held_out}, by runs of "
             f"{self._experiment.tune_epochs} {plural(self._experiment.tune_epochs, 'epoch')}, "
             "with the same number of trials for every method."
         )
@@ -213,7 +223,7 @@ class Sentences:
 
 
 def _net(model: str, width: float) -> str:
-    name = model.replace("resnet", "ResNet-")
+    name = model.replace("resnet", "ResNet-").replace("gpt", "GPT-").removesuffix("-")
     return name if width == 1 else f"{name} at width {width:g}"
 
 

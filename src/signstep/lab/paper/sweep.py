@@ -1,9 +1,9 @@
 """Tunes the learning rate of every method with the same number of trials, without looking at the test set.
 
 Each trial is one run on the tuning split: trained on nine tenths of the training set, judged by its last epoch's
-accuracy on the tenth that was held out. A best trial at the edge of the grid extends the grid by a point beyond that
-edge, at most `MAX_EXTENSIONS` times. What is known follows from the trials' records alone, so a sweep that was
-stopped, or split over machines, goes on from whatever files there are.
+accuracy (of a text: bits per byte) on the tenth that was held out. A best trial at the edge of the grid extends the
+grid by a point beyond that edge, at most `MAX_EXTENSIONS` times. What is known follows from the trials' records alone,
+so a sweep that was stopped, or split over machines, goes on from whatever files there are.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from signstep.lab.paper.tuned import read_tuned, write_tuned
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.records import Run, read_runs
 from signstep.lab.training.series import train_run
+from signstep.lab.training.tasks import BITS_PER_BYTE, task
 
 MAX_EXTENSIONS = 2
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A finished tuning run; `accuracy` in percent."""
+    """A finished tuning run; `result` in the unit of its data set's metric."""
 
     lr: float
-    accuracy: float
+    result: float
     diverged: bool
     hash: str
 
@@ -51,8 +52,9 @@ class Search:
 
     @property
     def best(self) -> Trial:
-        """The trial of the highest accuracy, of equal ones that of the smaller lr. A diverged one comes last."""
-        return max(self.trials, key=lambda trial: (not trial.diverged, trial.accuracy, -trial.lr))
+        """The trial of the best result, of equal ones that of the smaller lr. A diverged one comes last."""
+        sign = task(self.dataset).metric.sign
+        return max(self.trials, key=lambda trial: (not trial.diverged, sign * trial.result, -trial.lr))
 
 
 def search(dataset: str, row: Row, trials: int, records: Mapping[str, Run]) -> Search:
@@ -75,7 +77,7 @@ def search(dataset: str, row: Row, trials: int, records: Mapping[str, Run]) -> S
             dataset=dataset,
             row=row,
             trials=tuple(
-                Trial(configs[key].lr, record.final_accuracy, record.diverged, key) for key, record in finished.items()
+                Trial(configs[key].lr, record.result, record.diverged, key) for key, record in finished.items()
             ),
             pending=tuple(config for key, config in configs.items() if key not in finished),
             extensions=extensions,
@@ -102,24 +104,31 @@ def _add_choices(folder: Path, experiment: Experiment, searches: Iterable[Search
     for found in searches:
         if found.pending:
             continue
+        metric = task(found.dataset).metric
         choices.setdefault(found.dataset, {})[found.row.key] = {
             "lr": found.best.lr,
-            "accuracy": round(found.best.accuracy, 4),
+            metric.key: round(found.best.result, 4),
             "at_edge": found.at_edge,
             "extensions": found.extensions,
             "trials": [
-                {"lr": t.lr, "accuracy": round(t.accuracy, 4), "diverged": t.diverged, "hash": t.hash}
+                {"lr": t.lr, metric.key: round(t.result, 4), "diverged": t.diverged, "hash": t.hash}
                 for t in found.trials
             ],
         }
+    texts = experiment.metric is BITS_PER_BYTE
+    criterion = (
+        "bits per byte on the tenth before the test part"
+        if texts
+        else ("accuracy (%) on the held-out tenth of the training set")
+    )
     about = {
         "scale": experiment.scale,
         "recipe": experiment.recipe,
         "epochs": experiment.tune_epochs,
         "grid": f"ratio sqrt(10), the same number of trials per method, at most {MAX_EXTENSIONS} more beyond an edge",
-        "criterion": "last epoch's accuracy (%) on the held-out tenth of the training set; ties to the smaller lr",
+        "criterion": f"last epoch's {criterion}; ties to the smaller lr",
     }
-    write_tuned(folder, about, choices)
+    write_tuned(folder, {"text": about} if texts else about, choices)
 
 
 def sweep(
@@ -139,7 +148,7 @@ def sweep(
         experiments: whose rows to tune, each on its experiment's data sets; one scale and recipe. A row that several
             of them have is tuned once, one that takes another's learning rate not at all.
         folder: where `tune/<hash>.jsonl` and tuned.json go.
-        data: folder to look for the images in first; None: the usual places.
+        data: folder to look for the images in first, or the file of data set "text"; None: the usual places.
         device: as of `signstep.lab.training.loop.train`.
         trials: grid points for every method.
         max_minutes: start no trial, and stop the one that runs, after so many minutes; None: no limit.
@@ -169,7 +178,7 @@ def sweep(
             trained = True
             status = train_run(waiting[0], tune, data=data, device=device, max_minutes=left)
             if status in ("done", "diverged"):
-                (tune / f"{waiting[0].hash}.pt").unlink(missing_ok=True)  # its accuracy is all that counts
+                (tune / f"{waiting[0].hash}.pt").unlink(missing_ok=True)  # its result is all that counts
             if status == "busy":
                 busy.add(waiting[0].hash)
             stopped = status == "stopped"

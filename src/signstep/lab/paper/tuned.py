@@ -12,7 +12,7 @@ from signstep.lab.output.files import write_json
 from signstep.lab.paper.experiments import Row
 
 Choices = Mapping[str, Mapping[str, Any]]
-"""By data set, then by row: the chosen `lr`, its `accuracy` in percent, and the `trials`."""
+"""By data set, then by row: the chosen `lr`, its `accuracy` in percent or `bits_per_byte`, and the `trials`."""
 
 _NAME = "tuned.json"
 
@@ -39,9 +39,12 @@ def read_tuned(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def write_tuned(folder: Path, about: Mapping[str, Any], choices: Choices) -> None:
-    """Write the choices, after what there is to say `about` the sweep, to `<folder>/tuned.json`."""
+    """Write the choices to `<folder>/tuned.json`, after what there is to say `about` the sweep. What the file says
+    about another one stays.
+    """
     ordered = {dataset: dict(sorted(choices[dataset].items())) for dataset in sorted(choices)}
-    write_json(folder / _NAME, {**about, "choices": ordered})
+    said = json.loads((folder / _NAME).read_text(encoding="utf-8")) if (folder / _NAME).exists() else {}
+    write_json(folder / _NAME, {**said, **about, "choices": ordered})
 
 
 def learning_rate(row: Row, dataset: str, tuned: Choices) -> float:

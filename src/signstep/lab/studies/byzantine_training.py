@@ -110,7 +110,7 @@ class _Training:
     def __init__(self, run: ByzantineRun, workers: Workers, data: Path | None) -> None:
         self.workers, config = workers, run.config
         self.batches = Batches(config, workers, data)
-        self.model = build_model(config, self.batches.images, workers.device, config.batch_size)
+        self.model = build_model(config, self.batches, workers.device, config.batch_size)
         self.steps = config.epochs * self.batches.steps_per_epoch
         self.optimizer = build_optimizer(config, self.model, self.steps)
         factor = functools.partial(lr_factor, config, total_steps=self.steps)

@@ -16,14 +16,13 @@ from typing import Annotated, Any
 
 import rich.box
 import torch
-import torch.nn.functional as F
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from signstep.lab.arguments import check_folder
+from signstep.lab.arguments import check_folder, check_place
 from signstep.lab.errors import BadInput
 from signstep.lab.output.command import command_line
 from signstep.lab.output.files import write_json
@@ -31,10 +30,11 @@ from signstep.lab.output.machine import environment, now
 from signstep.lab.studies import monitor_numbers, monitor_page
 from signstep.lab.studies.monitor_numbers import Record, at, by_step, number
 from signstep.lab.training import checkpoint
-from signstep.lab.training.batches import Batches
+from signstep.lab.training.batches import Batches, batches_of
 from signstep.lab.training.checkpoint import CheckpointError
 from signstep.lab.training.config import RunConfig
-from signstep.lab.training.recipe import build_model, build_optimizer, lr_factor
+from signstep.lab.training.recipe import build_model, build_optimizer, lr_factor, training_loss
+from signstep.lab.training.text_batches import TextBatches
 from signstep.lab.training.workers import Workers
 from signstep.monitor import Monitor
 from signstep.monitor.sinks import plain, read
@@ -83,7 +83,7 @@ class InspectRun:
     micro_batch_size: int = 32
     """Training images in each."""
     data: Path | None = None
-    """Folder to look for the images in first."""
+    """Folder to look for the images in first, or the file of a run on data set text."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     out: Path | None = None
@@ -100,7 +100,8 @@ class InspectRun:
             BadInput: an option or a file that cannot be used.
             CheckpointError: a checkpoint that is damaged, or no run's.
         """
-        check_folder(self.data)
+        if self.data is None or not self.data.is_file():
+            check_folder(self.data)
         if not self.runs:
             raise BadInput("inspect: name the files of a run, as in: signstep inspect runs/<hash>.pt")
         if self.micro_batches < _FEWEST:
@@ -204,12 +205,13 @@ def measure(path: Path, options: InspectRun) -> Inspected:
     """
     state = checkpoint.read(path)
     config = RunConfig.from_dict(state["config"])
+    check_place(options.data, [config.dataset])
     workers = Workers.join(options.device)
     if workers.size > 1:
         raise BadInput("inspect works in one process: start it without torchrun")
-    batches = Batches(config, workers, options.data)
+    batches = batches_of(config, workers, options.data)
     total = config.epochs * batches.steps_per_epoch
-    model = build_model(config, batches.images, workers.device, options.micro_batch_size)
+    model = build_model(config, batches, workers.device, options.micro_batch_size)
     optimizer = build_optimizer(config, model, total)
     try:
         step = int(state["step"])
@@ -230,7 +232,7 @@ def measure(path: Path, options: InspectRun) -> Inspected:
     def loss(x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(workers.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             logits = model(x).float()
-        return F.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
+        return training_loss(config, logits, y)
 
     monitor = _Inspector(model, optimizer, every=1)
     monitor.step, monitor.per_step = step, max(1, round(config.batch_size / options.micro_batch_size))
@@ -255,7 +257,7 @@ def measure(path: Path, options: InspectRun) -> Inspected:
     return Inspected(path, [record], f"{about}.", config)
 
 
-def _images(batches: Batches, config: RunConfig, count: int) -> tuple[Tensor, Tensor]:
+def _images(batches: Batches | TextBatches, config: RunConfig, count: int) -> tuple[Tensor, Tensor]:
     """Training images and labels of the epoch after the run's last, and of further epochs where it has too few."""
     first = (config.epochs + 1) * batches.steps_per_epoch
     pairs = [

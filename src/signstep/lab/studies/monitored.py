@@ -67,7 +67,7 @@ class WatchedRun:
     @property
     def accuracy(self) -> float:
         """Test accuracy of a run that has ended, in percent."""
-        return read_run(self._path).final_accuracy
+        return read_run(self._path).result
 
     @property
     def environment(self) -> dict[str, Any]:

@@ -12,10 +12,18 @@ from signstep.lab.data import augment, load, normalise, split
 from signstep.lab.errors import BadInput
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.seeds import derived_seed
+from signstep.lab.training.tasks import TEXTS
+from signstep.lab.training.text_batches import TextBatches
 from signstep.lab.training.workers import Workers
 
 # Small enough for the activations of a small net to stay in a core's cache; a GPU wants more at a time.
 _EVAL_BATCH_CPU, _EVAL_BATCH = 64, 1000
+
+
+def batches_of(config: RunConfig, workers: Workers, place: Path | None) -> Batches | TextBatches:
+    """The batches of a run, of images or of a text; arguments and errors as of `Batches` and `TextBatches`."""
+    kind = TextBatches if config.dataset in TEXTS else Batches
+    return kind(config, workers, place)
 
 
 class Batches:
@@ -43,9 +51,16 @@ class Batches:
                 f"batch_size={config.batch_size}: this run has only {len(self.train_x)} training images; "
                 "choose a smaller batch or a larger subset"
             )
+        self.train_size, self.eval_size = len(self.train_x), len(self.eval_x)
+        self.labels_evaluated = self.eval_size
         self._config, self._workers = config, workers
         self._generator = torch.Generator(workers.device)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What the record says of the images beside their number: nothing, they are known by their name."""
+        return {}
 
     def training(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """One worker's part of batch `index` of `epoch`, both from 0: augmented images float32, labels int64.

@@ -17,12 +17,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from signstep.distributed.reductions import TRAINED
 from signstep.lab.errors import BadInput
 from signstep.lab.training.optimizers import OPTIMIZERS, OptimizerName
+from signstep.lab.training.tasks import task
 
-Dataset = Literal["cifar10", "cifar100", "fashion-mnist", "mnist", "digits"]
+Dataset = Literal["cifar10", "cifar100", "fashion-mnist", "mnist", "digits", "bible", "shakespeare", "text"]
 if TYPE_CHECKING:
     Reduce = str
 else:
     Reduce = Literal[TRAINED]
+
+
+OF_IMAGES = ("crop", "flip", "cutout", "stem")
+"""Fields of `RunConfig` that a text has no use for."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,13 @@ class RunConfig:
 
     # data
     dataset: Dataset = "cifar10"
-    """The images."""
+    """Images, or bytes of a text: bible, shakespeare, or as text the file that --data names."""
     split: Literal["tune", "final"] = "final"
-    """final: train on the training set, evaluate on the test set; tune: hold out a tenth of the former to evaluate."""
+    """final: train on the training set, evaluate on the test set; tune: hold out a tenth of the former to evaluate.
+    Of a text the test set is the last tenth, and held out is the one before it."""
     subset: int | None = None
-    """Train on this many images only, a fixed random choice from the training part; None: all."""
+    """Train on this many images only, a fixed random choice from the training part, or on this many bytes, its first;
+    None: all."""
     crop: int = 4
     """Random crop after padding by this many pixels; 0: off."""
     flip: bool = True
@@ -47,10 +54,12 @@ class RunConfig:
     """Side of the square set to the mean; 0: off."""
 
     # model
-    model: Literal["resnet8", "resnet20", "resnet18", "convnet"] = "resnet18"
-    """The network."""
+    model: Literal["resnet8", "resnet20", "resnet18", "convnet", "gpt", "gpt2"] = "resnet18"
+    """The network; of a text gpt (4 layers of width 128) or gpt2 (12 of width 768)."""
     width: float = 1.0
     """Factor on the number of channels of every layer."""
+    context: int | None = None
+    """Bytes in a sequence of a text; None: the model's own, 128 of gpt and 1024 of gpt2."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """First layers: cifar keeps the image's size, imagenet divides it by four."""
 
@@ -104,9 +113,9 @@ class RunConfig:
 
     # recipe
     epochs: int = 200
-    """Times that the run goes through its training images."""
+    """Times that the run goes through its training images or bytes."""
     batch_size: int = 128
-    """Images per step over all workers."""
+    """Images, or sequences of a text, per step over all workers."""
     schedule: Literal["constant", "cosine", "step"] = "cosine"
     """How lr changes over the run; cosine: falls to 0; step: times --gamma at each of --milestones."""
     milestones: tuple[float, ...] = (0.3, 0.6, 0.8)
@@ -150,9 +159,10 @@ class RunConfig:
         if not self.width > 0:
             raise BadInput(f"width={self.width!r}: expected a value > 0")
         if self.subset is not None and self.subset < 1:
-            raise BadInput(f"subset={self.subset!r}: expected a positive number of images, or none for all")
+            raise BadInput(f"subset={self.subset!r}: expected a positive number of images or bytes, or none for all")
         if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(self.milestones):
             raise BadInput(f"milestones={self.milestones!r}: expected rising shares of the run, each in (0, 1)")
+        self._check_task()
         known = OPTIMIZERS[self.optimizer]
         if self.reduce == "vote" and not known.signs:
             voters = " or ".join(name for name, each in OPTIMIZERS.items() if each.signs)
@@ -171,6 +181,18 @@ class RunConfig:
         for name in dict.fromkeys(name for each in OPTIMIZERS.values() for name in each.options):
             if name not in known.options and getattr(self, name) is not None:
                 raise BadInput(f"{name}={getattr(self, name)!r}: optimizer {self.optimizer} has no such option")
+
+    def _check_task(self) -> None:
+        """Raise BadInput for a model or an option that the data set has no use for."""
+        known = task(self.dataset)
+        if self.model not in known.models:
+            raise BadInput(f"model={self.model!r}: dataset {self.dataset} takes {' or '.join(known.models)}")
+        if self.context is not None and (known.row == "images" or self.context < 1):
+            raise BadInput(f"context={self.context!r}: expected a positive number of bytes, for a text")
+        if known.row != "images":
+            for name in OF_IMAGES:
+                if getattr(self, name) != getattr(type(self), name):
+                    raise BadInput(f"{name}={getattr(self, name)!r}: dataset {self.dataset} has no images")
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]

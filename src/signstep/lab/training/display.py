@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TimeRemainingColu
 from torch import Tensor
 
 from signstep.lab.training.config import RunConfig
+from signstep.lab.training.tasks import task
 
 
 def duration(seconds: float) -> str:
@@ -43,6 +44,7 @@ class Display:
     ) -> None:
         self._console = Console(stderr=True, quiet=quiet)
         self._label = f"{config.dataset} {config.optimizer} lr {config.lr:g} seed {config.seed}"
+        self._metric, self._row = task(config.dataset).metric, task(config.dataset).row
         self._epochs, self._steps, self._batch_size = config.epochs, steps, config.batch_size
         self._epoch_length = steps // config.epochs
         # Not time.monotonic(), which on Windows stands still for 16 ms.
@@ -76,6 +78,14 @@ class Display:
         if self._board is not None:
             self._board.close()
 
+    def _value(self, loss: float, accuracy: float) -> str:
+        """The metric's value, short."""
+        value = self._metric.of(loss, accuracy)
+        return f"{value:.1f}%" if self._metric.unit == "%" else f"{value:.2f}"
+
+    def _now(self, loss: float, accuracy: float) -> str:
+        return f"{self._metric.name} {self._value(loss, accuracy)}"
+
     def _title(self, step: int) -> str:
         return f"epoch {min(step // self._epoch_length + 1, self._epochs)}/{self._epochs}"
 
@@ -84,19 +94,21 @@ class Display:
         if self._progress.disable:
             return
         rate = (step - self._began_at) * self._batch_size / (time.perf_counter() - self._began)
-        numbers = f"accuracy {accuracies.mean():.1%}{self._evaluated}  loss {losses.mean():.3f}  {rate:,.0f} images/s"
+        now = self._now(losses.mean().item(), accuracies.mean().item())
+        numbers = f"{now}{self._evaluated}  loss {losses.mean():.3f}  {rate:,.0f} {self._row}/s"
         self._progress.update(self._task, completed=step, description=self._title(step), numbers=numbers)
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Show an epoch's line of the record."""
         if "eval_accuracy" in line:
-            self._evaluated = f", eval {line['eval_accuracy']:.1%}"
+            self._evaluated = f", eval {self._value(line['eval_loss'], line['eval_accuracy'])}"
         if self._lines:
             each = (time.perf_counter() - self._began) / (line["step"] - self._began_at)
+            rate = line["timing"][f"{self._row}_per_second"]
             left = duration(each * (self._steps - line["step"]))
             self._console.print(
-                f"epoch {line['epoch']}/{self._epochs}  accuracy {line['train_accuracy']:.1%}{self._evaluated}"
-                f"  loss {line['train_loss']:.3f}  {line['timing']['images_per_second']:,.0f} images/s  {left} left"
+                f"epoch {line['epoch']}/{self._epochs}  {self._now(line['train_loss'], line['train_accuracy'])}"
+                f"{self._evaluated}  loss {line['train_loss']:.3f}  {rate:,.0f} {self._row}/s  {left} left"
                 f"  {self._label}",
                 highlight=False,
                 soft_wrap=True,
@@ -105,7 +117,8 @@ class Display:
             for name, value in line.items():
                 if name not in ("epoch", "step") and isinstance(value, int | float):
                     self._board.add_scalar(name, value, line["epoch"])
-            self._board.add_scalar("images_per_second", line["timing"]["images_per_second"], line["epoch"])
+            name = f"{self._row}_per_second"
+            self._board.add_scalar(name, line["timing"][name], line["epoch"])
 
     def say(self, text: str) -> None:
         """Print `text`, whether or not progress is shown."""

@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from signstep.lab.data import load_text
 from signstep.lab.errors import BadInput
 from signstep.lab.output.files import output_folder
 from signstep.lab.training import checkpoint
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.display import Display
 from signstep.lab.training.recipe import likely_cause
-from signstep.lab.training.records import is_done, read_run
+from signstep.lab.training.records import is_done, read_run, require_same_text
 from signstep.lab.training.run import NotFinite, TrainingRun
 from signstep.lab.training.watch import Watch, Watching
 from signstep.lab.training.workers import StopRequest, Workers
@@ -48,7 +49,7 @@ def train(
     Args:
         config: the run.
         out: folder of the run's files, made if missing.
-        data: folder to look for the images in first; None: the usual places.
+        data: folder to look for the images in first, or the file of data set "text"; None: the usual places.
         device: "auto" (a GPU if there is one), or what torch.device takes.
         max_minutes: stop, with a checkpoint, after this many minutes; None: no limit.
         checkpoint_minutes: minutes between checkpoints; 0: after every step.
@@ -82,11 +83,16 @@ def train(
     ):
         earlier = workers.from_first(lambda: read_run(record) if record.exists() else None)
         if earlier is not None and earlier.end is not None:
+            if config.dataset == "text" and data is not None:
+                same = {"hash": config.hash, "sha256": load_text("text", data).sha256}
+                require_same_text(earlier.start, same)
             if watching is not None and not watched.exists():
                 raise BadInput(f"{record} is of a run that has ended: delete it to train it again under the monitor")
             return "diverged" if earlier.diverged else "done"
         state = workers.from_first(lambda: checkpoint.load(saved, config.to_dict()))
         run = TrainingRun(config, workers, data)
+        if earlier is not None:
+            require_same_text(earlier.start, run.events[0])
         if state is not None:
             run.restore(state)
         if watching is not None:

@@ -10,17 +10,20 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from signstep.lab.data import Images
 from signstep.lab.errors import BadInput
-from signstep.lab.training import models
+from signstep.lab.training import gpt, models
+from signstep.lab.training.batches import Batches
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.optimizers import OPTIMIZERS
+from signstep.lab.training.text_batches import TextBatches
 
 
 def step_at(share: float, total_steps: int) -> int:
@@ -44,35 +47,43 @@ def lr_factor(config: RunConfig, step: int, total_steps: int) -> float:
     return warmup
 
 
-def build_model(config: RunConfig, images: Images, device: torch.device, batch_size: int) -> nn.Module:
-    """The network that `config` names, with its initial weights, for images of a data set.
+def build_model(config: RunConfig, batches: Batches | TextBatches, device: torch.device, batch_size: int) -> nn.Module:
+    """The network that `config` names, with its initial weights, for the images or the text of its batches.
 
     Says so, once, where a bf16 network would be slow on this CPU.
 
     Args:
         config: the run.
-        images: whose size, channels and classes it is for.
+        batches: of the images, whose size, channels and classes it is for, or of a text.
         device: where it goes; the weights are drawn on the CPU, the same for every device.
         batch_size: of one worker.
 
     Raises:
         BadInput: a bf16 network does not run on this CPU.
     """
-    network: dict[str, Any] = {
-        "model": config.model,
-        "num_classes": images.num_classes,
-        "width": config.width,
-        "stem": config.stem,
-    }
+    network: dict[str, Any] = {"model": config.model, "width": config.width}
+    batch: tuple[int, ...]
+    build: Callable[..., nn.Module]
+    if isinstance(batches, TextBatches):
+        build, batch = gpt.build, (batch_size, batches.context)
+        network |= {"context": batches.context}
+    else:
+        images = batches.images
+        build, batch = models.build, (batch_size, images.channels, images.size, images.size)
+        network |= {"num_classes": images.num_classes, "in_channels": images.channels, "stem": config.stem}
     if config.precision == "bf16" and device.type == "cpu":
         say_slow_bf16()
-        batch = (batch_size, images.channels, images.size, images.size)
-        require_bf16_on_cpu(batch, channels_last=config.channels_last, **network)
+        require_bf16_on_cpu(batch, json.dumps(network), channels_last=config.channels_last)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model: nn.Module = models.build(in_channels=images.channels, **network)
+        model = build(**network)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     return model.to(device).to(memory_format=layout)  # type: ignore[call-overload,no-any-return]
+
+
+def training_loss(config: RunConfig, logits: Tensor, y: Tensor) -> Tensor:
+    """The mean cross-entropy that training makes smaller, over all labels y [B, ...] with logits [B, ..., classes]."""
+    return F.cross_entropy(logits.flatten(0, -2), y.flatten(), label_smoothing=config.label_smoothing)
 
 
 def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> torch.optim.Optimizer:
@@ -140,26 +151,30 @@ def say_slow_bf16() -> None:
 
 _BF16_TRIAL = """
 import json, sys, torch
-from signstep.lab.training.models import build
-shape, layout, network = *json.loads(sys.argv[1]), build(**json.loads(sys.argv[2]))
+from signstep.lab.training import gpt, models
+(shape, layout), network = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 layout = torch.channels_last if layout else torch.contiguous_format
-network.to(memory_format=layout)
+x = torch.ones(shape)
+x = x.long() if network["model"] in gpt.SIZES else x.to(memory_format=layout)
+network = (models.build if x.is_floating_point() else gpt.build)(**network).to(memory_format=layout)
 with torch.autocast("cpu", torch.bfloat16):
-    network(torch.ones(shape).to(memory_format=layout)).sum().backward()
+    network(x).sum().backward()
 """
 
 
 @functools.lru_cache
-def require_bf16_on_cpu(
-    shape: tuple[int, int, int, int], *, channels_last: bool, num_classes: int, model: str, width: float, stem: str
-) -> None:
-    """Try one bfloat16 step of this network on a batch of this shape [B, C, H, W] in a process of its own.
+def require_bf16_on_cpu(shape: tuple[int, ...], network: str, *, channels_last: bool) -> None:
+    """Try one bfloat16 step of a network in a process of its own.
+
+    Args:
+        shape: of the batch, [B, C, H, W] of images or [B, T] of a text.
+        network: the arguments of `models.build` or `gpt.build`, as JSON.
+        channels_last: memory layout of images and weights.
 
     Raises:
         BadInput: the trial died, as oneDNN's bfloat16 kernels do on some CPUs (illegal instruction).
     """
-    network = {"model": model, "num_classes": num_classes, "in_channels": shape[1], "width": width, "stem": stem}
-    command = [sys.executable, "-c", _BF16_TRIAL, json.dumps([shape, channels_last]), json.dumps(network)]
+    command = [sys.executable, "-c", _BF16_TRIAL, json.dumps([shape, channels_last]), network]
     code = subprocess.run(command, capture_output=True, check=False).returncode
     if code:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"

@@ -6,16 +6,22 @@ Two executions of the same `RunConfig` write the same lines, but for the fields 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from signstep.lab.data import Text
 from signstep.lab.errors import BadInput
 from signstep.lab.output.files import write_text
 from signstep.lab.output.machine import environment
+from signstep.lab.training.batches import Batches
 from signstep.lab.training.config import RunConfig
+from signstep.lab.training.tasks import Metric, task
+from signstep.lab.training.text_batches import TextBatches
 
 
 @dataclass(frozen=True)
@@ -38,17 +44,28 @@ class Run:
         return self.end is not None and self.end["status"] == "diverged"
 
     @property
-    def final_accuracy(self) -> float:
-        """Accuracy in percent at the last evaluated epoch; of a diverged run, that of chance (100 / classes).
+    def metric(self) -> Metric:
+        """What the run is judged by."""
+        return task(self.config.dataset).metric
+
+    def result_of(self, epoch: Mapping[str, Any]) -> float | None:
+        """The metric's value in a line of the record, None where that has no evaluation."""
+        if "eval_accuracy" not in epoch:
+            return None
+        return self.metric.of(float(epoch.get("eval_loss", math.nan)), float(epoch["eval_accuracy"]))
+
+    @property
+    def result(self) -> float:
+        """The metric's value at the last evaluated epoch; of a diverged run, that of chance.
 
         Raises:
             ValueError: the run has not been evaluated yet.
         """
         if self.diverged:
-            return 1.0 if self.config.dataset == "cifar100" else 10.0
+            return self.metric.chance
         for epoch in reversed(self.epochs):
-            if "eval_accuracy" in epoch:
-                return 100.0 * float(epoch["eval_accuracy"])
+            if (value := self.result_of(epoch)) is not None:
+                return value
         raise ValueError(f"run {self.config.hash} has not been evaluated yet: let it train for an epoch first")
 
 
@@ -104,16 +121,34 @@ def write_events(path: Path, events: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(event, allow_nan=False) + "\n" for event in events))
 
 
+def require_same_text(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise BadInput where the first lines of two records of one run say that they are of different texts."""
+    if earlier.get("sha256") != now.get("sha256"):
+        raise BadInput(
+            f"run {now['hash']} has begun with another text (SHA-256 {earlier['sha256'][:12]}..., this one "
+            f"{now['sha256'][:12]}...): name that file with --data, or choose another --out"
+        )
+
+
+def require_text_of(folder: Path, text: Text) -> None:
+    """Raise BadInput where a record in `folder` is of a run on another file of data set "text"."""
+    for name, run in read_runs(folder).items():
+        if run.config.dataset == text.name:
+            require_same_text(run.start, {"hash": name, "sha256": text.sha256})
+
+
 def start_event(
-    config: RunConfig, parameters: int, train_images: int, eval_images: int, device: torch.device, world_size: int
+    config: RunConfig, parameters: int, batches: Batches | TextBatches, device: torch.device, world_size: int
 ) -> dict[str, Any]:
     """A record's first line."""
+    noun = task(config.dataset).noun
     return {
         "event": "start",
         "hash": config.hash,
         "config": config.to_dict(),
         "parameters": parameters,
-        "train_images": train_images,
-        "eval_images": eval_images,
+        f"train_{noun}": batches.train_size,
+        f"eval_{noun}": batches.eval_size,
+        **batches.about,
         "environment": environment(device, world_size),
     }

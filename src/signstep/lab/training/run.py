@@ -20,10 +20,17 @@ from torch import Tensor, nn
 from signstep.distributed import CollectiveError, reductions
 from signstep.lab.errors import BadInput
 from signstep.lab.training import checkpoint, models, records
-from signstep.lab.training.batches import Batches
+from signstep.lab.training.batches import batches_of
 from signstep.lab.training.config import RunConfig
-from signstep.lab.training.recipe import build_model, build_optimizer, lr_factor, require_compiler
+from signstep.lab.training.recipe import (
+    build_model,
+    build_optimizer,
+    lr_factor,
+    require_compiler,
+    training_loss,
+)
 from signstep.lab.training.swats import SWATS
+from signstep.lab.training.tasks import task
 from signstep.lab.training.watch import Watch
 from signstep.lab.training.workers import Workers
 from signstep.optim import HybridSignSGD
@@ -34,12 +41,12 @@ class NotFinite(Exception):
 
 
 class TrainingRun:
-    """Images, model, optimizer, and the record so far.
+    """Images or text, model, optimizer, and the record so far.
 
     Args:
         config: the run.
         workers: the processes that train it, this one among them.
-        folder: folder to look for the images in first; None: the usual places.
+        folder: folder to look for the images in first, or the file of a text; None: the usual places.
 
     Raises:
         BadInput: the configuration does not fit the images, the workers or this machine.
@@ -49,12 +56,11 @@ class TrainingRun:
         # A run's optimizer and scheduler hold each other: without this, a sweep's earlier runs pile up in memory.
         gc.collect()
         self.config, self.workers, device = config, workers, workers.device
-        self.batches = Batches(config, workers, folder)
+        self.batches = batches_of(config, workers, folder)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
 
-        images = self.batches.images
-        self.model = build_model(config, images, device, config.batch_size // workers.size)
+        self.model = build_model(config, self.batches, device, config.batch_size // workers.size)
         self.optimizer = build_optimizer(config, self.model, self.total_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(config, min(step, self.total_steps), self.total_steps)
@@ -80,8 +86,8 @@ class TrainingRun:
         self.history = torch.zeros(2, self.steps_per_epoch, dtype=torch.float32, device=device)
         # Reading a loss makes the host wait for the device: nothing on a CPU, dear on a GPU.
         self.check_every = 1 if device.type == "cpu" else 50
-        images_used = len(self.batches.train_x), len(self.batches.eval_x)
-        start = records.start_event(config, models.count_parameters(self.model), *images_used, device, workers.size)
+        parameters = models.count_parameters(self.model)
+        start = records.start_event(config, parameters, self.batches, device, workers.size)
         self.events: list[dict[str, Any]] = [start]
 
     @property
@@ -105,15 +111,15 @@ class TrainingRun:
         self.optimizer.step()
         self.scheduler.step()
         self.history[0, index] = loss.detach() / self.workers.size
-        self.history[1, index] = (logits.detach().argmax(1) == y).sum() / self.config.batch_size
+        self.history[1, index] = (logits.detach().argmax(-1) == y).sum() / (y.numel() * self.workers.size)
         self.step += 1
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """The mean that training makes smaller."""
-        return F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
+        return training_loss(self.config, logits, y)
 
     def logits(self, network: nn.Module, x: Tensor) -> Tensor:
-        """float32 [B, classes], computed in the run's precision."""
+        """float32 [B, classes], of a text [B, T, 256], computed in the run's precision."""
         bf16 = self.config.precision == "bf16"
         with torch.autocast(self.workers.device.type, torch.bfloat16, enabled=bf16):
             return network(x).float()  # type: ignore[no-any-return]
@@ -130,19 +136,20 @@ class TrainingRun:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
-        """Mean cross-entropy and accuracy over the evaluation images, which the workers share out; NotFinite."""
+        """Mean cross-entropy and accuracy over all labels to evaluate on, which the workers share out; NotFinite."""
         self.workers.share_buffers(self.model)
         self.model.eval()
         sums = []
         for x, y in self.batches.evaluation():
             logits = self.logits(self.model, x)
-            sums.append(torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()]))
+            loss = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="sum")
+            sums.append(torch.stack([loss, (logits.argmax(-1) == y).sum()]))
         self.model.train()
         totals = self.workers.total(torch.stack(sums).cpu().double().sum(0))
-        loss, accuracy = (totals / len(self.batches.eval_x)).tolist()
-        if not math.isfinite(loss):
-            raise NotFinite(f"the evaluation loss after step {self.step} (of {self.total_steps}) is {loss}")
-        return loss, accuracy
+        mean_loss, accuracy = (totals / self.batches.labels_evaluated).tolist()
+        if not math.isfinite(mean_loss):
+            raise NotFinite(f"the evaluation loss after step {self.step} (of {self.total_steps}) is {mean_loss}")
+        return mean_loss, accuracy
 
     def end_epoch(self, losses: Tensor, accuracies: Tensor) -> dict[str, Any]:
         """Evaluate where that is due, add the epoch's line to the record, and return it; NotFinite."""
@@ -164,8 +171,9 @@ class TrainingRun:
             rate = float(rates.median())
             line["phase"] = self.phase
             line["calibrated_lr"] = rate if math.isfinite(rate) else None
-        images, now = (self.step - self.began_at) * self.config.batch_size, time.perf_counter()
-        line["timing"] = {"seconds": round(now - self.began, 3), "images_per_second": round(images / trained, 1)}
+        rows, now = (self.step - self.began_at) * self.config.batch_size, time.perf_counter()
+        per_second = f"{task(self.config.dataset).row}_per_second"
+        line["timing"] = {"seconds": round(now - self.began, 3), per_second: round(rows / trained, 1)}
         self.began, self.began_at = now, self.step
         self.events.append(line)
         return line
@@ -201,7 +209,8 @@ class TrainingRun:
             checkpoint.save(path, state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to what `save` wrote."""
+        """Go back to what `save` wrote; BadInput if that was of another text."""
+        records.require_same_text(state["events"][0], self.events[0])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from signstep.distributed import MajorityVote
 from signstep.lab.errors import BadInput
 from signstep.lab.training.batches import Batches
+from signstep.lab.training.text_batches import TextBatches
 from signstep.lab.training.workers import Workers
 from signstep.monitor import Monitor
 from signstep.monitor.sinks import JSONLines
@@ -33,11 +34,15 @@ class Watching:
 class Watched(Protocol):
     """What the monitor needs of a run."""
 
-    batches: Batches
     workers: Workers
     network: nn.Module
     optimizer: torch.optim.Optimizer
     step: int
+
+    @property
+    def batches(self) -> Batches | TextBatches:
+        """What it trains on."""
+        ...
 
     @property
     def reduction(self) -> object:

@@ -1,0 +1,92 @@
+"""What a run learns, by its data set's name: to classify images, or to predict the bytes of a text.
+
+Everything that differs between the two and is no tensor is here: which models can be trained, and what a run's result
+is. Nothing here imports torch, so that a command's help need not wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from signstep.lab.output import stats
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The number that a run is judged by."""
+
+    name: str
+    unit: str
+    """Of a value, as printed after it: "%" or "bits per byte"."""
+    points: str
+    """Of a difference of two values."""
+    key: str
+    """Its name in files."""
+    better: Literal["higher", "lower"]
+    digits: int
+    """Decimal places in a table."""
+    most: float
+    """No value is larger; none is below 0."""
+    chance: float
+    """The value of a guess that knows nothing: that of a diverged run."""
+
+    def of(self, loss: float, accuracy: float) -> float:
+        """The value, from a mean cross-entropy in nats and a share of right answers.
+
+        >>> round(task("bible").metric.of(2.0, 0.5), 3), task("digits").metric.of(2.0, 0.5)
+        (2.885, 50.0)
+        """
+        return 100.0 * accuracy if self.key == "accuracy" else loss / math.log(2)
+
+    @property
+    def sign(self) -> int:
+        """1 where higher is better, -1 where lower is: what a value is multiplied by to be ranked."""
+        return 1 if self.better == "higher" else -1
+
+    @property
+    def best_word(self) -> str:
+        """What the best value is called among the others: "highest" or "lowest"."""
+        return "highest" if self.better == "higher" else "lowest"
+
+    def text(self, value: float) -> str:
+        """A value with its unit.
+
+        >>> task("bible").metric.text(2.0), task("digits").metric.text(91.2)
+        ('2.000 bits per byte', '91.20 %')
+        """
+        return f"{stats.number(value, self.digits)} {self.unit}"
+
+
+ACCURACY = Metric("accuracy", "%", "points", "accuracy", "higher", 2, 100.0, 10.0)
+"""Share of the images that are classified right, in percent; chance is that of ten classes."""
+BITS_PER_BYTE = Metric("bits per byte", "bits per byte", "bits per byte", "bits_per_byte", "lower", 3, math.inf, 8.0)
+"""Total cross-entropy of the predicted bytes / (ln 2 times their number): the size to which an arithmetic coder with
+the model's predictions would compress a byte."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the runs of a data set have in common."""
+
+    metric: Metric
+    noun: Literal["images", "bytes"]
+    """What the parts of the data set are counted in."""
+    row: Literal["images", "sequences"]
+    """What `RunConfig.batch_size` counts."""
+    models: tuple[str, ...]
+    """The networks that can be trained on it."""
+
+
+_IMAGES = Task(ACCURACY, "images", "images", ("resnet8", "resnet20", "resnet18", "convnet"))
+_CIFAR100 = Task(Metric(**{**vars(ACCURACY), "chance": 1.0}), "images", "images", _IMAGES.models)
+_TEXT = Task(BITS_PER_BYTE, "bytes", "sequences", ("gpt", "gpt2"))
+TEXTS = ("bible", "shakespeare", "text")
+
+
+def task(dataset: str) -> Task:
+    """The task of a data set; of one that is not known, to classify its images."""
+    if dataset in TEXTS:
+        return _TEXT
+    return _CIFAR100 if dataset == "cifar100" else _IMAGES

@@ -22,7 +22,9 @@ from signstep.lab.training.config import Dataset, RunConfig
 from signstep.lab.training.optimizers import OPTIMIZERS
 from signstep.lab.training.tasks import TEXTS, Metric, task
 
-Name = Literal["table1", "fig1", "fig2", "fig3", "beyond", "state", "baselines", "remedies", "verdict", "language", "demo"]
+Name = Literal[
+    "table1", "fig1", "fig2", "fig3", "beyond", "state", "baselines", "remedies", "verdict", "language", "demo"
+]
 Scale = Literal["smoke", "demo", "cpu", "cpu2", "full"]
 Recipe = Literal["strong", "paper"]
 

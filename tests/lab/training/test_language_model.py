@@ -201,7 +201,7 @@ def test_another_file_is_another_run(file: Path, tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"model": "resnet8"}, "model='resnet8': dataset text takes gpt or gpt2"),
-        ({"dataset": "digits"}, "model='gpt': dataset digits takes resnet8 or resnet20 or resnet18"),
+        ({"dataset": "digits"}, "model='gpt': dataset digits takes resnet8 or resnet20 or resnet18 or convnet"),
         ({"dataset": "digits", "model": "resnet8"}, "context=16: expected a positive number of bytes, for a text"),
         ({"context": 0}, "context=0: expected a positive number of bytes"),
         ({"crop": 2}, "crop=2: dataset text has no images"),

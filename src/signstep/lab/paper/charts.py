@@ -37,6 +37,8 @@ _COLOURS = {
     "hybrid": "green",
     "hybrid-ratio": "olive",
     "hybrid-norm": "orange",
+    "hybrid-norm-group": "pink",
+    "hybrid-norm-plain": "brown",
     "dither-norm": "vermillion",
     "dither-norm-0.3": "brown",
     "dither-norm-0.7": "olive",

@@ -23,13 +23,34 @@ from signstep.lab.training.optimizers import OPTIMIZERS
 from signstep.lab.training.tasks import TEXTS, Metric, task
 
 Name = Literal[
-    "table1", "fig1", "fig2", "fig3", "beyond", "state", "baselines", "remedies", "verdict", "language", "demo"
+    "table1",
+    "fig1",
+    "fig2",
+    "fig3",
+    "beyond",
+    "state",
+    "baselines",
+    "remedies",
+    "verdict",
+    "switch",
+    "language",
+    "demo",
 ]
 Scale = Literal["smoke", "demo", "cpu", "cpu2", "full"]
 Recipe = Literal["strong", "paper"]
 
 OF_THE_PAPER: tuple[Name, ...] = ("table1", "fig1", "fig2", "fig3")
-NAMES: tuple[Name, ...] = (*OF_THE_PAPER, "beyond", "state", "baselines", "remedies", "verdict", "language", "demo")
+NAMES: tuple[Name, ...] = (
+    *OF_THE_PAPER,
+    "beyond",
+    "state",
+    "baselines",
+    "remedies",
+    "verdict",
+    "switch",
+    "language",
+    "demo",
+)
 TUNING_SEED = 1000
 """Seed of every tuning run; no final run has it, unless someone asks for more than a thousand seeds."""
 

@@ -29,7 +29,8 @@ test-fast: $(STAMP) ## while you work: all but the tests that are marked slow or
 	$(PYTEST) -m 'not long and not slow'
 
 test-long: $(STAMP) ## what `make test` leaves out: the same laws at greater length, before an issue is closed
-	$(PYTEST) --durations 30 -m long
+	$(PYTEST) --durations 30 -m long --hypothesis-profile long
+	$(PYTEST) --durations 30 -m 'hypothesis and not long' --hypothesis-profile long
 
 lint: $(STAMP) ## ruff, mypy --strict, and which file may import which (make test runs this too)
 	$(BIN)/ruff check

@@ -14,8 +14,9 @@ if not torch.cuda.is_available():
 # Started in the background of a shell, a test run ignores SIGINT, and so do its children: the tests of Ctrl-C need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A slow machine is no failure.
-settings.register_profile("signstep", deadline=None)
+# A slow machine is no failure. `make test-long` draws more examples, by --hypothesis-profile.
+settings.register_profile("signstep", deadline=None, max_examples=25)
+settings.register_profile("long", deadline=None, max_examples=200)
 settings.load_profile("signstep")
 
 

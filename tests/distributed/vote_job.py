@@ -21,7 +21,7 @@ STEPS = 40
 
 
 def train(folder: Path, kill_rank: int = -1, kill_after: float = 0.0) -> None:
-    """Train STEPS steps in a process group; a rank can die by SIGKILL after so many seconds of training, once."""
+    """Train STEPS steps in a process group; a rank can die by SIGKILL, once, so many seconds after a checkpoint."""
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(50, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 10))
@@ -37,11 +37,11 @@ def train(folder: Path, kill_rank: int = -1, kill_after: float = 0.0) -> None:
         vote.load_state_dict(state["votes"][rank])
         first = state["step"]
     died = folder / "died"
-    if rank == kill_rank and not died.exists():
-        died.touch()
-        threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
     try:
         for step in range(first, STEPS):
+            if rank == kill_rank and saved.exists() and not died.exists():
+                died.touch()
+                threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
             generator = torch.Generator().manual_seed(step * size + rank)
             x = torch.randn(16, 50, generator=generator)
             optimizer.zero_grad()

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 
 import pytest
-from engine_cases import CPU, DEVICE, Engine
+from engine_cases import CPU, DEVICE, ENGINES, Engine
 
 from signstep.kernels import native
 
 
-@pytest.fixture(scope="module", params=["native", "triton"])
+@pytest.fixture(scope="module", params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """An engine that fused=True takes."""
     if request.param == "native":

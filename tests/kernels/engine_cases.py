@@ -12,6 +12,8 @@ from signstep import SignSGD
 from signstep.kernels.engine import Direction, Options, Tensors
 from signstep.kernels.plain import multi_tensor_step
 
+ENGINES = ["native", "triton"]
+"""Of the fixture `engine`, for tests that name it among the options of which pairs meet."""
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where Triton works: in its interpreter it steps CPU tensors."""

@@ -10,6 +10,7 @@ from engine_cases import (
     CPU,
     DITHERS,
     DTYPES,
+    ENGINES,
     STATE_DTYPES,
     Dither,
     Engine,
@@ -30,8 +31,9 @@ OFFSETS = [8, 13, 16 * (2**31 - 1) - 5, 16 * 2**31 - 16, 16 * 2**31 - 8, 4 * 2**
 OFFSETS += [16 * (2**32 - 1), 16 * (2**32 - 1) + 9, 2**36 - 7, 2**40 + 3]
 
 
-@pytest.mark.parametrize("position", ["pre", "post"])
-@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize(
+    ("engine", "offset", "position"), every_combination(ENGINES, OFFSETS, ["pre", "post"]), indirect=["engine"]
+)
 def test_a_shard_draws_what_the_whole_draws(engine: Engine, position: str, offset: int) -> None:
     """Also where the block's number leaves 31 and 32 bits, reached by its offset and not by allocation."""
     m, dither = momenta(4000), Dither(position, torch.tensor(0.7))
@@ -44,9 +46,11 @@ def test_a_shard_draws_what_the_whole_draws(engine: Engine, position: str, offse
         assert torch.equal(torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("offset", [0, 3, 2**36 - 7])
+@pytest.mark.parametrize(
+    ("engine", "offset", "state_dtype", "dtype"),
+    every_combination(ENGINES, [0, 3, 2**36 - 7], [torch.bfloat16, torch.int8], [torch.float32, torch.bfloat16]),
+    indirect=["engine"],
+)
 def test_stochastic_rounding_of_a_shard_is_the_references(
     engine: Engine, offset: int, state_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
@@ -64,10 +68,11 @@ def test_stochastic_rounding_of_a_shard_is_the_references(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "position", "sigma", "law"),
+    ("engine", "dtype", "position", "sigma", "law"),
     every_combination(
-        DTYPES, [None, "pre", "post", "expected"], [0.0, 0.5, math.inf, math.nan], ["gaussian", "uniform"]
+        ENGINES, DTYPES, [None, "pre", "post", "expected"], [0.0, 0.5, math.inf, math.nan], ["gaussian", "uniform"]
     ),
+    indirect=["engine"],
 )
 def test_numbers_that_are_not_finite_or_zero(
     engine: Engine, dtype: torch.dtype, position: str | None, sigma: float, law: str
@@ -96,8 +101,15 @@ def test_momentum_that_is_not_finite(engine: Engine, state_dtype: torch.dtype | 
         assert differing(actual, expected) == 0
 
 
-@pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1])
-@pytest.mark.parametrize("step", [0, 2**31 - 1, 2**31, 2**32 - 1, 2**32 + 5])
+@pytest.mark.parametrize(
+    ("engine", "step", "seed"),
+    every_combination(
+        ENGINES,
+        [0, 2**31 - 1, 2**31, 2**32 - 1, 2**32 + 5],
+        [0, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1],
+    ),
+    indirect=["engine"],
+)
 def test_wide_seeds_and_steps(engine: Engine, step: int, seed: int) -> None:
     m, options = momenta(100), {"step": torch.tensor(step), "seed": seed, "ordinal": 3}
     actual = directions(m, engine.module.step, device=engine.device, **options)
@@ -105,9 +117,11 @@ def test_wide_seeds_and_steps(engine: Engine, step: int, seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interpolation", [None, 0.8])
-@pytest.mark.parametrize("measured", Measured)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("engine", "dtype", "measured", "interpolation"),
+    every_combination(ENGINES, DTYPES, Measured, [None, 0.8]),
+    indirect=["engine"],
+)
 def test_sums_and_mean_squares(
     engine: Engine, dtype: torch.dtype, measured: Measured, interpolation: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from engine_cases import (
     CPU,
     DITHERS,
     DTYPES,
+    ENGINES,
     FEW,
     OTHERS,
     RAGGED,
@@ -28,14 +29,18 @@ from signstep import HybridSignSGD, Lion, SignSGD
 from signstep.optim.calibration import RULES
 
 
-@pytest.mark.parametrize(("dtype", "dither", "other"), every_combination(DTYPES, DITHERS, OTHERS))
+@pytest.mark.parametrize(
+    ("engine", "dtype", "dither", "other"), every_combination(ENGINES, DTYPES, DITHERS, OTHERS), indirect=["engine"]
+)
 def test_every_option(engine: Engine, dtype: torch.dtype, dither: str, other: str) -> None:
     make: Make = functools.partial(parameters, FEW[engine.name], dtype)
     check_equal(engine, SignSGD, DITHERS[dither] | OTHERS[other], make, steps=4 if engine.name == "native" else 2)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dither", "state_dtype"), every_combination(DTYPES, ["clean", "pre", "relative"], STATE_DTYPES[1:])
+    ("engine", "dtype", "dither", "state_dtype"),
+    every_combination(ENGINES, DTYPES, ["clean", "pre", "relative"], STATE_DTYPES[1:]),
+    indirect=["engine"],
 )
 def test_every_state_dtype(engine: Engine, dtype: torch.dtype, dither: str, state_dtype: torch.dtype) -> None:
     options = DITHERS[dither] | {"state_dtype": state_dtype}
@@ -44,8 +49,9 @@ def test_every_state_dtype(engine: Engine, dtype: torch.dtype, dither: str, stat
 
 
 @pytest.mark.parametrize(
-    ("dither", "calibration", "options"),
+    ("engine", "dither", "calibration", "options"),
     every_combination(
+        ENGINES,
         ["clean", "pre", "relative"],
         [*RULES],
         [
@@ -56,6 +62,7 @@ def test_every_state_dtype(engine: Engine, dtype: torch.dtype, dither: str, stat
             {"weight_decay": 0.1},
         ],
     ),
+    indirect=["engine"],
 )
 def test_hybrid_in_both_phases(engine: Engine, dither: str, calibration: str, options: dict[str, Any]) -> None:
     switch = 3 if engine.name == "native" else 2
@@ -65,8 +72,11 @@ def test_hybrid_in_both_phases(engine: Engine, dither: str, calibration: str, op
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("calibration", ["paper", "applied", "norm"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("engine", "dtype", "calibration"),
+    every_combination(ENGINES, DTYPES, ["paper", "applied", "norm"]),
+    indirect=["engine"],
+)
 def test_calibration_sums(engine: Engine, dtype: torch.dtype, calibration: str) -> None:
     rates = []
     for fused, device in ((True, engine.device), (False, CPU)):
@@ -89,14 +99,16 @@ BETAS = [(0.9, 0.99), (0.99, 0.9), (0.2, 0.3), (0.0, 0.0)]
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dither", "other", "state_dtype", "betas"),
+    ("engine", "dtype", "dither", "other", "state_dtype", "betas"),
     pairwise(
+        ENGINES,
         DTYPES,
         ["clean", "pre", "relative", "uniform", "expected", "post"],
         ["plain", "coupled decay, maximize", "to the nearest"],
         STATE_DTYPES,
         BETAS,
     ),
+    indirect=["engine"],
 )
 def test_lion(
     engine: Engine,
@@ -112,8 +124,11 @@ def test_lion(
     check_equal(engine, Lion, options, make, steps=4 if engine.name == "native" else 2)
 
 
-@pytest.mark.parametrize("dither", ["clean", "pre", "relative"])
-@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+@pytest.mark.parametrize(
+    ("engine", "dither", "state_dtype"),
+    every_combination(ENGINES, ["clean", "pre", "relative"], STATE_DTYPES),
+    indirect=["engine"],
+)
 def test_lion_with_equal_betas_is_signsgd(engine: Engine, dither: str, state_dtype: torch.dtype | None) -> None:
     """In float32, where what is kept is what decides, or decides before it is rounded at random."""
     runs = []
@@ -129,7 +144,7 @@ def test_lion_with_equal_betas_is_signsgd(engine: Engine, dither: str, state_dty
 
 
 @pytest.mark.slow
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=settings.default.max_examples // 2, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.data(),
     dither=st.sampled_from(list(DITHERS)),
@@ -158,11 +173,13 @@ def test_any_combination(
 
 
 @pytest.mark.parametrize(
-    ("options", "dtype"),
+    ("engine", "options", "dtype"),
     every_combination(
+        ENGINES,
         [*DITHERS.values(), {"state_dtype": torch.int8}, {"state_dtype": torch.bfloat16}],
         [torch.float32, torch.bfloat16],
     ),
+    indirect=["engine"],
 )
 def test_strided_tensors(engine: Engine, options: dict[str, Any], dtype: torch.dtype) -> None:
     assert not any(p.is_contiguous() for p in strided(dtype, engine.device))

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
+from pairwise import every_combination
 from signstep import SignSGD, kernels
 from signstep.kernels import fused as engines
 from signstep.kernels import momentum, native, reference
@@ -56,9 +57,10 @@ def test_the_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyP
         native.best_isa.cache_clear()
 
 
-@pytest.mark.parametrize("law", ["gaussian", "uniform"])
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("z", [0.0, 1e-30, 0.001, 0.3, 1.0, 2.5, 3.9, 4.0, 4.1, 6.0, 40.0])
+@pytest.mark.parametrize(
+    ("isa", "z", "law"),
+    every_combination(ISAS, [0.0, 1e-30, 0.001, 0.3, 1.0, 2.5, 3.9, 4.0, 4.1, 6.0, 40.0], ["gaussian", "uniform"]),
+)
 def test_decisions_are_the_references(isa: str, z: float, law: str) -> None:
     """A million decisions around each m / sigma, none different: the approximation never decides what it cannot."""
     generator = torch.Generator().manual_seed(2)
@@ -117,9 +119,10 @@ def test_post_noise_is_the_references(law: str) -> None:
     torch.testing.assert_close(noise, expected, rtol=2e-7, atol=2e-7)
 
 
-@pytest.mark.parametrize("law", ["gaussian", "uniform"])
-@pytest.mark.parametrize("position", [None, "pre", "post", "expected"])
-@pytest.mark.parametrize("sigma", [0.0, 0.5, math.inf, math.nan])
+@pytest.mark.parametrize(
+    ("sigma", "position", "law"),
+    every_combination([0.0, 0.5, math.inf, math.nan], [None, "pre", "post", "expected"], ["gaussian", "uniform"]),
+)
 def test_numbers_that_are_not_finite_or_zero(sigma: float, position: str | None, law: str) -> None:
     m = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 3e38, math.inf, -math.inf, math.nan] * 30)
     dither = None if position is None else Dither(position, torch.tensor(sigma), law)

@@ -258,12 +258,13 @@ def compile_ballots(target: Any) -> None:
         assert target.backend != "cuda" or ".local" not in made.asm["ptx"]
 
 
-def compile_all() -> None:
-    """Every kind for CUDA, some for ROCm; run without the interpreter, by the test below."""
+def compile_all(every: int) -> None:
+    """Each so many-th kind for CUDA, fewer for ROCm; run without the interpreter, by the test below."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
 
-    for target, kinds in ((GPUTarget("cuda", 90, 32), KINDS), (GPUTarget("hip", "gfx942", 64), KINDS[2:6])):
+    some = KINDS[::every]
+    for target, kinds in ((GPUTarget("cuda", 90, 32), some), (GPUTarget("hip", "gfx942", 64), some[1:4:every])):
         for kind in kinds:
             compile_kind(kind, target)
         compile_ballots(target)
@@ -286,10 +287,11 @@ def compile_all() -> None:
 
 
 @pytest.mark.slow
-def test_kernels_compile_and_only_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_kernels_compile_and_only_once(every: int, tmp_path: Path) -> None:
     """For CUDA and ROCm: vector loads, no spills to memory, and no number of the host's in the key of the cache."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    code = "import test_triton; test_triton.compile_all()"
+    code = f"import test_triton; test_triton.compile_all({every})"
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
     )
@@ -319,14 +321,19 @@ def compiled_equals_eager(
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
+def long_but(*short: int) -> list[Any]:
+    """The cases, of which all others than these are only in `make test-long`; the native step has them all."""
+    return [pytest.param(*case, marks=() if i in short else pytest.mark.long) for i, case in enumerate(COMPILED)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("cls", "options"), COMPILED)
+@pytest.mark.parametrize(("cls", "options"), long_but(1, 3))
 def test_compiled_equals_eager(cls: type[SignSGD], options: dict[str, Any]) -> None:
     compiled_equals_eager(cls, options, "aot_eager")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("cls", "options"), [COMPILED[1], COMPILED[3]])
+@pytest.mark.parametrize(("cls", "options"), long_but(3))
 def test_compiled_by_inductor_equals_eager(cls: type[SignSGD], options: dict[str, Any]) -> None:
     compiled_equals_eager(cls, options, "inductor")
 

@@ -151,16 +151,24 @@ def follow(name: str, mesh: DeviceMesh) -> None:
                 torch.testing.assert_close(local(value), own(theirs.state[q][key], value), rtol=1e-6, atol=1e-7)
 
 
-def follow_all(mesh_shape: tuple[int, ...]) -> None:
+def follow_all(mesh_shape: tuple[int, ...], names: list[str]) -> None:
     mesh = mesh_of(*mesh_shape)
-    for name in SHARDED:
+    for name in names:
         follow(name, mesh)
 
 
+MESHES = [(1,), (2,), (4,), (2, 2), (2, 1)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh_shape", [(1,), (2,), (4,), (2, 2), (2, 1)])
-def test_steps_are_those_of_whole_parameters(mesh_shape: tuple[int, ...]) -> None:
-    gang(torch.Size(mesh_shape).numel()).run(follow_all, mesh_shape)
+@pytest.mark.parametrize(
+    ("mesh_shape", "names"),
+    # All on two ranks, and a third on each other mesh.
+    [(shape, list(SHARDED)[i % 3 :: 1 if shape == (2,) else 3]) for i, shape in enumerate(MESHES, start=2)]
+    + [pytest.param(shape, list(SHARDED), marks=pytest.mark.long) for shape in MESHES],
+)
+def test_steps_are_those_of_whole_parameters(mesh_shape: tuple[int, ...], names: list[str]) -> None:
+    gang(torch.Size(mesh_shape).numel()).run(follow_all, mesh_shape, names)
 
 
 @on_ranks(4)
@@ -318,8 +326,10 @@ def go_on(model: nn.Module, optimizer: SignSGD, steps: range) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
 @on_ranks(2)
-def test_states_of_every_form_resume_to_the_same_bits() -> None:
+def test_states_of_every_form_resume_to_the_same_bits(every: int) -> None:
+    """Each so many-th of all pairs of an optimizer and a form: with three, which shares no factor, all of both."""
     forms: tuple[tuple[Options, Options], ...] = (
         ({}, {}),
         ({"cpu_offload": True}, {"cpu_offload": True}),
@@ -327,7 +337,7 @@ def test_states_of_every_form_resume_to_the_same_bits() -> None:
         ({"full_state_dict": True}, {"full_state_dict": True, "broadcast_from_rank0": True}),
         ({"flatten_optimizer_state_dict": True}, {"flatten_optimizer_state_dict": True}),
     )
-    for name, (saved, loaded) in itertools.product(RESUMED, forms):
+    for name, (saved, loaded) in itertools.islice(itertools.product(RESUMED, forms), None, None, every):
         model, optimizer = train(name, range(3))
         # A copy, as the tensors of a state are those of the optimizer.
         states = copy.deepcopy(get_state_dict(model, optimizer, options=StateDictOptions(**saved)))

@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from pairwise import every_combination
 from signstep import HybridSignSGD, SignSGD
 from signstep.kernels.momentum import is_freed
 from signstep.kernels.reference import Segment
@@ -418,12 +419,9 @@ def test_closure(cls: type[SignSGD], options: dict[str, Any]) -> None:
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-@foreach_or_not
-@every_config
-def test_tensor_lr_is_the_float(
-    cls: type[SignSGD], options: dict[str, Any], foreach: bool, shape: tuple[int, ...]
-) -> None:
+@pytest.mark.parametrize(("config", "foreach", "shape"), every_combination(CONFIGS, [False, True], [(), (1,), (1, 1)]))
+def test_tensor_lr_is_the_float(config: str, foreach: bool, shape: tuple[int, ...]) -> None:
+    cls, options = CONFIGS[config]
     # Powers of two: 1 - lr * weight_decay and post dither's lr * xi round alike in double and in single precision.
     options = {**options, "foreach": foreach, "weight_decay": 0.125 if options.get("weight_decay") else 0.0}
     a, b = tensors(), tensors()
@@ -500,15 +498,15 @@ def test_layout_does_not_matter(cls: type[SignSGD], options: dict[str, Any], for
             assert momentum.stride() == p.stride()
 
 
-@foreach_or_not
 @pytest.mark.parametrize(
-    ("dtype", "rounding"), [(torch.bfloat16, "nearest"), (torch.bfloat16, None), (torch.float16, None)]
+    ("config", "form", "foreach"),
+    every_combination(
+        CONFIGS, [(torch.bfloat16, "nearest"), (torch.bfloat16, None), (torch.float16, None)], [False, True]
+    ),
 )
-@every_config
-def test_half_precision_rounds_once(
-    cls: type[SignSGD], options: dict[str, Any], dtype: torch.dtype, rounding: str | None, foreach: bool
-) -> None:
+def test_half_precision_rounds_once(config: str, form: tuple[torch.dtype, str | None], foreach: bool) -> None:
     """The step of a half-precision parameter is the float32 step from the same momentum, rounded once."""
+    (cls, options), (dtype, rounding) = CONFIGS[config], form
     if not options.get("decoupled_weight_decay", True):  # which is in the momentum already
         options = {k: v for k, v in options.items() if k != "weight_decay"}
     params = tensors(dtype=dtype)
@@ -561,13 +559,12 @@ def test_half_precision_calibration_is_float32() -> None:
             assert optimizer.calibrated_lr == pytest.approx(rate, rel=1e-5 if rule == "paper" else 1e-3)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@foreach_or_not
-@every_config
-def test_non_finite_gradient_makes_its_coordinate_nan(
-    cls: type[SignSGD], options: dict[str, Any], foreach: bool, value: float
-) -> None:
+@pytest.mark.parametrize(
+    ("config", "foreach", "value"), every_combination(CONFIGS, [False, True], [math.nan, math.inf, -math.inf])
+)
+def test_non_finite_gradient_makes_its_coordinate_nan(config: str, foreach: bool, value: float) -> None:
     """torch.sign(nan) is 0: it must not hide the overflow."""
+    cls, options = CONFIGS[config]
     p = torch.ones(4)
     p.grad = torch.tensor([1.0, value, -1.0, 0.0])
     cls([p], foreach=foreach, **options).step()
@@ -826,13 +823,11 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], LRScheduler]] = {
 }
 
 
-@pytest.mark.parametrize("calibration", ["paper", "ratio", "applied"])
-@pytest.mark.parametrize("tensor_lr", [False, True], ids=["float lr", "Tensor lr"])
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize(
+    ("name", "tensor_lr", "calibration"), every_combination(SCHEDULES, [False, True], ["paper", "ratio", "applied"])
+)
 @pytest.mark.filterwarnings("ignore:.*call of `lr_scheduler.step:UserWarning")
-def test_schedule_goes_on_through_the_switch(
-    schedule: Callable[[torch.optim.Optimizer], LRScheduler], tensor_lr: bool, calibration: str
-) -> None:
+def test_schedule_goes_on_through_the_switch(name: str, tensor_lr: bool, calibration: str) -> None:
     """Sign steps have size lr; SGD steps have rate lambda-bar * lr / (mean of lr, weighted as in lambda-bar).
 
     So that rate over lr is a mean of the steps' own ratios |<s, g>| / |g|^2, whatever any single lr was.
@@ -846,7 +841,7 @@ def test_schedule_goes_on_through_the_switch(
         ema_decay=0.6,
         calibration=calibration,
     )
-    scheduler = schedule(optimizer)
+    scheduler = SCHEDULES[name](optimizer)
     lrs, ratios, ratio = [], [], math.nan
     generator = torch.Generator().manual_seed(0)
     for k in range(13):
@@ -883,7 +878,7 @@ def test_schedule_goes_on_through_the_switch(
         # Decoupled decay takes the scheduled lr in both phases.
         torch.testing.assert_close(decayed, decayed_before * (1 - 0.5 * lrs[-1]))
         scheduler.step(*([1.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
-    assert len(set(lrs)) > 1 or schedule is SCHEDULES["none"]
+    assert len(set(lrs)) > 1 or name == "none"
 
 
 @pytest.mark.parametrize("calibration", ["paper", "ratio", "applied"])
@@ -1038,8 +1033,12 @@ def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("cls", "options"),
     [
-        pytest.param(SignSGD, {"momentum": 0, "dither": 0.3, "dither_position": "post"}, marks=pytest.mark.long),
-        (HybridSignSGD, {"dither": 0.3, "calibration": "applied", "switch_step": SWITCH, "weight_decay": 0.125}),
+        (SignSGD, {"momentum": 0, "dither": 0.3, "dither_position": "post"}),
+        pytest.param(
+            HybridSignSGD,
+            {"dither": 0.3, "calibration": "applied", "switch_step": SWITCH, "weight_decay": 0.125},
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["signsgd", "hybrid"],
 )

@@ -79,7 +79,7 @@ def test_loopback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     methods = [PEER, "bf16", "int8-sum", "vote"]
     with pytest.raises(SystemExit) as stopped:
         main(["bench", "comm", *LOOPBACK, "--params", "2e4", "--methods", *methods, "--rounds", "3",
-              "--out", str(tmp_path)])  # fmt: skip
+              "--seconds", "0.05", "--out", str(tmp_path)])  # fmt: skip
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     record = json.loads((tmp_path / "bench-comm.json").read_text())

@@ -94,7 +94,7 @@ def one_thread() -> Any:
 @pytest.mark.parametrize(
     ("changes", "kills"),
     [
-        pytest.param(HYBRID, 3, id="hybrid"),
+        pytest.param(HYBRID, 2, id="hybrid"),
         pytest.param(HYBRID, 12, id="hybrid-long", marks=pytest.mark.long),
         pytest.param({"momentum": 0.9, "weight_decay": 1e-3}, 12, id="sgd-long", marks=pytest.mark.long),
     ],
@@ -391,17 +391,19 @@ def codes(workers: list[ForkServerProcess]) -> list[int | None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reduce", ["mean", "vote", "ef-sign-two-sided", pytest.param("qsgd", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "reduce", ["vote", "ef-sign-two-sided", *(pytest.param(x, marks=pytest.mark.long) for x in ("mean", "qsgd"))]
+)
 def test_two_workers(reduce: Any, tmp_path: Path) -> None:
     workers = None if reduce == "mean" else 2
-    config, said = tiny(subset=480, epochs=4, **HYBRID, reduce=reduce, workers=workers), tmp_path / "said"
+    config, said = tiny(subset=480, epochs=3, **HYBRID, reduce=reduce, workers=workers), tmp_path / "said"
     assert codes(two_workers(config, tmp_path / "whole", said)) == [0, 0], said.read_text()
     run = runs.read_run(tmp_path / "whole" / f"{config.hash}.jsonl")
     assert run.config == config
     assert run.start["environment"]["world_size"] == 2
-    assert [e["step"] for e in run.epochs] == [15 * (n + 1) for n in range(4)]
+    assert [e["step"] for e in run.epochs] == [15, 30, 45]
     assert run.epochs[-1]["train_loss"] < run.epochs[0]["train_loss"]
-    assert said.read_text().count("epoch 1/4") == 1  # rank 0 alone speaks
+    assert said.read_text().count("epoch 1/3") == 1  # rank 0 alone speaks
 
     # Stopped once by a signal to all of them, then continued: the same bits.
     parts = two_workers(config, tmp_path / "parts", said, checkpoint_minutes=0)
@@ -412,7 +414,7 @@ def test_two_workers(reduce: Any, tmp_path: Path) -> None:
         each.terminate()
     assert codes(parts) == [0, 0]
     state = torch.load(tmp_path / "parts" / f"{config.hash}.pt", weights_only=True)
-    assert 0 < state["step"] < 60
+    assert 0 < state["step"] < 45
     assert codes(two_workers(config, tmp_path / "parts", said)) == [0, 0], said.read_text()
     assert_same_bits(outcome(config, tmp_path / "parts"), outcome(config, tmp_path / "whole"))
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Generator, nn
 
+from signstep import HybridSignSGD
 from signstep.lab.verify.measures import scalar_mean_error
 from signstep.lab.verify.projection_rate import BETA, hybrid
 from signstep.lab.verify.registry import LIMIT, Finding, check, when
@@ -45,19 +46,25 @@ def product(rng: Generator) -> Finding:
 )
 def kept_length(rng: Generator) -> Finding:
     d, steps, runs = 50, 200, 400
-    squares = []
-    for _ in range(runs):
-        x = nn.Parameter(torch.zeros(d))
-        optimizer = hybrid(
-            x, lr=0.1, momentum=BETA, sgd_momentum=BETA, ema_decay=0.99, calibration="norm", switch_step=steps
-        )
-        drift = torch.randn(d, generator=rng)
-        for _ in range(steps + 1):
-            before = x.detach().clone()
-            x.grad = 0.3 * drift + torch.randn(d, generator=rng)
-            optimizer.step()
-        squares.append(float((x.detach() - before).square().sum()) / (0.1**2 * d))
-    mean, error = scalar_mean_error(torch.tensor(squares))
+    # A run is a parameter with its own rate: all runs take a step together.
+    xs = [nn.Parameter(torch.zeros(d)) for _ in range(runs)]
+    optimizer = HybridSignSGD(
+        xs,
+        lr=0.1,
+        momentum=BETA,
+        sgd_momentum=BETA,
+        ema_decay=0.99,
+        calibration="norm",
+        calibration_scope="tensor",
+        switch_step=steps,
+    )
+    draws = torch.stack([torch.randn(d, generator=rng) for _ in range(runs * (steps + 2))]).view(runs, steps + 2, d)
+    for k in range(1, steps + 2):
+        before = torch.stack(xs).detach()
+        for x, g in zip(xs, 0.3 * draws[:, 0] + draws[:, k], strict=True):
+            x.grad = g
+        optimizer.step()
+    mean, error = scalar_mean_error((torch.stack(xs).detach() - before).square().sum(1) / (0.1**2 * d))
     z = (mean - 1) / math.hypot(error, 1e-9)
     return Finding(
         measured=f"squared length over that of a sign step: {mean:.3f}, mean of {runs} runs of {steps} noisy steps",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
 from signstep import HybridSignSGD
 from signstep.lab.verify.measures import scalar_mean_error
@@ -47,7 +47,7 @@ def product(rng: Generator) -> Finding:
 def kept_length(rng: Generator) -> Finding:
     d, steps, runs = 50, 200, 400
     # A run is a parameter with its own rate: all runs take a step together.
-    xs = [nn.Parameter(torch.zeros(d)) for _ in range(runs)]
+    xs: list[Tensor] = [nn.Parameter(torch.zeros(d)) for _ in range(runs)]
     optimizer = HybridSignSGD(
         xs,
         lr=0.1,

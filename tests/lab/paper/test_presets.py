@@ -70,7 +70,7 @@ def test_the_runs_of_every_preset_keep_their_hashes() -> None:
         return found.hexdigest()[:16]
 
     # Changes with what a preset trains, on purpose; else the files of finished runs would no longer be found.
-    assert digest(tuple(name for name in NAMES if name != "language"), DATASETS) == "6adf3534648dd456"
+    assert digest(tuple(name for name in NAMES if name != "language"), DATASETS) == "2638e65bf3ed85be"
     assert digest(("language",), TEXTS) == "2501cc2bd8e225b6"
 
 

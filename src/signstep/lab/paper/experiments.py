@@ -177,7 +177,8 @@ def _for_task(name: str, datasets: Sequence[str]) -> dict[str, Any]:
 def _row(key: str, recipe: Recipe, scale: Scale, datasets: Sequence[str]) -> Row:
     method = _toml("methods")[key]
     recipe_values, scale_values = (_for_task(name, datasets) for name in (f"recipe-{recipe}", f"scale-{scale}"))
-    for_optimizer = recipe_values["optimizers"].get(method["options"]["optimizer"], {})
+    optimizer = method["options"]["optimizer"]
+    for_optimizer = recipe_values["optimizers"].get(optimizer, {})
     options: dict[str, dict[str, Any]] = {}
     for dataset in datasets:
         values = _toml("datasets")[dataset]
@@ -194,7 +195,7 @@ def _row(key: str, recipe: Recipe, scale: Scale, datasets: Sequence[str]) -> Row
     return Row(
         key=key,
         label=for_optimizer.get("label", method["label"]),
-        lr=OPTIMIZERS[method["options"]["optimizer"]].lr,
+        lr=recipe_values.get("lr", {}).get(optimizer, OPTIMIZERS[optimizer].lr),
         in_paper=method.get("in_paper", True),
         note=method.get("note", ""),
         paper=method.get("paper", {}),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from engine_cases import Dither, request
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -125,23 +125,25 @@ EXPECTED: dict[str, Any] = {"dither_position": "expected", "momentum": 0.9, "lr"
 @pytest.mark.parametrize("law", ["gaussian", "uniform"])
 @pytest.mark.parametrize("scale", ["absolute", "relative"])
 def test_the_expected_step_is_the_mean_of_noisy_ones(law: str, scale: str) -> None:
-    """Of 4,000 seeds at each of 40 momenta; the largest of all differences in standard errors has a chance of 0.3 %."""
-    seeds, gradient = 4000, torch.linspace(-1, 1, 40)
+    """Of 200 rows of each of 100 seeds, at 40 momenta; the largest of all differences has a chance of 0.3 %."""
+    seeds, rows = 100, 200
+    gradient = torch.linspace(-1, 1, 40).repeat(rows, 1)
     options: dict[str, Any] = {"dither": 0.25, "dither_scale": scale, "dither_law": law, "lr": 0.5}
 
     def second_step(**more: Any) -> torch.Tensor:
         """What the second step takes off a parameter; relative noise is none in the first."""
-        p = torch.nn.Parameter(torch.zeros(40))
+        p = torch.nn.Parameter(torch.zeros(rows, 40))
         optimizer = SignSGD([p], **options, **more)
         for _ in range(2):
             p.grad, before = gradient, p.detach().clone()
             optimizer.step()
         return (before - p.detach()).double() / 0.5
 
-    mean = torch.stack([second_step(seed=seed) for seed in range(seeds)]).mean(dim=0)
-    expected = second_step(dither_position="expected")
-    error = ((1 - expected**2).clamp(min=0) / seeds).sqrt()
-    assert (mean - expected).abs().div(error + 1e-6).max() < 4
+    mean = torch.cat([second_step(seed=seed) for seed in range(seeds)]).mean(dim=0)
+    expected = second_step(dither_position="expected")[0]
+    # Where a sign is all but certain, the one draw that is another is no normal error: it is allowed for.
+    error = ((1 - expected**2).clamp(min=0) / (seeds * rows)).sqrt() + 2 / (seeds * rows)
+    assert (mean - expected).abs().div(error).max() < 4
 
 
 def test_the_expected_step_draws_no_noise_and_is_a_sign_without_dither() -> None:
@@ -281,7 +283,6 @@ def test_streams_are_independent(one: dict[str, int], other: dict[str, int]) -> 
     assert stats.chi2_contingency(table.numpy()).pvalue > 1e-4
 
 
-@settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.integers(0, 60), min_size=1, max_size=6),
     st.sampled_from(["pre", "post"]),

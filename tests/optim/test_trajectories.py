@@ -14,7 +14,7 @@ from signstep import HybridSignSGD, Lion, SignSGD
 from signstep.optim.calibration import RULES
 
 SHAPES = [(3, 5), (17,), (), (2, 3, 4)]
-lengths = pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.long)])
+lengths = pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.long)])
 
 
 def _gradients(step: int, x: list[np.ndarray]) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pairwise import every_combination
 from signstep.lab.paper.experiments import Experiment
 
 
@@ -51,9 +52,9 @@ _LOOK = """() => {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("script", [True, False])
+@pytest.mark.parametrize(
+    ("script", "scheme", "width"), every_combination([True, False], ["light", "dark"], [1280, 390])
+)
 def test_the_page_in_a_browser(opened: Any, table1: Experiment, width: int, scheme: str, script: bool) -> None:
     tab = opened(viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=script)
     if not script:

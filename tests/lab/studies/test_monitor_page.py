@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from monitor_records import COMMAND, monitored, skewed
 
+from pairwise import every_combination
 from signstep.lab.studies import monitor_figures, monitor_numbers
 from signstep.lab.studies.monitor_page import PAGE_FILE, write, write_runs
 
@@ -308,8 +309,11 @@ def shown(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
-@pytest.mark.parametrize("shown", ["run", "one record", "alarms", "several"], indirect=True)
+@pytest.mark.parametrize(
+    ("shown", "width", "scheme"),
+    every_combination(["run", "one record", "alarms", "several"], [1280, 390], ["light", "dark"]),
+    indirect=["shown"],
+)
 def test_the_page_in_a_browser(browser: Any, shown: Path, width: int, scheme: str) -> None:
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     tab = context.new_page()

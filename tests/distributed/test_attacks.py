@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +22,6 @@ def entries_of(*gradients: Tensor | None) -> list[Entry]:
     ]
 
 
-@settings(max_examples=30, deadline=None)
 @given(scale=st.floats(0.1, 100), values=st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=9))
 def test_sign_flip_multiplies(scale: float, values: list[float]) -> None:
     (sent,) = SignFlip(scale)(entries_of(torch.tensor(values)))

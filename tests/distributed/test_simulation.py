@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -161,7 +161,6 @@ def test_sgd_phase_of_four_differs_in_rounding_alone() -> None:
         torch.testing.assert_close(simulated[name], real[0][name], rtol=1e-4, atol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     votes=st.lists(st.lists(st.sampled_from([-1.0, 1.0, None]), min_size=3, max_size=3), min_size=1, max_size=9),
     ties=st.sampled_from(["random", "abstain"]),

@@ -91,7 +91,6 @@ def naive_count(
 WORKERS = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 63, 127, 128, 255, 256]))
 
 
-@settings(max_examples=40)
 @given(
     workers=WORKERS,
     sizes=SIZES,
@@ -163,7 +162,6 @@ def copied(tensors: Tensors) -> Tensors:
 
 
 @NATIVE
-@settings(max_examples=50)
 @given(
     sizes=SIZES,
     dtype=st.sampled_from(DTYPES),
@@ -219,7 +217,6 @@ def test_native_cast_is_the_plain_one(
                     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-12)
 
 
-@settings(max_examples=30)
 @given(size=st.integers(1, 2000), sigma=st.sampled_from([0.0, 0.05]), start=st.integers(0, 500))
 def test_a_lone_vote_is_the_step_of_the_optimizer(size: int, sigma: float, start: int) -> None:
     m = torch.randn(size, generator=torch.Generator().manual_seed(size)) * 0.1
@@ -243,7 +240,6 @@ def test_a_lone_vote_is_the_step_of_the_optimizer(size: int, sigma: float, start
     torch.testing.assert_close(sums[0], torch.stack([wide @ out.double(), wide @ wide]), rtol=1e-6, atol=1e-6)
 
 
-@settings(max_examples=40)
 @given(sizes=SIZES, dtype=st.sampled_from(DTYPES), ties=st.booleans(), sums=st.booleans(), seed=st.integers(0, 99))
 def test_spread(sizes: list[int], dtype: torch.dtype, ties: bool, sums: bool, seed: int) -> None:
     slots, width = slots_of(sizes, gap=1)
@@ -333,7 +329,6 @@ def test_momenta_that_are_not_finite_or_underflow(sigma: float | None, dtype: to
         assert torch.equal(words, expected), isa
 
 
-@settings(max_examples=30)
 @given(
     start=st.sampled_from([0, 1, 64, 100, 128 * 2**31 - 70, 2**40 + 3]),
     sizes=st.tuples(st.integers(1, 700), st.integers(1, 700)),

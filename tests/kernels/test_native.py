@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import RAGGED, Dither, differing, directions, give_gradients, parameters, request
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
@@ -148,7 +148,6 @@ def test_every_half_precision_number_survives(dtype: torch.dtype) -> None:
         torch.testing.assert_close(exp_avg, grad, rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=200)
 @given(st.lists(st.floats(width=32), min_size=1, max_size=70))
 def test_rounding_to_half_precision_is_torchs(values: list[float]) -> None:
     x = torch.tensor(values, dtype=torch.float32)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -150,7 +150,6 @@ def test_variance_is_unbiased_but_for_its_floor() -> None:
     assert 1 < float(width / found.value.var() / 1.96**2) < 1.35
 
 
-@settings(max_examples=40)
 @given(st.integers(4, 12), st.integers(1, 6), st.floats(1e-6, 1e6), st.integers(0, 2**31))
 def test_units_and_weights(n: int, d: int, scale: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

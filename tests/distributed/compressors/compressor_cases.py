@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import settings
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,8 +19,6 @@ CPU = torch.device("cpu")
 
 SHAPES = {"a": (7,), "b": (33, 50), "c": (1024,), "d": (1025,), "e": (3,), "conv": (8, 40, 3, 3), "f": (1,)}
 """Shorter than a block, exactly one, one and an element, and in an order that is not row-major."""
-
-few = settings(max_examples=30)
 
 
 def ef_sign(x: np.ndarray) -> np.ndarray:

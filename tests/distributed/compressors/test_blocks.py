@@ -2,14 +2,13 @@
 
 import numpy as np
 import torch
-from compressor_cases import CPU, few
+from compressor_cases import CPU
 from hypothesis import given
 from hypothesis import strategies as st
 
 from signstep.distributed.compressors.blocks import BLOCK, Layout, own_blocks, pack, unpack
 
 
-@few
 @given(bits=st.sampled_from([1, 2, 4, 8]), rows=st.integers(0, 3), data=st.data())
 def test_pack_puts_the_first_code_in_the_low_bits(bits: int, rows: int, data: st.DataObject) -> None:
     codes = np.array(data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=24 * rows, max_size=24 * rows)), np.uint8)
@@ -21,7 +20,6 @@ def test_pack_puts_the_first_code_in_the_low_bits(bits: int, rows: int, data: st
     assert unpack(packed, values).flatten().tolist() == [values[c] for c in codes]
 
 
-@few
 @given(
     sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=6),
     workers=st.integers(1, 5),
@@ -61,7 +59,6 @@ def test_words_reach_their_owner_and_come_back(
     assert torch.equal(everything.place(everything.send(rows))[meant], rows[meant])
 
 
-@few
 @given(size=st.integers(0, 9000), first=st.integers(0, 7), workers=st.integers(1, 6))
 def test_every_block_has_one_owner(size: int, first: int, workers: int) -> None:
     owned = [j for rank in range(workers) for j in own_blocks(size, first, workers, rank)]

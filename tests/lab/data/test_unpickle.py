@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from signstep.lab.data import DataError
@@ -145,7 +145,6 @@ def test_a_key_that_is_no_unicode_is_read() -> None:
     assert list(load_dict(b"\x80\x04}X\3\0\0\0\xed\xa0\x80Ns.", "batch_7")) == [b"?"]
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.integers(2, 6), st.lists(st.tuples(st.integers(0, 400), st.binary(max_size=6)), min_size=1, max_size=4))
 def test_no_damage_to_a_pickle_gives_another_error(writer: int, changes: list[tuple[int, bytes]]) -> None:
     data = np.arange(15, dtype=np.uint8).reshape(3, 5)

@@ -339,7 +339,6 @@ def _situations(draw: st.DrawFn) -> tuple[Experiment, dict[str, Run], dict[tuple
 
 
 @given(_situations())
-@settings(max_examples=30, deadline=None)
 def test_any_situation_is_reported_as_it_is(situation: Any) -> None:
     experiment, runs, finished = situation
     results = Results(experiment, runs, {})

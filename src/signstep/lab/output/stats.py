@@ -15,6 +15,8 @@ import numpy as np
 import scipy.stats
 
 CONFIDENCE = 0.95
+LEVEL = 1 - CONFIDENCE
+"""A p below it decides."""
 MIN_SEEDS = 3
 """Fewer decide nothing: the interval of two values is 13 times as wide as they are apart."""
 
@@ -43,6 +45,19 @@ class MeanEstimate:
     def contains(self, value: float) -> bool | None:
         """Whether `value` lies in the interval, ends included; None without an interval."""
         return None if self.half_width is None else abs(value - self.mean) <= self.half_width
+
+    def p_value(self, value: float = 0.0) -> float | None:
+        """Two-sided p of the t-test that the mean is `value`; None without an interval.
+
+        >>> round(estimate([1.0, 2.0, 4.0]).p_value(), 4)
+        0.1181
+        """
+        if self.half_width is None:
+            return None
+        if self.half_width == 0:
+            return float(self.mean == value)
+        t = (self.mean - value) * _t_factor(self.n) / self.half_width
+        return float(2 * scipy.stats.t.sf(abs(t), self.n - 1))
 
 
 @cache
@@ -87,12 +102,32 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     return estimate([values[s] - baseline[s] for s in seeds]) if seeds else None
 
 
-def claim_verdict(difference: MeanEstimate, claimed: float) -> Verdict:
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p corrected for their number (Holm 1979): those below 0.05 contain a true null with a chance of 5 % at most.
+
+    The k-th smallest of n, k from 0, is multiplied by n - k; none is smaller than one before it, or above 1.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = np.argsort(p_values, kind="stable")
+    factors = np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(np.asarray(p_values, dtype=np.float64)[order] * factors))
+    return [float(p) for p in corrected]
+
+
+def claim_verdict(difference: MeanEstimate, claimed: float, p: float | None) -> Verdict:
     """Whether a measured difference has the sign of a claimed one.
 
-    "same sign" and "opposite sign" need an interval that excludes 0; all else, one seed included, is "undecided".
+    Args:
+        difference: the measured one.
+        claimed: the claimed one.
+        p: of the measured one, corrected for the number of tests beside it; None: it has one seed.
+
+    "same sign" and "opposite sign" need a p below 0.05; all else is "undecided".
     """
-    if difference.contains(0.0) is not False or claimed == 0:
+    if p is None or p >= LEVEL or claimed == 0:
         return "undecided"
     return "same sign" if (difference.mean > 0) == (claimed > 0) else "opposite sign"
 
@@ -119,6 +154,18 @@ def with_interval(e: MeanEstimate, *, sign: bool = False, digits: int = 2) -> st
     """'71.00 ± 2.48', or the mean alone where there is no interval."""
     mean = signed(e.mean, digits) if sign else number(e.mean, digits)
     return mean if e.half_width is None else f"{mean} ± {number(e.half_width, digits)}"
+
+
+def probability(p: float) -> str:
+    """A p to two significant digits, or that it is very small.
+
+    >>> probability(0.0312), probability(4e-7)
+    ('0.031', '4e−7')
+    """
+    if 0 < p < 1e-4:
+        mantissa, _, exponent = f"{p:.0e}".partition("e")
+        return f"{mantissa}e−{abs(int(exponent))}"
+    return f"{p:.2g}" if p < 0.995 else "1"
 
 
 def paper_number(value: float) -> str:

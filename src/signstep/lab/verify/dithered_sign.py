@@ -387,7 +387,7 @@ def zero(rng: Generator) -> Finding:
 @check(
     "dither.bf16",
     "The law survives bfloat16: Phi(m/sigma) compared with torch.rand, both of that dtype",
-    source="a plain implementation of Algorithm 1, line 7",
+    source="neither: a plain implementation of Algorithm 1, line 7",
     expected=FAILS,
 )
 def bf16(rng: Generator) -> Finding:

@@ -35,7 +35,7 @@ def rows_of(law: noise.Law, snr: Tensor, shape: tuple[int, ...], rng: Generator)
 @check(
     "estimators.naive",
     "Agreement of micro-batches with the sign of their mean measures 1 - 2p",
-    source="a plain monitor of sign agreement",
+    source="neither: a plain monitor of sign agreement",
     expected=FAILS,
 )
 def naive_agreement(rng: Generator) -> Finding:
@@ -218,7 +218,7 @@ def intervals(rng: Generator) -> Finding:
 @check(
     "estimators.heavy-tails",
     "The interval of phi covers the truth whatever the law is",
-    source="signstep.theory.stationarity.phi; docs/theory.md, coverage",
+    source="neither: docs/theory.md, coverage, says the opposite",
     expected=FAILS,
 )
 def heavy_tails(rng: Generator) -> Finding:
@@ -293,7 +293,7 @@ def mean_median(x: Tensor) -> Tensor:
 @check(
     "estimators.skewness-test",
     "A test of skewness at 5 % tells symmetric from skewed gradient noise",
-    source="scipy.stats.skewtest",
+    source="neither: scipy.stats.skewtest",
     expected=FAILS,
 )
 def skewness_test(rng: Generator) -> Finding:

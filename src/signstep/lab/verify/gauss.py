@@ -234,7 +234,7 @@ def minima(rng: Generator) -> Finding:
 @check(
     "gauss.bimodal",
     "Eq. (6) without unimodality",
-    source="paper, Sec. III, the assumption; signstep.theory.noise",
+    source="neither: what the assumption of Sec. III is needed for",
     expected=FAILS,
 )
 def bimodal(rng: Generator) -> Finding:
@@ -257,7 +257,7 @@ def bimodal(rng: Generator) -> Finding:
 @check(
     "gauss.skewed",
     "Eq. (6) and (7) without symmetry",
-    source="paper, Sec. III, the assumption; signstep.theory.noise",
+    source="neither: what the assumption of Sec. III is needed for",
     expected=FAILS,
 )
 def skewed(rng: Generator) -> Finding:

@@ -55,13 +55,18 @@ class Check:
     name: str
     claim: str
     source: str
-    """Where it is stated: an equation or a section of the paper, or a page of ours."""
+    """Where it is stated: an equation or a section of the paper, a page or a module of ours, or neither."""
     expected: StatementVerdict
     measure: Callable[[Generator], Finding]
 
     @property
     def group(self) -> str:
         return self.name.partition(".")[0]
+
+    @property
+    def whose(self) -> Literal["paper", "ours", "neither"]:
+        """Who states it first: the source says so."""
+        return "paper" if self.source.startswith("paper") else "neither" if self.source.startswith("neither") else "ours"
 
 
 @dataclass(frozen=True)

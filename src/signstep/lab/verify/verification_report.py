@@ -72,6 +72,14 @@ def summary(outcomes: Sequence[CheckOutcome]) -> str:
     return line
 
 
+def by_whose(outcomes: Sequence[CheckOutcome]) -> dict[str, dict[str, int]]:
+    """How many of each verdict among the statements of the paper, of ours, and of neither."""
+    counts = {whose: {verdict: 0 for verdict in _STYLES} for whose in ("paper", "ours", "neither")}
+    for each in outcomes:
+        counts[each.check.whose][each.result.verdict] += 1
+    return counts
+
+
 def grouped(outcomes: Sequence[CheckOutcome]) -> dict[str, list[CheckOutcome]]:
     groups: dict[str, list[CheckOutcome]] = {}
     for each in outcomes:
@@ -121,6 +129,7 @@ def to_dict(outcomes: Sequence[CheckOutcome], *, command: str) -> dict[str, Any]
         "date": now(),
         "environment": environment(torch.device("cpu"), 1),
         "summary": summary(outcomes),
+        "by_whose": by_whose(outcomes),
         "as_expected": all(each.as_expected for each in outcomes),
         "seconds": sum(each.seconds for each in outcomes),
         "checks": [
@@ -157,6 +166,11 @@ def markdown(outcomes: Sequence[CheckOutcome], record: Mapping[str, Any]) -> str
         f"`{record['command']}`, {record['date']}; {made['cpu']}, torch {made['torch']}, signstep {made['signstep']}",
         "",
         f"{record['summary']}; {record['seconds']:.0f} s.",
+        "",
+        *markdown_table(
+            ("whose statement", *_STYLES),
+            [(whose, *map(str, counts.values())) for whose, counts in record["by_whose"].items()],
+        ),
     ]
     for group, members in grouped(outcomes).items():
         rows = []

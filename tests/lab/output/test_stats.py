@@ -1,6 +1,7 @@
 """Means, intervals, paired differences and their words, against scipy and against simulation."""
 
 import math
+from random import Random
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from signstep.lab.output.stats import (
+    CONFIDENCE,
+    LEVEL,
     MeanEstimate,
     against_paper,
     claim_verdict,
     estimate,
+    holm,
     number,
     paired_difference,
     paper_number,
@@ -92,14 +96,60 @@ def test_pairing_removes_what_the_seeds_share() -> None:
         (MeanEstimate(3, 1.0, 0.5), 0.8, "same sign"),
         (MeanEstimate(3, -1.0, 0.5), -12.0, "same sign"),
         (MeanEstimate(3, -1.0, 0.5), 0.8, "opposite sign"),
-        (MeanEstimate(3, 1.0, 1.0), 0.8, "undecided"),
+        (MeanEstimate(3, 1.0, 1.001), 0.8, "undecided"),
         (MeanEstimate(3, 0.0, 0.0), 0.8, "undecided"),
         (MeanEstimate(1, 30.0, None), 0.8, "undecided"),
         (MeanEstimate(3, 1.0, 0.5), 0.0, "undecided"),
     ],
 )
 def test_claim_verdict(difference: MeanEstimate, claimed: float, verdict: str) -> None:
-    assert claim_verdict(difference, claimed) == verdict
+    assert claim_verdict(difference, claimed, difference.p_value()) == verdict
+    assert claim_verdict(difference, claimed, 0.05) == "undecided"
+
+
+@given(several, st.floats(0, 100))
+def test_p_is_that_of_the_t_test_and_small_where_the_interval_excludes(values: list[float], value: float) -> None:
+    assume(scipy.stats.sem(values) > 1e-6)
+    e = estimate(values)
+    p = e.p_value(value)
+    assert p == pytest.approx(scipy.stats.ttest_1samp(values, value).pvalue, rel=1e-6, abs=1e-12)
+    assume(abs(abs(value - e.mean) - (e.half_width or 0)) > 1e-9)
+    assert p is not None
+    assert (p < LEVEL) is not e.contains(value)
+
+
+chances = st.lists(st.floats(0, 1), max_size=12)
+
+
+@given(chances)
+def test_holm_rejects_step_by_step(p_values: list[float]) -> None:
+    """A corrected p is the smallest level at which Holm's steps, done one after another, reject."""
+    corrected = holm(p_values)
+    for level in {*corrected, 0.05, 1e-3} - {1.0}:
+        left, rejected = sorted(range(len(p_values)), key=lambda i: p_values[i]), set()
+        while left and p_values[left[0]] * len(left) <= level:
+            rejected.add(left.pop(0))
+        assert {i for i, p in enumerate(corrected) if p <= level} == rejected
+
+
+@given(chances, st.randoms())
+def test_holm_keeps_the_order_and_lies_between_no_correction_and_bonferroni(
+    p_values: list[float], draw: Random
+) -> None:
+    corrected = holm(p_values)
+    for p, q in zip(p_values, corrected, strict=True):
+        assert p <= q <= min(1, p * len(p_values))
+    assert sorted(corrected) == [q for _, q in sorted(zip(p_values, corrected, strict=True))]
+    mixed = list(range(len(p_values)))
+    draw.shuffle(mixed)
+    assert holm([p_values[i] for i in mixed]) == [corrected[i] for i in mixed]
+
+
+def test_holm_rarely_rejects_a_true_null() -> None:
+    p_values = np.random.default_rng(0).random((4000, 8))
+    p_values[:, :3] *= 1e-4  # three that are false, beside five that are true
+    wrong = sum(min(holm(list(row))[3:]) < LEVEL for row in p_values)
+    assert wrong / 4000 < LEVEL + 4 * math.sqrt(LEVEL * CONFIDENCE / 4000)
 
 
 @given(st.floats(-200, 200), st.integers(0, 3))

@@ -70,10 +70,12 @@ def test_table_against_direct_computation(tmp_path: Path, table1: Experiment) ->
         pairs = [[values[each[kind], dataset, seed] for seed in range(4)] for kind in ("row", "baseline")]
         interval = scipy.stats.ttest_rel(*pairs).confidence_interval(0.95)
         assert (each["low"], each["high"]) == pytest.approx((interval.low, interval.high))
+        assert each["p"] == pytest.approx(scipy.stats.ttest_rel(*pairs).pvalue)
+        assert each["p"] <= each["p_holm"] <= min(1, 30 * each["p"])
         numbers = [table1.row(each[kind]).paper.get(dataset) for kind in ("row", "baseline")]
         if None in numbers:
             assert each["paper"] is each["verdict"] is None
-        elif interval.low <= 0 <= interval.high:
+        elif each["p_holm"] >= 0.05:
             assert each["verdict"] == "undecided"
         else:
             agree = (numbers[0] - numbers[1] > 0) == (interval.low > 0)  # type: ignore[operator]
@@ -84,11 +86,14 @@ def test_table_against_direct_computation(tmp_path: Path, table1: Experiment) ->
 
 def test_best_of_each_column_is_bold(tmp_path: Path) -> None:
     experiment = experiments.load("fig2", scale="cpu")
-    values = {("sgd", "cifar10", 0): 70.0, ("signsgd", "cifar10", 0): 72.0, ("hybrid", "cifar10", 0): 71.0}
-    page = write(experiment, full(experiment, values), tmp_path, tuned=None, commands=[])
-    text = page.read_text(encoding="utf-8")
-    assert set(re.findall(r"<strong>([\d.]+)", text)) == {"72.00", "92.18"}
-    assert "**72.00** (1)" in (tmp_path / "fig2.md").read_text(encoding="utf-8")
+    means = {"sgd": 70.0, "signsgd": 72.0, "hybrid": 71.0}
+    for seeds, spread in ((1, 0.0), (3, 0.1), (3, 2.0)):
+        bold = {"72.00"} if spread == 0.1 else set()
+        values = {(key, "cifar10", seed): mean + (seed - 1) * spread * (key == "hybrid")
+                  for key, mean in means.items() for seed in range(seeds)}  # fmt: skip
+        page = write(experiment, full(experiment, values), tmp_path, tuned=None, commands=[])
+        assert set(re.findall(r"<strong>([\d.]+)", page.read_text(encoding="utf-8"))) == {"92.18"} | bold
+        assert ("**72.00 ± 0.00** (3)" in (tmp_path / "fig2.md").read_text(encoding="utf-8")) is bool(bold)
 
 
 def test_gaps_are_said(page: Path) -> None:
@@ -268,7 +273,7 @@ def test_rows_that_take_anothers_rate_say_so(tmp_path: Path) -> None:
     experiment = experiments.load("state", scale="cpu")
     every = {"cifar10": {"signsgd": all_tuned(experiment)["cifar10"]["signsgd"]}}
     lr = every["cifar10"]["signsgd"]["lr"]
-    values = accuracies(experiment, 3)
+    values = {key: 60 + round(v - 60, -1) + 0.1 * key[2] for key, v in accuracies(experiment, 3).items()}
     runs = by_hash(*(run(experiment.row(key), d, seed, v, lr=lr) for (key, d, seed), v in values.items()))
     page = write(experiment, runs, tmp_path, tuned=every, commands=[])
     results = Results(experiment, runs, every)

@@ -58,7 +58,7 @@ COMMANDS = Commands(
         "runs": ("signstep.lab.cli.runs:Runs", "List the runs of a folder: what they are, how good, and how far."),
         "sweep": (
             "signstep.lab.cli.sweep:Sweep",
-            "Tune every method's learning rate with the same number of trials on held-out training images.",
+            "Tune every method's learning rate with the same grid of trials on held-out training images.",
         ),
         "reproduce": (
             "signstep.lab.cli.reproduce:Reproduce",

@@ -9,7 +9,7 @@ from signstep.lab.cli.experiments import TrainingOptions
 
 @dataclass(frozen=True)
 class Sweep(TrainingOptions):
-    """Tune every method's learning rate with the same number of trials on held-out training images."""
+    """Tune every method's learning rate with the same grid of trials on held-out training images."""
 
     trials: int = 5
     """Points of every method's learning rate grid."""

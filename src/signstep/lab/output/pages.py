@@ -18,7 +18,8 @@ def render(template: str, context: Mapping[str, Any], filters: Mapping[str, Call
     Args:
         template: name of a file in `templates`; in one that ends in `.html`, values are escaped unless they are Markup.
         context: the template's variables by name. `palette`, the CSS of the figures' colours, is added.
-        filters: the template's own filters by name, beside number, signed, shortsigned, interval, paper, unbroken, md.
+        filters: the template's own filters by name, beside number, signed, shortsigned, interval, paper,
+            probability, unbroken, md.
 
     Raises:
         jinja2.UndefinedError: the template uses a variable that is not there.
@@ -36,6 +37,7 @@ def render(template: str, context: Mapping[str, Any], filters: Mapping[str, Call
         "shortsigned": lambda value: stats.signed(value, 0 if abs(value - round(value)) < 1e-9 else 2),
         "interval": stats.with_interval,
         "paper": stats.paper_number,
+        "probability": stats.probability,
         "unbroken": _unbroken,
         "md": lambda text: str(text).translate({ord(c): f"\\{c}" for c in "\\|*_`[]<>"}),
         **(filters or {}),

@@ -15,7 +15,7 @@ import numpy as np
 import scipy.stats
 
 CONFIDENCE = 0.95
-LEVEL = 1 - CONFIDENCE
+LEVEL = 0.05
 """A p below it decides."""
 MIN_SEEDS = 3
 """Fewer decide nothing: the interval of two values is 13 times as wide as they are apart."""
@@ -56,7 +56,7 @@ class MeanEstimate:
             return None
         if self.half_width == 0:
             return float(self.mean == value)
-        t = (self.mean - value) * _t_factor(self.n) / self.half_width
+        t = (self.mean - value) * _t_factor(self.n) * math.sqrt(self.n) / self.half_width
         return float(2 * scipy.stats.t.sf(abs(t), self.n - 1))
 
 
@@ -103,7 +103,7 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p corrected for their number (Holm 1979): those below 0.05 contain a true null with a chance of 5 % at most.
+    """Corrects p for their number (Holm 1979): those below 0.05 contain a true null with a chance of 5 % at most.
 
     The k-th smallest of n, k from 0, is multiplied by n - k; none is smaller than one before it, or above 1.
 

@@ -165,6 +165,8 @@ def to_dict(results: Results, commands: Sequence[str]) -> dict[str, Any]:
                 "row": d.row.key,
                 "baseline": d.baseline.key,
                 **_estimate_dict(d.estimate),
+                "p": None if d.estimate is None else d.estimate.p_value(),
+                "p_holm": d.corrected,
                 "paper": None if d.paper is None else round(d.paper, 6),
                 "verdict": d.verdict,
             }
@@ -195,5 +197,6 @@ def _cell_dict(cell: Cell) -> dict[str, Any]:
         "difference_to_paper": cell.shift,
         "verdict": cell.verdict,
         "lr": cell.lr,
+        "trials": cell.trials,
         "runs": [run.config.hash for run in cell.runs],
     }

@@ -8,8 +8,9 @@ What is said of the numbers is in sentences.py, how the runs were made in settin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -39,6 +40,8 @@ class Cell:
     paper: float | None
     runs: tuple[Run, ...]
     metric: Metric
+    trials: int
+    """How many chose its learning rate; 0: none did."""
 
     @property
     def all_diverged(self) -> bool:
@@ -83,13 +86,21 @@ class Difference:
     estimate: stats.MeanEstimate | None
     paper: float | None
     """The same difference of the paper's numbers."""
+    corrected: float | None = None
+    """p of the paired t-test, by Holm's correction for all differences of the report; None where there is no p."""
 
     @property
     def verdict(self) -> stats.Verdict | None:
         """What the measured difference says of the paper's; None where either is absent."""
         if self.estimate is None or self.paper is None:
             return None
-        return stats.claim_verdict(self.estimate, self.paper)
+        return stats.claim_verdict(self.estimate, self.paper, self.corrected)
+
+
+def _corrected(differences: Sequence[Difference]) -> tuple[Difference, ...]:
+    p_values = {i: p for i, d in enumerate(differences) if d.estimate and (p := d.estimate.p_value()) is not None}
+    corrected = dict(zip(p_values, stats.holm(list(p_values.values())), strict=True))
+    return tuple(replace(d, corrected=corrected.get(i)) for i, d in enumerate(differences))
 
 
 class Results:
@@ -124,7 +135,7 @@ class Results:
             for row in experiment.rows
             for dataset in experiment.datasets
         }
-        self.differences = tuple(self._differences())
+        self.differences = _corrected(list(self._differences()))
 
     def _cell(self, row: Row, dataset: str, lr: float, by_seed: dict[int, Run]) -> Cell:
         finished = {seed: run for seed, run in by_seed.items() if run.done}
@@ -137,6 +148,7 @@ class Results:
             paper=row.paper.get(dataset),
             runs=tuple(finished.values()),
             metric=self.metric,
+            trials=len(self.tuned.get(dataset, {}).get(row.tuned_key, {}).get("trials", ())),
         )
 
     def _differences(self) -> Iterator[Difference]:
@@ -172,13 +184,30 @@ class Results:
                 return each
         return None
 
+    def corrected(self, dataset: str, row: Row, other: Row) -> float | None:
+        """The p of two rows that were named after their results were seen, corrected for all that might have been.
+
+        Holm's where the report compares the two, else Bonferroni's for all pairs; None where there is no p.
+        """
+        compared = self.difference(dataset, row, other) or self.difference(dataset, other, row)
+        if compared is not None:
+            return compared.corrected
+        gap = stats.paired_difference(self.cells[row.key, dataset].results, self.cells[other.key, dataset].results)
+        p = None if gap is None else gap.p_value()
+        return None if p is None else min(1.0, p * math.comb(len(self.experiment.rows), 2))
+
     def is_best(self, cell: Cell) -> bool:
-        """Best mean of its data set, to the digits shown."""
-        means = [c.estimate.mean for c in self.cells.values() if c.dataset == cell.dataset and c.estimate]
-        if cell.estimate is None:
-            return False
-        best, digits = max(means, key=lambda mean: self.metric.sign * mean), self.metric.digits
-        return stats.number(cell.estimate.mean, digits) == stats.number(best, digits)
+        """Better than every other of its data set, seed by seed, with a p below 0.05 for each.
+
+        All of them have to be, so their number needs no correction: the largest p is that of the whole.
+        """
+        others = [c for c in self.cells.values() if c.dataset == cell.dataset and c is not cell and c.estimate]
+        return cell.estimate is not None and all(self._is_better(cell, other) for other in others)
+
+    def _is_better(self, cell: Cell, other: Cell) -> bool:
+        gap = stats.paired_difference(cell.results, other.results)
+        p = None if gap is None else gap.p_value()
+        return gap is not None and p is not None and self.metric.sign * gap.mean > 0 and p < stats.LEVEL
 
     def is_paper_best(self, cell: Cell) -> bool:
         """Highest of the paper's numbers of its data set."""

@@ -48,11 +48,13 @@ class Sentences:
         rival = next((row for row in ranked[1:] if row.key == "sgd"), ranked[1])
         gap = stats.paired_difference(self._cells[best.key, dataset].results, self._cells[rival.key, dataset].results)
         assert gap is not None
-        if gap.contains(0):
+        corrected = self._results.corrected(dataset, best, rival)
+        if corrected is None or corrected >= stats.LEVEL:
             points = stats.with_interval(gap, sign=True, digits=digits)
+            p = "" if corrected is None else f", corrected p {stats.probability(corrected)}"
             return (
                 f"{best.label} is {metric.best_word}, but {gap.n} seeds do not tell it from {rival.label} "
-                f"({points} {metric.points})"
+                f"({points} {metric.points}{p})"
             )
         ahead = replace(gap, mean=metric.sign * gap.mean)
         verb = "beats" if ahead.mean > 0 else f"is {metric.best_word}, but is beaten seed by seed by"
@@ -142,7 +144,7 @@ class Sentences:
         return (
             f"Of the paper's {total} {plural(total, 'difference')} to {names} that were measured here, "
             f"{same} {_have(same)} its sign, {opposite} the opposite one, and {open_} {_are(open_)} undecided: "
-            "the 95 % interval includes zero, or there is one seed."
+            "p is not below 0.05 by Holm's correction for all differences of this report."
         )
 
     @property
@@ -208,6 +210,20 @@ class Sentences:
         return " ".join(sentences)
 
     @property
+    def trials(self) -> str:
+        """How many trials chose each learning rate: a grid goes on where its best is at its edge."""
+        counts: dict[int, list[str]] = {}
+        for dataset, choices in self._results.tuned.items():
+            for row in self._experiment.rows:
+                if row.key in choices:
+                    names = counts.setdefault(len(choices[row.key]["trials"]), [])
+                    names.append(f"{row.label} on {self._titles[dataset]}")
+        if len(counts) == 1:
+            return f"Each had {next(iter(counts))} trials."
+        parts = [f"{count} trials: {listed(names)}" for count, names in sorted(counts.items())]
+        return f"It goes on where the best is at its edge. {'; '.join(parts)}."
+
+    @property
     def guesses(self) -> tuple[str, ...]:
         """What the paper does not say and is assumed here, the choice of the learning rates among it."""
         held_out = "a held-out tenth of the training set"
@@ -216,7 +232,7 @@ class Sentences:
         tuning = (
             f"Learning rates are chosen on {held_out}, by runs of "
             f"{self._experiment.tune_epochs} {plural(self._experiment.tune_epochs, 'epoch')}, "
-            "with the same number of trials for every method."
+            f"with the same grid for every method. {self.trials}"
         )
         tuned = any(self._results.tuned.values())
         return tuple(filter(None, (*self._experiment.guesses, tuning if tuned else "", self.untuned)))

@@ -1,4 +1,4 @@
-"""Tunes the learning rate of every method with the same number of trials, without looking at the test set.
+"""Tunes the learning rate of every method with the same grid of trials, without looking at the test set.
 
 Each trial is one run on the tuning split: trained on nine tenths of the training set, judged by its last epoch's
 accuracy (of a text: bits per byte) on the tenth that was held out. A best trial at the edge of the grid extends the

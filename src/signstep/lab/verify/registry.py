@@ -66,7 +66,9 @@ class Check:
     @property
     def whose(self) -> Literal["paper", "ours", "neither"]:
         """Who states it first: the source says so."""
-        return "paper" if self.source.startswith("paper") else "neither" if self.source.startswith("neither") else "ours"
+        return (
+            "paper" if self.source.startswith("paper") else "neither" if self.source.startswith("neither") else "ours"
+        )
 
 
 @dataclass(frozen=True)

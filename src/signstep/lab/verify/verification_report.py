@@ -21,7 +21,7 @@ from signstep.lab.output.files import write_all
 from signstep.lab.output.machine import environment, now
 from signstep.lab.output.tables import markdown_table
 from signstep.lab.verify import drawings
-from signstep.lab.verify.registry import BETTER, FAILS, GROUPS, HOLDS, Check, CheckOutcome
+from signstep.lab.verify.registry import BETTER, FAILS, GROUPS, HOLDS, Check, CheckOutcome, StatementVerdict
 
 _WIDTH = 120
 _STYLES = {HOLDS: "green", BETTER: "cyan", FAILS: "yellow"}
@@ -72,9 +72,9 @@ def summary(outcomes: Sequence[CheckOutcome]) -> str:
     return line
 
 
-def by_whose(outcomes: Sequence[CheckOutcome]) -> dict[str, dict[str, int]]:
+def by_whose(outcomes: Sequence[CheckOutcome]) -> dict[str, dict[StatementVerdict, int]]:
     """How many of each verdict among the statements of the paper, of ours, and of neither."""
-    counts = {whose: {verdict: 0 for verdict in _STYLES} for whose in ("paper", "ours", "neither")}
+    counts = {whose: dict.fromkeys(_STYLES, 0) for whose in ("paper", "ours", "neither")}
     for each in outcomes:
         counts[each.check.whose][each.result.verdict] += 1
     return counts

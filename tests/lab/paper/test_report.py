@@ -260,6 +260,45 @@ def test_the_recipe_says_whether_rates_were_tuned(tmp_path: Path) -> None:
             assert {each for each in (chosen, not_tuned, partly) if each in recipe} == words, (file, words)
 
 
+def test_the_recipe_says_how_many_trials_each_row_had() -> None:
+    experiment = experiments.load("fig2", scale="cpu")
+    choices = all_tuned(experiment)
+    runs = full(experiment, accuracies(experiment, 1))
+    for counts, words in (
+        ((4, 4, 4), "with the same grid for every method. Each had 4 trials."),
+        (
+            (4, 5, 4),
+            "4 trials: SGD on CIFAR-10 and Hybrid (SignSGD-M → SGD) on CIFAR-10; 5 trials: SignSGD-M on CIFAR-10.",
+        ),
+    ):
+        tuned = {"cifar10": {row.key: {**choices["cifar10"][row.key], "trials": [{"lr": 0.1}] * count}
+                             for row, count in zip(experiment.rows, counts, strict=True)}}  # fmt: skip
+        results = Results(experiment, runs, tuned)
+        assert words in Sentences(results).guesses[-1]
+        assert [results.cells[row.key, "cifar10"].trials for row in experiment.rows] == list(counts)
+
+
+def test_a_headline_and_its_table_correct_p_alike() -> None:
+    """A best row that beats SGD in a test of its own, and no longer among all the report's differences."""
+    experiment = experiments.load("fig2", scale="cpu")
+    means, wobble = (
+        {"sgd": 70.0, "signsgd": 70.1, "hybrid": 71.0},
+        {"hybrid": (-0.2, 0.0, 0.25), "signsgd": (0.1, -0.3, 0.2)},
+    )
+    values = {(key, "cifar10", seed): mean + wobble.get(key, (0.0,) * 3)[seed]
+              for key, mean in means.items() for seed in range(3)}  # fmt: skip
+    results = Results(experiment, full(experiment, values), all_tuned(experiment))
+    sgd, hybrid = experiment.row("sgd"), experiment.row("hybrid")
+    compared = results.difference("cifar10", hybrid, sgd)
+    assert compared is not None
+    assert compared.estimate is not None
+    p = compared.estimate.p_value()
+    assert p is not None
+    assert p < 0.05
+    assert results.corrected("cifar10", hybrid, sgd) == compared.corrected == pytest.approx(3 * p)
+    assert ("beats" in Sentences(results).headline) is (3 * p < 0.05)
+
+
 def test_what_some_runs_recorded_is_not_said_of_all() -> None:
     experiment = experiments.load("fig2", scale="cpu")
     runs = [run(experiment.row("sgd"), "cifar10", seed, 60.0 + seed) for seed in range(3)]

@@ -45,6 +45,25 @@ def test_every_group_has_checks_and_every_check_a_claim_and_a_source() -> None:
     assert len({each.claim for each in CHECKS.values()}) == len(CHECKS)
 
 
+def test_the_record_in_results_is_of_these_statements() -> None:
+    """Run `signstep verify --out results/verify` after a statement was added or changed."""
+    record = json.loads((Path(__file__).parents[3] / "results" / "verify" / "verify.json").read_text("utf-8"))
+    recorded = {each["name"]: (each["claim"], each["source"], each["verdict"]) for each in record["checks"]}
+    assert recorded == {name: (each.claim, each.source, each.expected) for name, each in CHECKS.items()}
+    assert record["as_expected"]
+    counted = {whose: dict.fromkeys((HOLDS, BETTER, FAILS), 0) for whose in ("paper", "ours", "neither")}
+    for each in CHECKS.values():
+        counted[each.whose][each.expected] += 1
+    assert record["by_whose"] == counted
+
+
+def test_a_source_says_whose_a_statement_is() -> None:
+    for each in CHECKS.values():
+        first = each.source.split(",")[0].split(":")[0]
+        assert each.whose == {"paper": "paper", "neither": "neither"}.get(first, "ours")
+    assert CHECKS["gauss.bimodal"].whose == CHECKS["estimators.naive"].whose == "neither"
+
+
 def test_selection_keeps_the_order_and_drops_repeats() -> None:
     chosen = [each.name for each in registry.select(["vote.slope", "gauss", "gauss.bound", "vote.slope"])]
     assert chosen[-1] == "vote.slope"

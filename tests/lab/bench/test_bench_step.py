@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from signstep.lab.bench import step_report, step_timing
 from signstep.lab.bench.spread import BenchError, Spread
 from signstep.lab.bench.step_contestants import COPY, PEER, SPARE_PEER, Contestant, CopyLoop, PlainDither, groups
-from signstep.lab.bench.step_table import read_records, step_table, with_table
+from signstep.lab.bench.step_table import read_records, step_table
 from signstep.lab.bench.step_targets import step_targets
 from signstep.lab.bench.step_timing import StepEntry, StepResult, StepRound, StepRunner, set_up
 from signstep.lab.bench.targets import Target
@@ -335,13 +335,6 @@ def test_a_range_that_straddles_the_limit_decides_nothing(values: list[float], a
     assert Target("clean", 1.0, at_least, None).verdict == "not measured"
 
 
-def test_the_table_of_readme_is_that_of_the_results() -> None:
-    root = Path(__file__).parents[3]
-    page = (root / "README.md").read_text()
-    records = read_records(root / "results" / "bench-cpu")
-    assert with_table(page, step_table(records)) == page, "run `signstep bench table`"
-
-
 def test_the_table_has_every_kind_of_machine(tmp_path: Path) -> None:
     def entry(ratio: float) -> dict[str, Any]:
         moved = {"bytes_per_parameter": 20.0, "state_bytes_per_parameter": 4.0}
@@ -359,22 +352,11 @@ def test_the_table_has_every_kind_of_machine(tmp_path: Path) -> None:
             "workloads": {"50m": {"contestants": {"sgd-fused": entry(1.0), "clean": entry(ratio)}}},
         }
         (tmp_path / f"bench-step-{i}.json").write_text(json.dumps(record))
-    page = tmp_path / "page.md"
-    page.write_text("before\n\n| step | old |\n| --- | --- |\n| a | b |\n\nafter\n\n| step | other |\n")
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", "table", "--results", str(tmp_path), "--page", str(page)])
-    assert ended.value.code == 0
-    assert page.read_text().splitlines() == [
-        "before",
-        "",
+    assert step_table(read_records(tmp_path)) == [
         "| step | AMD EPYC, NO LIBRARY: 50 M | AMD EPYC, AVX512: 50 M | AMD EPYC, AVX2: 50 M | bytes moved | state |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         "| SGD, momentum 0.9, fused | 1.00 | 1.00 | 1.00 | 20 | 4 |",
         "| SignSGD | 3.00 | 0.50 | 1.50 | 20 | 4 |",
-        "",
-        "after",
-        "",
-        "| step | other |",
     ]
 
 
@@ -384,8 +366,6 @@ def test_a_table_without_results_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "bench-step-x.json").write_text("{}")
     with pytest.raises(BadInput, match="not what signstep bench step writes"):
         read_records(tmp_path)
-    with pytest.raises(BadInput, match="has no table"):
-        with_table("words", [])
 
 
 def test_the_limit_moves_the_clean_steps_bytes_in_place() -> None:

@@ -1,16 +1,14 @@
-"""`signstep bench table`: README's table of what a step costs, from the results of `signstep bench step`."""
+"""README's table of what a step costs, from the results of `signstep bench step`; `signstep report docs` writes it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from signstep.lab.bench.spread import number
 from signstep.lab.errors import BadInput
-from signstep.lab.output.files import write_text
 from signstep.lab.output.machine import machine_kind, processor_name
 from signstep.lab.output.tables import markdown_table
 
@@ -35,7 +33,6 @@ _ROWS = {
     "heavyball": "heavyball SignLaProp",
 }
 _WORKLOADS = {"50m": "50 M", "resnet18": "ResNet-18"}
-_HEAD = "| step |"
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -84,33 +81,3 @@ def step_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
         per_parameter = (known["bytes_per_parameter"], known["state_bytes_per_parameter"])
         rows.append((label, *ratios, *(f"{each:.2f}".removesuffix(".00") for each in per_parameter)))
     return markdown_table(("step", *(title for title, _ in columns), "bytes moved", "state"), rows)
-
-
-def with_table(page: str, table: Sequence[str]) -> str:
-    """A page with this table in place of its own, which is the first whose head begins with "step".
-
-    Raises:
-        BadInput: the page has none.
-    """
-    lines = page.split("\n")
-    begin = next((i for i, line in enumerate(lines) if line.startswith(_HEAD)), None)
-    if begin is None:
-        raise BadInput(f"the page has no table that begins with {_HEAD!r}, in whose place the new one would go")
-    end = next((i for i in range(begin, len(lines)) if not lines[i].startswith("|")), len(lines))
-    return "\n".join([*lines[:begin], *table, *lines[end:]])
-
-
-@dataclass(frozen=True)
-class BenchTable:
-    """Write README's table of what a step costs anew, from the results of all kinds of machine."""
-
-    results: Path = Path("results/bench-cpu")
-    """Folder that signstep bench step has written to."""
-    page: Path = Path("README.md")
-    """The page with the table."""
-
-    def run(self) -> int:
-        page = self.page.read_text()
-        write_text(self.page, with_table(page, step_table(read_records(self.results))))
-        print(f"written: {self.page}")
-        return 0

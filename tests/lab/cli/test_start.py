@@ -19,7 +19,7 @@ TINY = ["--dataset", "digits", "--model", "resnet8", "--width", "0.25", "--subse
 WRITING = [
     words.split()[1:]
     for words, place, _ in ALL
-    if not isinstance(target := target_of(place), Commands) and ("train:main" in place or hasattr(target, "out"))
+    if not isinstance(target := target_of(place), Commands) and (place.endswith(":main") or hasattr(target, "out"))
 ]
 
 

@@ -65,8 +65,8 @@ COMMANDS = Commands(
             "Train what the table or figures still lack, then write them with a report.",
         ),
         "report": (
-            "signstep.lab.cli.report:Report",
-            "Write tables, figures and report from the runs there are; train nothing.",
+            "signstep.lab.cli.report:main",
+            "Write tables, figures and report from the runs there are, the verdicts on claims, and the docs' numbers.",
         ),
         "demo": (
             "signstep.lab.cli.demo:Demo",

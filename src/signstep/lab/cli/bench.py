@@ -14,10 +14,6 @@ BENCHMARKS = Commands(
             "Time a step beside other optimizers and the speed of memory, in one process, and compare with the "
             "targets.",
         ),
-        "table": (
-            "signstep.lab.bench.step_table:BenchTable",
-            "Write README's table of what a step costs anew, from the results of all kinds of machine.",
-        ),
         "comm": (
             "signstep.lab.bench.comm:BenchComm",
             "Time a step over the network with every way to reduce gradients, and count the bytes that are sent.",

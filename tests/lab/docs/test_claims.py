@@ -113,6 +113,8 @@ def test_a_larger_scale_decides_once_it_has_three_seeds(tmp_path: Path) -> None:
     (large,) = judge(tmp_path, ABOVE)
     assert (large.outcome, large.n) == ("does not hold", 3)
     assert "cpu2" in large.evidence
+    assert large.interval.endswith("(without a test: cpu +10.03 ± 0.14)")
+    assert small.interval.startswith("+10.03 ± 0.14 points (without a test: cpu2 −10.05")
 
 
 def test_a_diverged_run_counts_as_chance(tmp_path: Path) -> None:

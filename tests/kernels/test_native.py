@@ -372,6 +372,56 @@ def test_bytes_of_state_per_parameter(options: dict[str, Any], expected: float) 
     assert sum(t.untyped_storage().nbytes() for t in tensors) / 256_000 == expected
 
 
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "stochastic_params"),
+    [
+        (torch.float32, torch.bfloat16, False),
+        (torch.float32, torch.int8, False),
+        (torch.bfloat16, None, False),
+        (torch.bfloat16, None, True),
+    ],
+)
+@pytest.mark.parametrize(
+    "changes", [{}, {"decay": 0.99}, {"momentum": 0.6}, {"momentum": 0.4}, {"interpolation": 0.95, "rate": -0.3}]
+)
+@pytest.mark.parametrize("finite", [True, False])
+def test_clean_steps_in_fewer_bits_are_alike_in_all_instruction_sets(
+    dtype: torch.dtype, state_dtype: torch.dtype | None, stochastic_params: bool, changes: dict[str, Any], finite: bool
+) -> None:
+    """Of ragged sizes, with zeros, subnormals and, in some blocks, the largest numbers, infinities and NaNs."""
+    generator = torch.Generator().manual_seed(8)
+    special = torch.tensor(
+        [0.0, -0.0, 1e-45, -1e-39, *([] if finite else [3e38, -3e38, math.inf, -math.inf, math.nan])]
+    )
+
+    def numbers(size: int) -> torch.Tensor:
+        x = torch.randn(size, generator=generator)
+        chosen = torch.rand(size, generator=generator) < 1e-3
+        x[chosen] = special[torch.randint(len(special), (int(chosen.sum()),), generator=generator)]
+        return x.to(dtype)
+
+    options = request(
+        dither=None, state_dtype=state_dtype, stochastic_params=stochastic_params, **{"momentum": 0.9, **changes}
+    )
+    for size in (1, 31, 255, 256, 257, 70_001):
+        p, gradients = numbers(size), [numbers(size) for _ in range(3)]
+
+        def stepped(
+            step: Callable[..., None], p: torch.Tensor = p, gradients: Sequence[torch.Tensor] = gradients
+        ) -> tuple[torch.Tensor, ...]:
+            moved, exp_avg = p.clone(), torch.zeros(len(p), dtype=state_dtype or dtype)
+            scale = torch.zeros(-(-len(p) // 256))
+            for g in gradients:
+                scales = [scale] if state_dtype is torch.int8 else []
+                step(Tensors([moved], [g], [exp_avg], scales, [], [2], [13]), options)
+            return moved, exp_avg, scale
+
+        expected = stepped(multi_tensor_step)
+        for isa in ISAS:
+            for x, y in zip(stepped(functools.partial(native.step, isa=isa)), expected, strict=True):
+                assert differing(x, y) == 0
+
+
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8])
 def test_state_in_fewer_bits_is_saved_and_loaded_as_it_is(state_dtype: torch.dtype, tmp_path: Path) -> None:
     """Loading would cast it to the parameter's dtype if torch had its way."""

@@ -401,6 +401,9 @@ void step(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end
 #if defined(SIGNSTEP_DITHERED) && defined(__AVX2__)
 #include "dithered.h"
 #endif
+#if defined(SIGNSTEP_NARROW) && defined(__AVX2__)
+#include "narrow.h"
+#endif
 
 // The signs of a tile as words: up(first) says which of 64 elements are up, and a coin where m is 0.
 template <class W, class Up>
@@ -465,6 +468,17 @@ inline bool is_dithered(const signstep_tensor& t, const Options& o, float sigma)
          float(o.gradient_weight) < 0.5f && float(o.direction_weight) < 0.5f && sigma == sigma;
 }
 
+#if defined(__AVX2__)
+// Whether step_narrow takes it.
+inline bool is_narrow(const signstep_tensor& t, const Options& o, const double* sums) {
+  const bool kept = t.dtype == SIGNSTEP_FLOAT32    ? t.state_dtype == SIGNSTEP_BFLOAT16_STOCHASTIC || t.state_dtype == SIGNSTEP_INT8
+                    : t.dtype == SIGNSTEP_BFLOAT16 ? t.state_dtype == SIGNSTEP_BFLOAT16
+                                                   : false;
+  return kept && t.bits == 0 && t.exp_avg != 0 && o.direction == SIGNSTEP_SIGN && sums == nullptr && !o.maximize &&
+         o.coupled_decay == 0 && float(o.gradient_weight) < 0.5f && float(o.direction_weight) < 0.5f;
+}
+#endif
+
 // Of float32 and float64.
 template <class W>
 void step_or_cast_unconverted(const signstep_tensor& t, const Options& o, int64_t begin, int64_t end, float sigma, double* sums) {
@@ -494,9 +508,23 @@ void step_dithered(const signstep_tensor& t, const signstep_options& o, int64_t 
 }
 #endif
 
+#elif defined(SIGNSTEP_NARROW)
+
+#if defined(__AVX2__)
+void step_narrow(const signstep_tensor& t, const signstep_options& o, int64_t begin, int64_t end, float, double*) {
+  if (t.state_dtype == SIGNSTEP_INT8) return narrow_by<MomentumInInt8>(t, o, begin, end);
+  if (t.state_dtype == SIGNSTEP_BFLOAT16_STOCHASTIC) return narrow_by<MomentumInBfloat16>(t, o, begin, end);
+  if (o.stochastic_params) return narrow_by<AllBfloat16<true>>(t, o, begin, end);
+  return narrow_by<AllBfloat16<false>>(t, o, begin, end);
+}
+#endif
+
 #else
 
 void chunk(const signstep_tensor& t, const signstep_options& o, int64_t begin, int64_t end, float sigma, double* sums) {
+#if defined(__AVX2__)
+  if (is_narrow(t, o, sums)) return step_narrow(t, o, begin, end, sigma, sums);
+#endif
   switch (t.dtype) {
     case SIGNSTEP_FLOAT32: return step_or_cast_unconverted<float>(t, o, begin, end, sigma, sums);
     case SIGNSTEP_FLOAT64: return step_or_cast_unconverted<double>(t, o, begin, end, sigma, sums);

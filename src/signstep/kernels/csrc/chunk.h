@@ -30,9 +30,9 @@ using Count = void(const Ballots&, const signstep_slot&, const signstep_options&
 using Spread = void(const uint64_t* words, const uint64_t* ties, const signstep_spread&, int64_t begin, int64_t end,
                     double* sums);
 
-namespace portable { Chunk chunk, step_at_random, step_dithered; Count count; Spread spread; }
-namespace avx2 { Chunk chunk, step_at_random, step_dithered; Count count; Spread spread; }
-namespace avx512 { Chunk chunk, step_at_random, step_dithered; Count count; Spread spread; }
+namespace portable { Chunk chunk, step_at_random, step_dithered, step_narrow; Count count; Spread spread; }
+namespace avx2 { Chunk chunk, step_at_random, step_dithered, step_narrow; Count count; Spread spread; }
+namespace avx512 { Chunk chunk, step_at_random, step_dithered, step_narrow; Count count; Spread spread; }
 
 struct Kernels {
   Chunk* chunk;

@@ -40,18 +40,12 @@ void update_bfloat16_stochastic(Bfloat16* exp_avg, const W* g, int n, W weight, 
   }
 }
 
-// A tile is one block, with one scale.
+// Of a block, by the bits of its largest number without sign: a NaN is larger than infinity, and that than all numbers.
+inline float scale_of(uint32_t largest) { return float_of(largest) / 127.0f; }
+inline float inverse_of(float scale) { return scale < 0x1p-120f ? 0.0f : 1.0f / scale; }
+
 template <class W>
-void update_int8(int8_t* exp_avg, float* scale, const W* g, int n, W weight, const uint8_t* random, W* m) {
-  const float old = *scale;
-  uint32_t largest = 0;  // of the bits: a NaN is larger than infinity, and that than all numbers
-  for (int i = 0; i < n; ++i) {
-    m[i] = average(W(float(exp_avg[i]) * old), g[i], weight);
-    const uint32_t magnitude = bits_of(float(m[i])) & 0x7FFFFFFFu;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  *scale = float_of(largest) / 127.0f;
-  const float inverse = *scale < 0x1p-120f ? 0.0f : 1.0f / *scale;
+void code(const W* m, int n, float inverse, const uint8_t* random, int8_t* exp_avg) {
   for (int i = 0; i < n; ++i) {
     float x = float(m[i]) * inverse;
     x = x == x ? x : 0.0f;
@@ -59,4 +53,18 @@ void update_int8(int8_t* exp_avg, float* scale, const W* g, int n, W weight, con
     const int32_t q = int32_t(x + (float(random[i]) + 0.5f) * 0x1p-8f + 128.0f) - 128;
     exp_avg[i] = int8_t(q > 127 ? 127 : q);
   }
+}
+
+// A tile is one block, with one scale.
+template <class W>
+void update_int8(int8_t* exp_avg, float* scale, const W* g, int n, W weight, const uint8_t* random, W* m) {
+  const float old = *scale;
+  uint32_t largest = 0;
+  for (int i = 0; i < n; ++i) {
+    m[i] = average(W(float(exp_avg[i]) * old), g[i], weight);
+    const uint32_t magnitude = bits_of(float(m[i])) & 0x7FFFFFFFu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  *scale = scale_of(largest);
+  code(m, n, inverse_of(*scale), random, exp_avg);
 }

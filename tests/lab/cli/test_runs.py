@@ -21,7 +21,7 @@ def run(*arguments: str) -> int:
 
 def record(folder: Path, config: RunConfig, accuracies: list[float], end: str | None = None) -> Path:
     """The record of a run whose epochs ended with these accuracies, as shares; 10 steps each."""
-    events: list[dict[str, Any]] = [records.start_event(config, 9, 9, 9, torch.device("cpu"), 1)]
+    events: list[dict[str, Any]] = [records.start_event(config, 9, {}, torch.device("cpu"), 1)]
     events += [{"event": "epoch", "epoch": i + 1, "eval_accuracy": each} for i, each in enumerate(accuracies)]
     if end is not None:
         events.append({"event": "end", "status": end, "step": 10 * len(accuracies)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,16 +52,15 @@ class Batches:
                 f"batch_size={config.batch_size}: this run has only {len(self.train_x)} training images; "
                 "choose a smaller batch or a larger subset"
             )
-        self.train_size, self.eval_size = len(self.train_x), len(self.eval_x)
-        self.labels_evaluated = self.eval_size
+        self.labels_evaluated = len(self.eval_y)
         self._config, self._workers = config, workers
         self._generator = torch.Generator(workers.device)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     @property
-    def about(self) -> dict[str, str]:
-        """What the record says of the images beside their number: nothing, they are known by their name."""
-        return {}
+    def about(self) -> dict[str, Any]:
+        """What the record says of the images: how many there are to train on and to evaluate on."""
+        return {"train_images": len(self.train_x), "eval_images": len(self.eval_x)}
 
     def training(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """One worker's part of batch `index` of `epoch`, both from 0: augmented images float32, labels int64.

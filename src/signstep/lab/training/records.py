@@ -18,10 +18,8 @@ from signstep.lab.data import Text
 from signstep.lab.errors import BadInput
 from signstep.lab.output.files import write_text
 from signstep.lab.output.machine import environment
-from signstep.lab.training.batches import Batches
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.tasks import Metric, task
-from signstep.lab.training.text_batches import TextBatches
 
 
 @dataclass(frozen=True)
@@ -138,17 +136,14 @@ def require_text_of(folder: Path, text: Text) -> None:
 
 
 def start_event(
-    config: RunConfig, parameters: int, batches: Batches | TextBatches, device: torch.device, world_size: int
+    config: RunConfig, parameters: int, about: Mapping[str, Any], device: torch.device, world_size: int
 ) -> dict[str, Any]:
-    """A record's first line."""
-    noun = task(config.dataset).noun
+    """A record's first line; `about` is what the run's batches say of their data."""
     return {
         "event": "start",
         "hash": config.hash,
         "config": config.to_dict(),
         "parameters": parameters,
-        f"train_{noun}": batches.train_size,
-        f"eval_{noun}": batches.eval_size,
-        **batches.about,
+        **about,
         "environment": environment(device, world_size),
     }

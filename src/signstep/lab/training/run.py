@@ -87,7 +87,7 @@ class TrainingRun:
         # Reading a loss makes the host wait for the device: nothing on a CPU, dear on a GPU.
         self.check_every = 1 if device.type == "cpu" else 50
         parameters = models.count_parameters(self.model)
-        start = records.start_event(config, parameters, self.batches, device, workers.size)
+        start = records.start_event(config, parameters, self.batches.about, device, workers.size)
         self.events: list[dict[str, Any]] = [start]
 
     @property

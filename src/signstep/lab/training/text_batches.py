@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,16 +49,15 @@ class TextBatches:
                 f"evaluate on, for batches of {config.batch_size} sequences of {self.context} bytes, which need "
                 f"{(config.batch_size + 1) * self.context} and {self.context * workers.size + 1}"
             )
-        self.train_size, self.eval_size = len(self.train), len(self.eval)
         self.labels_evaluated = len(self.eval) - 1
         self._config, self._workers = config, workers
         self._within = torch.arange(self.context + 1, device=workers.device)
         self._epoch, self._starts = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     @property
-    def about(self) -> dict[str, str]:
-        """What the record says of the text: the SHA-256 of all its bytes."""
-        return {"sha256": self.text.sha256}
+    def about(self) -> dict[str, Any]:
+        """What the record says of the text: the lengths of the parts in use, and the SHA-256 of all its bytes."""
+        return {"train_bytes": len(self.train), "eval_bytes": len(self.eval), "sha256": self.text.sha256}
 
     def training(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """One worker's part of batch `index` of `epoch`, both from 0: bytes and the bytes after them, int64 [B, T].

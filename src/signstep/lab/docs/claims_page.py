@@ -132,7 +132,7 @@ def _recommended(verdicts: Sequence[Verdict]) -> list[str]:
 
 
 def _beside_sgd(verdicts: Sequence[Verdict]) -> list[str]:
-    """Every recipe that was compared with SGD on CIFAR-100, the best first."""
+    """Every recipe that was compared with SGD on CIFAR-100, once, the best first."""
     ranked = []
     for each in verdicts:
         claim, gap = each.claim, each.estimate
@@ -142,7 +142,7 @@ def _beside_sgd(verdicts: Sequence[Verdict]) -> list[str]:
         gap = gap if row == claim.rows[0] else replace(gap, mean=-gap.mean)
         words = f"{row}: {stats.with_interval(gap, sign=True)} points, {each.evidence.rpartition(', ')[2]}"
         ranked.append((-gap.mean, words))
-    return [words for _, words in sorted(ranked)]
+    return list(dict.fromkeys(words for _, words in sorted(ranked)))
 
 
 def _row(verdict: Verdict) -> list[str]:

@@ -12,7 +12,6 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
-import scipy.stats
 
 CONFIDENCE = 0.95
 LEVEL = 0.05
@@ -56,12 +55,16 @@ class MeanEstimate:
             return None
         if self.half_width == 0:
             return float(self.mean == value)
+        import scipy.stats
+
         t = (self.mean - value) * _t_factor(self.n) * math.sqrt(self.n) / self.half_width
         return float(2 * scipy.stats.t.sf(abs(t), self.n - 1))
 
 
 @cache
 def _t_factor(n: int) -> float:
+    import scipy.stats  # when first needed: a command's options need this file's numbers as text alone
+
     return float(scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) / math.sqrt(n)
 
 

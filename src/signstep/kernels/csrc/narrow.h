@@ -109,6 +109,14 @@ struct Narrow {
   }
 };
 
+template <class Kernel, class Param, class Number>
+static INLINE void tile_of_pairs(const Kernel& kernel, Param* param, const Param* grad, Bfloat16* exp_avg, const Number* random) {
+  for (int i = 0; i < TILE; i += PER_PAIR) {
+    fetch(param + i), fetch(grad + i), fetch(exp_avg + i);
+    kernel.group(param + i, grad + i, exp_avg + i, random + i);
+  }
+}
+
 // bfloat16 parameters and momentum, which decides as it is kept.
 template <bool RANDOM>
 struct AllBfloat16 : Narrow {
@@ -150,22 +158,23 @@ struct AllBfloat16 : Narrow {
   }
 
   INLINE void tile(Bfloat16* param, const Bfloat16* grad, Bfloat16* exp_avg, float*, const uint16_t* random) const {
-    for (int i = 0; i < TILE; i += PER_PAIR) {
-      fetch(param + i), fetch(grad + i), fetch(exp_avg + i);
-      group(param + i, grad + i, exp_avg + i, random + i);
-    }
+    tile_of_pairs(*this, param, grad, exp_avg, random);
   }
 };
 
-// float32 parameters, and momentum that bfloat16 keeps at random.
-struct MomentumInBfloat16 : Narrow {
+// float32 parameters, whose momentum is rounded at random.
+struct RoundedMomentum : Narrow {
   using Param = float;
-  using Kept = Bfloat16;
   using Random = Bytes;
   using Number = uint8_t;
   static constexpr bool DRAWS = true;
   static constexpr int STREAM = ROUNDING;
   using Narrow::Narrow;
+};
+
+struct MomentumInBfloat16 : RoundedMomentum {
+  using Kept = Bfloat16;
+  using RoundedMomentum::RoundedMomentum;
 
   INLINE void group(float* param, const float* grad, Bfloat16* exp_avg, const uint8_t* random) const {
     const Pair p = read(param), g = read(grad);
@@ -187,22 +196,14 @@ struct MomentumInBfloat16 : Narrow {
   }
 
   INLINE void tile(float* param, const float* grad, Bfloat16* exp_avg, float*, const uint8_t* random) const {
-    for (int i = 0; i < TILE; i += PER_PAIR) {
-      fetch(param + i), fetch(grad + i), fetch(exp_avg + i);
-      group(param + i, grad + i, exp_avg + i, random + i);
-    }
+    tile_of_pairs(*this, param, grad, exp_avg, random);
   }
 };
 
-// float32 parameters, and momentum in 8 bits: what a block's scale is taken of waits in the first-level cache.
-struct MomentumInInt8 : Narrow {
-  using Param = float;
+// What a block's scale is taken of waits in the first-level cache.
+struct MomentumInInt8 : RoundedMomentum {
   using Kept = int8_t;
-  using Random = Bytes;
-  using Number = uint8_t;
-  static constexpr bool DRAWS = true;
-  static constexpr int STREAM = ROUNDING;
-  using Narrow::Narrow;
+  using RoundedMomentum::RoundedMomentum;
 
   INLINE void tile(float* param, const float* grad, int8_t* exp_avg, float* scale, const uint8_t* random) const {
     constexpr int SIZE = PER_REGISTER<float>;

@@ -116,9 +116,8 @@ def verdicts(evidence: Evidence, claims: Iterable[Claim]) -> list[Verdict]:
     """The verdicts, each test corrected for the number of all."""
     runs = _Runs(evidence.folder)
     raw = [_of_claim(each, evidence, runs) for each in claims]
-    tested = [i for i, each in enumerate(raw) if each.p is not None]
-    corrected = dict(zip(tested, stats.holm([raw[i].p or 0.0 for i in tested]), strict=True))
-    return [_tested(each, corrected[i]) if i in corrected else each for i, each in enumerate(raw)]
+    corrected = stats.holm([each.p for each in raw])
+    return [each if p is None else _tested(each, p) for each, p in zip(raw, corrected, strict=True)]
 
 
 def _tested(verdict: Verdict, corrected: float) -> Verdict:
@@ -169,14 +168,14 @@ class _Runs:
         sign = task(dataset).metric.sign
         return {seed: sign * run.result for seed, run in found.items() if run is not None and run.done}
 
-    def experiment(self, scale: Scale, dataset: str, keys: Sequence[str]) -> str | None:
-        """The first experiment that has all these rows on a data set."""
-        return next((name for name, rows in self._rows(scale, dataset).items() if set(keys) <= rows.keys()), None)
+    def experiments(self, scale: Scale, dataset: str, keys: Sequence[str]) -> list[str]:
+        """The experiments that have all these rows on a data set."""
+        return [name for name, rows in self._rows(scale, dataset).items() if set(keys) <= rows.keys()]
 
     def report(self, scale: Scale, dataset: str, keys: Sequence[str]) -> str | None:
-        """The first experiment that has all these rows and whose report is there."""
-        names = [name for name, rows in self._rows(scale, dataset).items() if set(keys) <= rows.keys()]
-        return next((name for name in names if (self._folder / f"{scale}-strong" / f"{name}.json").exists()), None)
+        """The first of them whose report is there."""
+        folder = self._folder / f"{scale}-strong"
+        return next((n for n in self.experiments(scale, dataset, keys) if (folder / f"{n}.json").exists()), None)
 
 
 def _of_rows(claim: Claim, runs: _Runs) -> Verdict:
@@ -207,9 +206,8 @@ def _of_rows(claim: Claim, runs: _Runs) -> Verdict:
 def _command(claim: Claim, runs: _Runs) -> str:
     """The command that would measure it, at the scale that two cores can bear."""
     for scale in ("cpu2", "cpu"):
-        name = runs.experiment(scale, claim.dataset, claim.rows)
-        if name is not None:
-            return f"`signstep reproduce {name} --scale {scale} --rows {' '.join(claim.rows)} --seeds 5`"
+        if names := runs.experiments(scale, claim.dataset, claim.rows):
+            return f"`signstep reproduce {names[0]} --scale {scale} --rows {' '.join(claim.rows)} --seeds 5`"
     return "no experiment has both rows"
 
 

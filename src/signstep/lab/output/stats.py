@@ -105,19 +105,21 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     return estimate([values[s] - baseline[s] for s in seeds]) if seeds else None
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Corrects p for their number (Holm 1979): those below 0.05 contain a true null with a chance of 5 % at most.
 
-    The k-th smallest of n, k from 0, is multiplied by n - k; none is smaller than one before it, or above 1.
+    The k-th smallest of n, k from 0, is multiplied by n - k; none is smaller than one before it, or above 1. None is
+    what has no test: it does not count and stays.
 
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
+    >>> holm([0.01, None, 0.04, 0.03])
+    [0.03, None, 0.06, 0.06]
     """
-    order = np.argsort(p_values, kind="stable")
-    factors = np.arange(len(order), 0, -1)
-    corrected = np.empty(len(order))
-    corrected[order] = np.minimum(1, np.maximum.accumulate(np.asarray(p_values, dtype=np.float64)[order] * factors))
-    return [float(p) for p in corrected]
+    p = np.array([each for each in p_values if each is not None])
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    tested = iter(corrected)
+    return [None if each is None else float(next(tested)) for each in p_values]
 
 
 def claim_verdict(difference: MeanEstimate, claimed: float, p: float | None) -> Verdict:

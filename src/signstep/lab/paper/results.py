@@ -98,9 +98,8 @@ class Difference:
 
 
 def _corrected(differences: Sequence[Difference]) -> tuple[Difference, ...]:
-    p_values = {i: p for i, d in enumerate(differences) if d.estimate and (p := d.estimate.p_value()) is not None}
-    corrected = dict(zip(p_values, stats.holm(list(p_values.values())), strict=True))
-    return tuple(replace(d, corrected=corrected.get(i)) for i, d in enumerate(differences))
+    corrected = stats.holm([None if d.estimate is None else d.estimate.p_value() for d in differences])
+    return tuple(replace(d, corrected=p) for d, p in zip(differences, corrected, strict=True))
 
 
 class Results:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from signstep.distributed.reductions import TRAINED
 from signstep.lab.errors import BadInput
 from signstep.lab.training.optimizers import OPTIMIZERS, OptimizerName
-from signstep.lab.training.tasks import task
+from signstep.lab.training.tasks import ImageModel, TextModel, task
 
 Dataset = Literal["cifar10", "cifar100", "fashion-mnist", "mnist", "digits", "bible", "shakespeare", "text"]
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class RunConfig:
     """Side of the square set to the mean; 0: off."""
 
     # model
-    model: Literal["resnet8", "resnet20", "resnet18", "convnet", "gpt", "gpt2"] = "resnet18"
+    model: Literal[ImageModel, TextModel] = "resnet18"
     """The network; of a text gpt (4 layers of width 128) or gpt2 (12 of width 768)."""
     width: float = 1.0
     """Factor on the number of channels of every layer."""

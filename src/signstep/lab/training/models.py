@@ -5,6 +5,7 @@ He et al., 2016, "Deep Residual Learning for Image Recognition", arXiv:1512.0338
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Literal
@@ -12,7 +13,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Model = Literal["resnet8", "resnet20", "resnet18", "convnet"]
+from signstep.lab.training.tasks import ImageModel
+
 Stem = Literal["cifar", "imagenet"]
 
 
@@ -142,7 +144,7 @@ def _start_convolutions(network: nn.Module) -> None:
 
 
 def build(
-    model: Model, *, num_classes: int, in_channels: int = 3, width: float = 1.0, stem: Stem = "cifar"
+    model: ImageModel, *, num_classes: int, in_channels: int = 3, width: float = 1.0, stem: Stem = "cifar"
 ) -> ResNet | ConvNet:
     """A freshly initialised network; the initial weights come from torch's global CPU generator.
 
@@ -162,25 +164,23 @@ def build(
         >>> sum(p.numel() for p in build("resnet20", num_classes=10).parameters())
         269722
     """
-    families = {
-        "resnet8": ((16, 32, 64), 1, PadShortcut),
-        "resnet20": ((16, 32, 64), 3, PadShortcut),
-        "resnet18": ((64, 128, 256, 512), 2, projection),
+    families: dict[str, tuple[tuple[int, ...], Callable[..., ResNet | ConvNet]]] = {
+        "resnet8": ((16, 32, 64), functools.partial(ResNet, blocks=1, shortcut=PadShortcut, stem=stem)),
+        "resnet20": ((16, 32, 64), functools.partial(ResNet, blocks=3, shortcut=PadShortcut, stem=stem)),
+        "resnet18": ((64, 128, 256, 512), functools.partial(ResNet, blocks=2, shortcut=projection, stem=stem)),
+        "convnet": ((24, 32, 64, 128), ConvNet),
     }
-    if model not in (*families, "convnet"):
-        raise ValueError(f"model={model!r}: expected one of {', '.join((*families, 'convnet'))}")
+    if model not in families:
+        raise ValueError(f"model={model!r}: expected one of {', '.join(families)}")
     if stem not in ("cifar", "imagenet"):
         raise ValueError(f"stem={stem!r}: expected cifar or imagenet")
     if not width > 0:
         raise ValueError(f"width={width!r}: expected a value > 0")
     if num_classes < 1 or in_channels < 1:
         raise ValueError(f"num_classes={num_classes!r}, in_channels={in_channels!r}: expected at least 1 of each")
-    if model == "convnet":
-        channels = tuple(max(1, round(c * width)) for c in (24, 32, 64, 128))
-        return ConvNet(channels, num_classes=num_classes, in_channels=in_channels)
-    base, blocks, shortcut = families[model]
+    base, network = families[model]
     channels = tuple(max(1, round(c * width)) for c in base)
-    return ResNet(channels, blocks, shortcut, num_classes=num_classes, in_channels=in_channels, stem=stem)
+    return network(channels, num_classes=num_classes, in_channels=in_channels)
 
 
 def count_parameters(model: nn.Module) -> int:

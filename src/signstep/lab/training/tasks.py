@@ -79,9 +79,11 @@ class Task:
     """The networks that can be trained on it."""
 
 
-_IMAGES = Task(ACCURACY, "images", "images", ("resnet8", "resnet20", "resnet18", "convnet"))
+ImageModel = Literal["resnet8", "resnet20", "resnet18", "convnet"]
+TextModel = Literal["gpt", "gpt2"]
+_IMAGES = Task(ACCURACY, "images", "images", ImageModel.__args__)  # type: ignore[attr-defined]
 _CIFAR100 = Task(Metric(**{**vars(ACCURACY), "chance": 1.0}), "images", "images", _IMAGES.models)
-_TEXT = Task(BITS_PER_BYTE, "bytes", "sequences", ("gpt", "gpt2"))
+_TEXT = Task(BITS_PER_BYTE, "bytes", "sequences", TextModel.__args__)  # type: ignore[attr-defined]
 TEXTS = ("bible", "shakespeare", "text")
 
 

@@ -276,7 +276,7 @@ OVERRIDES: list[tuple[str, Any, dict[str, Any] | None]] = [
 HYBRID_OVERRIDES: list[tuple[str, Any, dict[str, Any] | None]] = [
     ("switch_step", 2, {"switch_step": 4}),
     ("switch_step", "auto", {"switch_step": 4}),
-    ("switch_tolerance", 1e3, {"switch_step": "auto", "ema_decay": 0.5, "switch_patience": 2, "calibration": "ratio"}),
+    ("switch_tolerance", 0.0, {"switch_step": "auto", "ema_decay": 0.5, "switch_patience": 2, "calibration": "ratio"}),
     ("switch_patience", 3, {"switch_step": "auto", "ema_decay": 0.5, "switch_tolerance": 10.0}),
     ("calibration_scope", "group", {"switch_step": 3}),
     ("switch_step", None, {"switch_step": 4}),

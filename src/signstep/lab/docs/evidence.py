@@ -49,6 +49,8 @@ _NAMES = (
     "one",
 )
 """Of the methods below, those that an expression may call."""
+NETWORK = "bench-comm-amd-epyc/bench-comm.json"
+"""What a step over the network costs, as the pages have it."""
 PAPERS_DITHER = ("pre-0.5", "pre-0.1", "pre-0.01")
 
 
@@ -206,5 +208,5 @@ class Evidence:
 
     def network(self, ranks: int, rate: str, method: str) -> Any:
         """What a method of reducing gradients took over links of a rate: `seconds`, `times_faster`, `bytes_sent`."""
-        cells = self.file("bench-comm/bench-comm.json")["cells"]
+        cells = self.file(NETWORK)["cells"]
         return self.one(cells, ranks=ranks, rate=rate)["methods"][method]

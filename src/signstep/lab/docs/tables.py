@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from signstep.lab.bench.step_table import read_records, step_table
-from signstep.lab.docs.evidence import Evidence
+from signstep.lab.docs.evidence import NETWORK, Evidence
 from signstep.lab.output import stats
 from signstep.lab.output.tables import markdown_table
 from signstep.lab.paper.experiments import dataset_title
@@ -72,8 +72,8 @@ def _gains(evidence: Evidence, experiment: str, dataset: str) -> Lines:
 
 def _network(evidence: Evidence) -> Lines:
     """Bytes, and times faster than DDP's fp32 mean, of four ranks."""
-    cells = {c["rate"]: c["methods"] for c in evidence.file("bench-comm/bench-comm.json")["cells"] if c["ranks"] == 4}
-    parameters = evidence.file("bench-comm/bench-comm.json")["workloads"]["4e6"]["parameters"]
+    cells = {c["rate"]: c["methods"] for c in evidence.file(NETWORK)["cells"] if c["ranks"] == 4}
+    parameters = evidence.file(NETWORK)["workloads"]["4e6"]["parameters"]
     lines = []
     for key, label in _NETWORK_ROWS.items():
         faster = [cells[rate][key]["times_faster"]["median"] for rate in _RATES]

@@ -6,12 +6,16 @@ from signstep.lab.cli.commands import Commands
 
 STUDIES = Commands(
     "signstep study",
-    "Measure what a vote is worth, against Byzantine workers (byzantine) and by dither (vote-curve), and how far\n"
-    "signs can be trusted in the paper's trainings (monitor).",
+    "Measure what a vote is worth, against Byzantine workers (byzantine) and by dither (vote-curve), how far\n"
+    "signs can be trusted in the paper's trainings (monitor), and where dither helps (dither).",
     {
         "byzantine": (
             "signstep.lab.studies.byzantine:ByzantineStudy",
             "Measure accuracy against the share of Byzantine workers, for majority vote and for the mean.",
+        ),
+        "dither": (
+            "signstep.lab.studies.dither_map:DitherStudy",
+            "Map accuracy over the noise's size and the learning rate, under what the paper leaves open.",
         ),
         "monitor": (
             "signstep.lab.studies.monitored:MonitorStudy",

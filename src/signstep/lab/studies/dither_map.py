@@ -77,7 +77,7 @@ NOISES = (("clean", 0.0), *(("absolute", a) for a in ALPHAS), *(("relative", s) 
 
 @dataclass(frozen=True)
 class DitherStudy:
-    """Measure accuracy over the noise's size and the learning rate, under each condition that the paper leaves open."""
+    """Map accuracy over the noise's size and the learning rate, under what the paper leaves open."""
 
     out: Path = Path("results/dither")
     """Folder of the results."""
@@ -121,16 +121,13 @@ class DitherStudy:
         make_folder(folder)
         chosen = [each for each in CONDITIONS if each.key in self.conditions]
         late = False
-        for planned in (
-            [run for condition in chosen for run in self.map_runs(condition)],
-            [run for condition in chosen for run in self.final_runs(condition)],
-        ):
+        for plan in (self.map_runs, self.final_runs):
+            planned = [run for condition in chosen for run in plan(condition)]
             for run in planned[share::shares]:
                 late = late or (end is not None and time.monotonic() >= end)
                 path = folder / f"{run.key}.json"
-                if late or path.exists():
-                    continue
-                self._train(run, path)
+                if not late and not path.exists():
+                    self._train(run, path)
         with locked(self.out / "report.lock"):
             for path in write_report(self.out, self.command, [self.measured(each) for each in chosen]):
                 print(f"written: {path}")

@@ -94,19 +94,20 @@ def check_rounding(key: str, grads: list[dict[str, Tensor]], given_: list[list[d
     for got, workers in zip(grads, given_, strict=True):
         for name in SHAPES:
             exact = [in_memory(g[name]) for g in workers]
-            if key == "terngrad":
+            if key in ("terngrad", "dithered-sign"):
                 exact = [limited(x) for x in exact]
             for i in range(0, len(exact[0]), BLOCK):
                 blocks = [x[i : i + BLOCK] for x in exact]
-                unit = max(np.abs(b).max() for b in blocks) / (1 if key == "terngrad" else 7)
-                levels = 1 if key == "terngrad" else 7
+                levels = 7 if key == "qsgd" else 1
+                unit = max(np.abs(b).max() for b in blocks) / levels
                 off = np.abs(in_memory(got[name])[i : i + BLOCK] - np.mean(blocks, axis=0)).max()
-                assert off <= unit + unit * (levels + 1) / levels + 1e-6
+                assert off <= unit + (0 if key == "dithered-sign" else unit * (levels + 1) / levels) + 1e-6
 
 
 def limited(x: np.ndarray) -> np.ndarray:
     def limit(block: np.ndarray) -> np.ndarray:
-        return np.clip(block, -2.5 * block.std(), 2.5 * block.std())
+        limit = 2.5 * np.sqrt(np.mean(np.square(block)))
+        return np.clip(block, -limit, limit)
 
     return blockwise(x, limit)
 

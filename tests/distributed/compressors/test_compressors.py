@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from compressor_cases import CPU, blockwise, decoded, ef_sign, one_bit_sgd, qsgd
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from signstep.distributed.compressors import QSGD, EFSign, OneBitSGD, TernGrad, TopK
+from signstep.distributed.compressors import QSGD, DitheredSign, EFSign, OneBitSGD, TernGrad, TopK
 from signstep.distributed.compressors.blocks import BLOCK, Blocks
 from signstep.distributed.compressors.noise import SERVER, WORKER, random_integers, round_stochastically
 from signstep.distributed.compressors.top_k import largest
@@ -67,13 +68,42 @@ def test_rounding_is_unbiased(compressor: Any) -> None:
     np.testing.assert_allclose(got.var(dim=0), unit**2 * q * (1 - q), atol=0.05 * unit**2)
 
 
+def test_the_error_of_a_dithered_sign_does_not_depend_on_what_is_sent() -> None:
+    """Schuchman: uniform on (-s, s), whatever x is, so of variance s^2 / 3, to 5 standard errors."""
+    draws = 4000
+    x = torch.linspace(-1, 1, 9)
+    rows = torch.zeros(draws, BLOCK)
+    rows[:, :9] = x
+    compressor = DitheredSign(clip=None)
+    noise = random_integers([draws], [0], WORKER, seed=7, rank=1, step=2, device=CPU)
+    coded = compressor._encode(rows, Blocks(torch.full((draws,), 9), CPU), noise)
+    error = (compressor.reconstruct(coded, noise)[:, :9] - x).double()
+    assert error.abs().max() <= 1 + 2**-15
+    for column in error.T:
+        assert scipy.stats.kstest(column.numpy(), "uniform", (-1, 2)).pvalue > 1e-4
+    np.testing.assert_allclose(error.var(dim=0), 1 / 3, atol=5 * math.sqrt((1 / 5 - 1 / 9) / draws))
+    covariance = (error * x).mean()  # of error and x, over everything
+    assert abs(covariance) < 5 * math.sqrt(float(x.square().mean()) / 3 / error.numel())
+    # The bits alone: unbiased too, with the variance 1 - x^2.
+    alone = compressor._decode(coded)[:, :9].double()
+    assert ((alone.mean(dim=0) - x).abs() <= 5 * ((1 - x.square()).clamp(min=1e-3) / draws).sqrt()).all()
+
+
+@pytest.mark.parametrize("compressor", [DitheredSign(), TernGrad()], ids=repr)
+def test_a_parameter_of_one_element_is_not_limited_to_nothing(compressor: Any) -> None:
+    x = torch.zeros(1, BLOCK)
+    x[0, 0] = -3.0
+    compressor.limit(x, torch.tensor([[1.0]]))
+    assert x[0, 0] == -3.0
+
+
 def test_terngrad_limits_what_workers_send_and_not_what_owners_do() -> None:
     x = torch.randn(2, BLOCK)
     x[1, 100:] = 0
     sizes = torch.tensor([[float(BLOCK)], [100.0]])
     expected = x.clone()
     for row, size in ((0, BLOCK), (1, 100)):
-        limit = 2.5 * x[row, :size].double().std(correction=0)
+        limit = 2.5 * x[row, :size].double().square().mean().sqrt()
         expected[row] = x[row].clamp(-limit, limit)
     TernGrad().limit(x, sizes)
     torch.testing.assert_close(x, expected)
@@ -112,7 +142,8 @@ def test_largest_are_the_largest(size: int, share: float, seed: int, kind: str) 
 
 
 def test_options_out_of_range_are_refused() -> None:
-    for make in (lambda: QSGD(0), lambda: QSGD(128), lambda: TopK(0.0), lambda: TopK(1.5), lambda: TernGrad(0.0)):
+    makers: tuple[Any, ...] = (lambda: QSGD(0), lambda: QSGD(128), lambda: TopK(0.0), lambda: TopK(1.5))
+    for make in (*makers, lambda: TernGrad(0.0), lambda: DitheredSign(clip=-1.0)):
         with pytest.raises(ValueError, match=r"^Invalid \w+: .*, expected "):
             make()
 

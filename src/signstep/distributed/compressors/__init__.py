@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from signstep.distributed.compressors.base import BlockCompressor, CompressedGradients, Compressor, Offer
+from signstep.distributed.compressors.dithered_sign import DitheredSign
 from signstep.distributed.compressors.ef_sign import EFSign
 from signstep.distributed.compressors.one_bit_adam import OneBitAdam
 from signstep.distributed.compressors.one_bit_sgd import OneBitSGD
@@ -18,6 +19,7 @@ __all__ = [
     "BlockCompressor",
     "CompressedGradients",
     "Compressor",
+    "DitheredSign",
     "EFSign",
     "Offer",
     "OneBitAdam",
@@ -26,7 +28,7 @@ __all__ = [
     "TopK",
 ]
 
-_FILES = ("ef_sign", "one_bit_sgd", "qsgd", "terngrad", "top_k")
+_FILES = ("dithered_sign", "ef_sign", "one_bit_sgd", "qsgd", "terngrad", "top_k")
 """Where compressors are, each with its `OFFERS`: a new file is named here and nowhere else."""
 
 COMPRESSORS: dict[str, Offer] = {

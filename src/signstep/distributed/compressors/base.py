@@ -105,9 +105,9 @@ class Message:
         all_gather(received, words, group=self._hook.group)
         return received.view(self._hook.world_size, -1)
 
-    def draw(self) -> Tensor:
-        """Noise for what this worker sends, see `random_integers`."""
-        return self._hook.draw(self._names, self.layout.counts, WORKER)
+    def draw(self, rank: int | None = None) -> Tensor:
+        """Noise for what a worker sends, this one or that of a rank, see `random_integers`."""
+        return self._hook.draw(self._names, self.layout.counts, WORKER, rank)
 
     def draw_own(self) -> Tensor:
         """Noise for what this rank sends of the blocks that it owns."""
@@ -319,12 +319,11 @@ class CompressedGradients(GradientHook):
             place.copy_(entry.flat)
         return entry.present
 
-    def draw(self, names: Sequence[str], rows: Sequence[int], stream: int) -> Tensor:
-        """The noise of this rank in this step, see `random_integers`."""
+    def draw(self, names: Sequence[str], rows: Sequence[int], stream: int, rank: int | None = None) -> Tensor:
+        """The noise of a rank in this step, of this one unless another is named, see `random_integers`."""
         ordinals = [self._ordinals[name] for name in names]
-        return random_integers(
-            rows, ordinals, stream, seed=self.seed, rank=self.rank, step=self.step, device=self.device
-        )
+        whose = self.rank if rank is None else rank
+        return random_integers(rows, ordinals, stream, seed=self.seed, rank=whose, step=self.step, device=self.device)
 
     def _layout(self, entries: Sequence[Entry]) -> Layout:
         # DDP rebuilds its buckets after the first backward.

@@ -77,3 +77,15 @@ def round_stochastically(x: Tensor, unit: Tensor, levels: int, noise: Tensor) ->
     up = x / torch.where(unit > 0, unit, 1.0)
     up.add_(noise.to(torch.float32), alpha=2**-16).add_(levels + 0.5 + 2**-17)
     return up.clamp_(max=2 * levels).to(torch.uint8)
+
+
+def limit_to_rms(x: Tensor, sizes: Tensor, clip: float) -> None:
+    """Limit elements to `clip` times the root mean square of their row, in place.
+
+    Args:
+        x: float32 [rows, columns], zeros beyond the end of short rows.
+        sizes: float32 [rows, 1], elements in each row.
+        clip: above 0.
+    """
+    limit = clip * (x.square().sum(dim=1, keepdim=True) / sizes).sqrt()
+    torch.clamp(x, -limit, limit, out=x)

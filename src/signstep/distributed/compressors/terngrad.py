@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from signstep.distributed.compressors.base import BlockCompressor, Offer, Page
-from signstep.distributed.compressors.noise import round_stochastically
+from signstep.distributed.compressors.noise import limit_to_rms, round_stochastically
 
 __all__ = ["TernGrad"]
 
@@ -21,8 +20,9 @@ class TernGrad(BlockCompressor):
         C(x)_i = s\,\mathrm{sign}(x_i)\,b_i, \qquad P(b_i = 1) = |x_i| / s, \qquad s = \max_j |x_j|
 
     which is unbiased. Its variance grows with s, so the paper first limits elements to c standard deviations of the
-    layer's gradient (here: the block's), a bias that it accepts; so do workers here, but not the owners' second
-    rounding. The paper's workers agree on s, which saves the owner nothing here, and is left out.
+    layer's gradient, a bias that it accepts; so do workers here, but not the owners' second rounding. Here it is c
+    times the root mean square of the block: deviations from the mean are 0 where a block has one element. The paper's
+    workers agree on s, which saves the owner nothing here, and is left out.
 
     Args:
         clip: c, above 0; None: no clipping, no bias. (default: 2.5)
@@ -46,13 +46,9 @@ class TernGrad(BlockCompressor):
             raise ValueError(f"Invalid clip: {self.clip}, expected clip > 0, or None for no clipping")
 
     def limit(self, x: Tensor, sizes: Tensor) -> None:
-        """Limit elements to clip standard deviations of their block."""
-        if self.clip is None:
-            return
-        mean = x.sum(dim=1, keepdim=True) / sizes
-        variance = x.square().sum(dim=1, keepdim=True) / sizes - mean.square()
-        limit = self.clip * variance.clamp(min=0).sqrt()
-        torch.clamp(x, -limit, limit, out=x)
+        """Limit elements to clip times the root mean square of their block."""
+        if self.clip is not None:
+            limit_to_rms(x, sizes, self.clip)
 
     def encode(self, x: Tensor, sizes: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The largest magnitude, and each element's sign or 0."""

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-long lint bench browser clean
+.PHONY: help env demo test test-fast test-long lint docs bench browser clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,11 +32,14 @@ test-long: $(STAMP) ## what `make test` leaves out: the same laws at greater len
 	$(PYTEST) --durations 30 -m long --hypothesis-profile long
 	$(PYTEST) --durations 30 -m 'hypothesis and not long' --hypothesis-profile long
 
-lint: $(STAMP) ## ruff, mypy --strict, and which file may import which (make test runs this too)
+lint: $(STAMP) docs ## ruff, mypy --strict, which file may import which, and the site (make test runs this too)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+
+docs: $(STAMP) ## the site, in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(STAMP) ## what a step costs beside other optimizers and the speed of memory (minutes)
 	$(BIN)/signstep bench step --out results/bench

@@ -2,8 +2,12 @@
 
 import gc
 import os
+import shutil
 import signal
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -23,3 +27,18 @@ settings.load_profile("signstep")
 def pytest_collection_finish() -> None:
     """Modules stay: the garbage collector, which each run of the lab calls once, need not walk through them."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the browser test needs the package playwright")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    executable = next((path for name in names if (path := shutil.which(name))), None)
+    if executable is None:
+        pytest.skip(f"the browser test needs one of {', '.join(names)} on the PATH")
+    quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    with sync_api.sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-sync", *quiet]
+        started = playwright.chromium.launch(executable_path=executable, args=arguments)
+        yield started
+        started.close()

@@ -74,7 +74,7 @@ class HybridSignSGD(SignSGD):
 
     Raises:
         RuntimeError: `switch()` before the first sign step: there is no rate yet.
-        The errors of `SignSGD`.
+        TypeError, ValueError, RuntimeError: as `SignSGD`.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)

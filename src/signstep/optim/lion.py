@@ -44,7 +44,7 @@ class Lion(SignSGD):
         the other's betas are.
 
     Raises:
-        The errors of `SignSGD`.
+        TypeError, ValueError, RuntimeError: as `SignSGD`.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)

@@ -103,7 +103,7 @@ class SignSGD(Optimizer):
             No GPU has run the Triton kernels yet: on each they must first pass `signstep.kernels.self_check`. Inside
             torch.compile they are one operator. (default: None)
         capturable: keep the step count on the parameters' device, so that a CUDA graph of the step advances it.
-        (default: False)
+            (default: False)
         differentiable: let autograd see the step; the sign's own derivative is 0. (default: False)
 
     A param_group may have ``first_ordinal``, the number of its first parameter in the noise, see `noise_ordinals`.

@@ -1,0 +1,86 @@
+"""The site's pages outside docs/: README, CONTRIBUTING, the changelog, and whatever pages link in results/.
+
+No text is copied. These files are read where they lie, and a link from one file of the repository to another, which a
+forge follows as it is, leads on the site to the page or file that it names, or to the repository if the site has none.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path, PurePosixPath
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+"""Where files of the repository's root are on the site."""
+
+_LINK = re.compile(r'(?<=\]\()[^)\s#]+|(?<=\bsrc=")[^"#]+|(?<=\bhref=")[^"#]+|(?<=\bsrcset=")[^"#]+')
+_FENCE = re.compile(r"^(```+|~~~+).*?^\1\s*$", re.MULTILINE | re.DOTALL)
+_NESTED = re.compile(r"^((?:  )+)(?=(?:[-*+]|\d+\.) )", re.MULTILINE)
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Take the address of the repository from where it is set, [tool.signstep] in pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    config.repo_url = project["tool"]["signstep"]["repository"]
+    config.site_url = project["tool"]["signstep"]["documentation"]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages of the root, then what pages link in results/, then what that links."""
+    for source, target in PAGES.items():
+        files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
+    unread = [Path(file.abs_src_path or "") for file in files.documentation_pages()]
+    while unread:
+        page = unread.pop()
+        for link in _LINK.findall(page.read_text("utf-8")):
+            path = (page.parent / link).resolve()
+            uri = _on_site(path)
+            if path.is_file() and uri is not None and uri.startswith("results/") and uri not in files.src_uris:
+                files.append(File.generated(config, uri, abs_src_path=str(path)))
+                if path.suffix == ".md":
+                    unread.append(path)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Lead links where their files are on the site, and indent nested lists by four, as Python-Markdown wants them."""
+    source = Path(page.file.abs_src_path or "")
+    here = PurePosixPath(page.file.src_uri).parent
+
+    def led(match: re.Match[str]) -> str:
+        path = (source.parent / match[0]).resolve()
+        if ":" in match[0] or not path.exists() or not path.is_relative_to(ROOT):
+            return match[0]
+        uri = _on_site(path)
+        if uri in files.src_uris:
+            return os.path.relpath(uri, here)
+        return f"{config.repo_url}/blob/main/{path.relative_to(ROOT).as_posix()}"
+
+    text, end = "", 0
+    for fence in [*_FENCE.finditer(markdown), None]:
+        prose = markdown[end : fence.start() if fence else None]
+        text += _NESTED.sub(r"\1\1", _LINK.sub(led, prose))
+        if fence:
+            text += fence[0]
+            end = fence.end()
+    return text
+
+
+def _on_site(path: Path) -> str | None:
+    """Where a file of the repository is on the site, if it is there."""
+    if not path.is_relative_to(ROOT):
+        return None
+    name = path.relative_to(ROOT).as_posix()
+    if name.startswith("docs/"):
+        return name.removeprefix("docs/")
+    return PAGES.get(name, name)

@@ -136,7 +136,7 @@ def test_follows_the_slow_vote(size: int, steps: int, cases: list[str]) -> None:
 
 
 def _follow_in_parts(kind: str, ddp: dict[str, Any], options: dict[str, Any], vote: dict[str, Any]) -> int:
-    with mock.patch("signstep.distributed.ddp.LEAST_PART", 200):
+    with mock.patch("signstep.distributed.vote.LEAST_PART", 200):
         return _follow(kind, ddp, options, vote, 3, 1)
 
 
@@ -155,7 +155,7 @@ def test_a_part_that_is_not_finite_stops_all_ranks_while_others_are_on_the_wire(
         next(reversed(list(model.parameters()))).register_hook(lambda g: g * torch.inf)
     x, y = batch_of("linear", 0)
     with (
-        mock.patch("signstep.distributed.ddp.LEAST_PART", 1),
+        mock.patch("signstep.distributed.vote.LEAST_PART", 1),
         pytest.raises(CollectiveError, match=r"gradient of 4.bias on rank 1 is not finite"),
     ):
         F.cross_entropy(model(x), y).backward()

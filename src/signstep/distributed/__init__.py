@@ -16,7 +16,8 @@ from signstep.distributed.compressors import (
 )
 from signstep.distributed.ddp import MajorityVote
 from signstep.distributed.hooks import Bucket, Entry, GradientHook
-from signstep.distributed.simulation import SimulatedVote
+from signstep.distributed.local import LocalVote
+from signstep.distributed.simulation import SimulatedLocalVote, SimulatedVote
 from signstep.distributed.worker import resplit
 
 if TYPE_CHECKING:
@@ -33,9 +34,11 @@ __all__ = [
     "Entry",
     "FSDPMajorityVote",
     "GradientHook",
+    "LocalVote",
     "MajorityVote",
     "OneBitAdam",
     "OneBitSGD",
+    "SimulatedLocalVote",
     "SimulatedVote",
     "TernGrad",
     "TopK",

@@ -18,13 +18,10 @@ from torch.optim import Optimizer
 from signstep.distributed.collectives import mean_over
 from signstep.distributed.hooks import Bucket, Entry, GradientHook
 from signstep.distributed.power_sgd import PowerSGD
-from signstep.distributed.vote import Vote, cast_entries, in_turns, nonfinite_rule
+from signstep.distributed.vote import Vote, cast_entries, in_parts, in_turns, nonfinite_rule
 from signstep.distributed.worker import Worker, check_choice
 
 __all__ = ["MajorityVote"]
-
-LEAST_PART = 1 << 20
-"""Of a bucket, in elements: parts are voted on in turns, so that the wire and the processor work at the same time."""
 
 
 class MajorityVote(GradientHook):
@@ -133,7 +130,7 @@ class MajorityVote(GradientHook):
                 entry.flat.mul_(1.0 / self.grad_scaler.get_scale())
         if voting:
             finite = bool(bucket.buffer.dot(bucket.buffer).isfinite())
-            in_turns(self._elect(part, finite) for part in _parts(voting))
+            in_turns(self._elect(part, finite) for part in in_parts(voting))
         averaged = [e for e in bucket.entries if not self.worker.votes(e.name)]
         strangers = [e for e in averaged if e.name not in self.worker.groups]
         switched = [e for e in averaged if e.name in self.worker.groups]
@@ -193,16 +190,3 @@ class MajorityVote(GradientHook):
                         "the state of this model"
                     )
         self.worker.load_state_dict(state)
-
-
-def _parts(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """Consecutive entries of `LEAST_PART` elements in all, or more."""
-    parts: list[list[Entry]] = []
-    size = LEAST_PART
-    for entry in entries:
-        if size >= LEAST_PART:
-            parts.append([])
-            size = 0
-        parts[-1].append(entry)
-        size += entry.flat.numel()
-    return parts

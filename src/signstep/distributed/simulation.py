@@ -13,6 +13,7 @@ an order of its own; so can the SGD phase of HybridSignSGD, which takes means.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,11 @@ from torch.optim import Optimizer
 
 from signstep.distributed.attacks import Attack, Collude
 from signstep.distributed.hooks import Entry
-from signstep.distributed.vote import Vote, cast_entries, nonfinite_rule, voters_of
+from signstep.distributed.local import LocalRounds, OuterOptions
+from signstep.distributed.vote import Outcome, Vote, cast_entries, nonfinite_rule, voters_of
 from signstep.distributed.worker import Worker, check_choice, in_memory_order
 
-__all__ = ["SimulatedMean", "SimulatedVote", "per_worker_gradients"]
+__all__ = ["SimulatedLocalVote", "SimulatedMean", "SimulatedVote", "per_worker_gradients"]
 
 Gradients = Mapping[str, Tensor | None]
 """One worker's, by parameter name, each in the parameter's shape; None, or no entry: backward has not reached it."""
@@ -117,6 +119,35 @@ class SimulatedMean(_Simulation):
                 self._give(p, self._average(everyone, i))
 
 
+def hold_among(vote: Vote, everyone: Sequence[Sequence[Entry]]) -> list[Outcome]:
+    """Hold a vote among workers that are all in this process.
+
+    The votes are written over the gradients of the first worker, of all if the optimizer calibrates on them.
+
+    Args:
+        vote: with its workers.
+        everyone: the gradients of each.
+
+    Returns:
+        Of the first worker, or of all.
+    """
+    names = [e.name for e in everyone[0]]
+    ballots = []
+    for worker, entries in zip(vote.workers, everyone, strict=True):
+        whole = torch.cat([e.flat for e in entries])
+        ballots.append(cast_entries(worker, entries, finite=bool(whole.dot(whole).isfinite())))
+    flags = [b.flags for b in ballots]
+    voters = voters_of(flags)
+    result = vote.tally(torch.stack([b.words for b in ballots]), voters, ballots[0].slots, names)
+    election = vote.election(result, flags, voters)
+    outcomes = []
+    for worker, entries, ballot in zip(vote.workers, everyone, ballots, strict=True):
+        outcomes.append(vote.accept(worker, ballot, election, names, [e.flat for e in entries]))
+        if not vote.optimizer.calibrates:
+            break
+    return outcomes
+
+
 class SimulatedVote(_Simulation):
     """`MajorityVote` of M workers in one process, on gradients that the caller computes.
 
@@ -203,30 +234,61 @@ class SimulatedVote(_Simulation):
 
     def _elect(self, everyone: Sequence[list[Entry]]) -> None:
         """Write the votes over the gradients of the first worker (of all, if the optimizer calibrates on them)."""
-        vote, names = self._vote, [e.name for e in everyone[0]]
-        ballots = []
-        for worker, entries in zip(self.workers, everyone, strict=True):
-            whole = torch.cat([e.flat for e in entries])
-            ballots.append(cast_entries(worker, entries, finite=bool(whole.dot(whole).isfinite())))
-        flags = [b.flags for b in ballots]
-        voters = voters_of(flags)
-        result = vote.tally(torch.stack([b.words for b in ballots]), voters, ballots[0].slots, names)
-        election = vote.election(result, flags, voters)
-        outcomes = []
-        for worker, entries, ballot in zip(self.workers, everyone, ballots, strict=True):
-            outcomes.append(vote.accept(worker, ballot, election, names, [e.flat for e in entries]))
-            if not self.optimizer.calibrates:
-                break
-        vote.count_votes(outcomes[0].voted)
+        outcomes = hold_among(self._vote, everyone)
+        self._vote.count_votes(outcomes[0].voted)
         if self.optimizer.calibrates:
-            sums = sum((o.sums for o in outcomes if o.sums is not None), vote.no_sums(result.device))
-            vote.receive_means(sums / self.world_size)
+            nothing = self._vote.no_sums(everyone[0][0].flat.device)
+            sums = sum((o.sums for o in outcomes if o.sums is not None), nothing)
+            self._vote.receive_means(sums / self.world_size)
 
     def _mean_of_all(self, momenta: list[Tensor]) -> Tensor:
         mean = momenta[0] / self.world_size
         for momentum in momenta[1:]:
             mean += momentum / self.world_size
         return mean
+
+
+class SimulatedLocalVote:
+    """`LocalVote` of M workers in one process, which has the model of each.
+
+    The caller takes every worker's own steps. With `vote` all models go to the point that the vote leads to.
+
+    Args:
+        models: one for each worker; they are given the parameters and buffers of the first.
+        outer_lr, outer_momentum, scale, dither, ties, error_feedback, nonfinite, seed: as in `LocalVote`.
+
+    Attributes:
+        rounds: `LocalRounds`.
+
+    Example:
+        >>> models = [torch.nn.Linear(2, 1, bias=False) for _ in range(3)]
+        >>> _ = torch.nn.init.zeros_(models[0].weight)  # the others begin where the first does
+        >>> sim = SimulatedLocalVote(models, outer_lr=0.5, outer_momentum=0.0)
+        >>> with torch.no_grad():
+        ...     for model, way in zip(models, (1.0, 3.0, -2.0)):
+        ...         model.weight -= way  # three workers go 1, 3 and 2 far, the last the other way
+        >>> sim.vote()
+        >>> models[2].weight.tolist()  # half of the mean way, where two of three went
+        [[-1.0, -1.0]]
+    """
+
+    def __init__(self, models: Sequence[nn.Module], **options: Any) -> None:
+        for model in models[1:]:
+            model.load_state_dict(models[0].state_dict())
+        self.rounds = LocalRounds(
+            "SimulatedLocalVote", models, range(len(models)), len(models), OuterOptions(**options)
+        )
+
+    @torch.no_grad()
+    def vote(self) -> None:
+        """End a round."""
+        rounds = self.rounds
+        rounds.vote.number_votes()
+        everyone = [rounds.entries(index) for index in range(len(rounds.workers))]
+        messages = torch.stack([rounds.message(index, entries) for index, entries in enumerate(everyone)])
+        (outcome,) = hold_among(rounds.vote, everyone)
+        rounds.move(everyone[0], messages)
+        rounds.vote.count_votes(outcome.voted, joined=True)
 
 
 def per_worker_gradients(

@@ -41,6 +41,10 @@ ABSENT, PRESENT, NOT_FINITE = 0, 1, 2
 """A worker's flag for a parameter, one byte: it abstains, it votes, or it has a gradient that is not finite."""
 
 
+LEAST_PART = 1 << 20
+"""Of a bucket, in elements: parts are voted on in turns, so that the wire and the processor work at the same time."""
+
+
 class Ballot(NamedTuple):
     """What a worker has cast on some parameters."""
 
@@ -322,6 +326,19 @@ def in_turns(votes: Iterable[Generator[None, None, Result]]) -> list[Result]:
                 results[index] = end.value
                 del waiting[index]
     return [results[index] for index in sorted(results)]
+
+
+def in_parts(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Consecutive entries of `LEAST_PART` elements in all, or more."""
+    parts: list[list[Entry]] = []
+    size = LEAST_PART
+    for entry in entries:
+        if size >= LEAST_PART:
+            parts.append([])
+            size = 0
+        parts[-1].append(entry)
+        size += entry.flat.numel()
+    return parts
 
 
 def nonfinite_rule(nonfinite: str | None, *, scaled: bool) -> str:

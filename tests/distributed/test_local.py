@@ -1,0 +1,367 @@
+"""`LocalVote`: real processes take the steps of the simulation, and both those of a vote that is counted by hand."""
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ddp_cases import equal_everywhere
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gang import gang
+from signstep import Lion, SignSGD
+from signstep.distributed import CollectiveError, LocalVote, SimulatedLocalVote, resplit
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2),
+    "signsgd": lambda params: SignSGD(params, lr=1e-3),
+    "lion": lambda params: Lion(params, lr=1e-3),
+}
+
+
+class Net(nn.Module):
+    """Convolution in channels_last, batch norm, and a part that has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3, bias=False)
+        self.norm = nn.BatchNorm2d(5)
+        self.linear = nn.Linear(5, 4)
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+        return out
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return Net().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def local_step(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, step: int) -> None:
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    x = torch.randn(6, 3, 6, 6, generator=generator).to(memory_format=torch.channels_last)
+    y = (x.mean((1, 2, 3)) * 40).long().clamp(-2, 1) + 2
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def train_local(
+    name: str, steps: int, every: int, options: dict[str, Any], seed: int | None = None
+) -> dict[str, Tensor]:
+    """The weights after some steps; every rank's first model is its own unless a seed is given."""
+    rank = dist.get_rank()
+    model = network(rank if seed is None else seed)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    local = LocalVote(model, optimizer, every=every, **options)
+    for step in range(steps):
+        local_step(model, optimizer, rank, step)
+        assert local.step() == ((step + 1) % every == 0)
+        if (step + 1) % every == 0:
+            assert equal_everywhere(model)
+    return {key: x.clone() for key, x in model.state_dict().items()}
+
+
+def simulate(name: str, workers: int, steps: int, every: int, options: dict[str, Any]) -> nn.Module:
+    models = [network() for _ in range(workers)]
+    simulation = SimulatedLocalVote(models, **options)
+    optimizers = [OPTIMIZERS[name](model.parameters()) for model in models]
+    for step in range(steps):
+        for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            local_step(model, optimizer, rank, step)
+        if (step + 1) % every == 0:
+            simulation.vote()
+    return models[0]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    """As each rank of the gang has: the rounding of a sum depends on how it is shared out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "plain": ("sgd", 3, {}),
+    "a length of its own": ("signsgd", 3, {"scale": "none", "outer_lr": 1e-2, "outer_momentum": 0.0}),
+    "dither": ("adamw", 4, {"dither": 1.0, "seed": 5}),
+    "error feedback": ("lion", 3, {"error_feedback": True}),
+    "ties abstain": ("adamw", 4, {"ties": "abstain", "outer_lr": 0.7}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_take_the_steps_of_the_simulation(case: str) -> None:
+    name, workers, options = CASES[case]
+    steps, every = 500, 10
+    everyone = gang(workers).run(train_local, name, steps, every, options)
+    model = simulate(name, workers, steps, every, options)
+    for weights in everyone:
+        assert all(torch.equal(x, weights[key]) for key, x in model.state_dict().items())
+
+
+@given(
+    workers=st.integers(1, 5),
+    momentum=st.sampled_from([0.0, 0.5, 0.9]),
+    scale=st.sampled_from(["tensor", "none"]),
+    ties=st.sampled_from(["random", "abstain"]),
+    rounds=st.integers(1, 4),
+    seed=st.integers(0, 50),
+)
+def test_a_round_is_a_vote_on_the_way_back(
+    workers: int, momentum: float, scale: str, ties: str, rounds: int, seed: int
+) -> None:
+    """Against the formula, one coordinate after another; a coordinate that is tied or unmoved is left to the coins."""
+    generator = torch.Generator().manual_seed(seed)
+    models = [nn.Linear(4, 3) for _ in range(workers)]
+    simulation = SimulatedLocalVote(models, outer_lr=0.25, outer_momentum=momentum, scale=scale, ties=ties)
+    momenta = [[torch.zeros(p.shape) for p in model.parameters()] for model in models]
+    for _ in range(rounds):
+        start = [p.detach().clone() for p in models[0].parameters()]
+        for model in models:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(torch.randn(p.shape, generator=generator))
+        ways = [[s - p.detach() for s, p in zip(start, model.parameters(), strict=True)] for model in models]
+        simulation.vote()
+        for i, (before, after) in enumerate(zip(start, models[0].parameters(), strict=True)):
+            length = sum(float(own[i].abs().mean()) for own in ways) / workers if scale == "tensor" else 1.0
+            balance = torch.zeros(before.shape)
+            for own, m in zip(ways, momenta, strict=True):
+                m[i] = momentum * m[i] + (1 - momentum) * own[i]
+                balance += m[i].sign()
+            moved = before - after.detach()
+            decided = balance != 0
+            torch.testing.assert_close(moved[decided], (0.25 * length * balance.sign())[decided], rtol=1e-4, atol=1e-6)
+            if ties == "abstain":
+                assert (moved[~decided] == 0).all()
+            else:
+                torch.testing.assert_close(moved[~decided].abs(), torch.full_like(moved[~decided], 0.25 * length))
+        assert all(same(models[0], other) for other in models[1:])
+
+
+def test_workers_begin_where_the_first_does_and_hold_a_last_round() -> None:
+    ends = gang(2).run(begin_and_end)
+    assert ends == [True, True]
+
+
+def begin_and_end() -> bool:
+    model = network(dist.get_rank())
+    local = LocalVote(model, torch.optim.SGD(model.parameters(), lr=0.1), every=100)
+    assert equal_everywhere(model)
+    local_step(model, local.optimizer, dist.get_rank(), 0)
+    assert not local.step()
+    assert not equal_everywhere(model)
+    local.hold_round()
+    assert local.since == 0
+    return equal_everywhere(model)
+
+
+def stop_and_go_on(name: str, stop: int, steps: int, every: int, options: dict[str, Any]) -> bool:
+    rank = dist.get_rank()
+
+    def begin() -> tuple[nn.Module, torch.optim.Optimizer, LocalVote]:
+        model = network()
+        optimizer = OPTIMIZERS[name](model.parameters())
+        return model, optimizer, LocalVote(model, optimizer, every=every, **options)
+
+    whole = train_local(name, steps, every, options, seed=0)
+    model, optimizer, local = begin()
+    for step in range(stop):
+        local_step(model, optimizer, rank, step)
+        local.step()
+    saved = pickle.dumps([x.state_dict() for x in (model, optimizer, local)])
+    model, optimizer, local = begin()
+    for part, state in zip((model, optimizer, local), pickle.loads(saved), strict=True):
+        part.load_state_dict(state)
+    for step in range(stop, steps):
+        local_step(model, optimizer, rank, step)
+        local.step()
+    return all(torch.equal(x, whole[key]) for key, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("stop", [10, 13])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(stop: int) -> None:
+    """After a round, and between two."""
+    options = {"dither": 0.5, "error_feedback": True}
+    assert gang(2).run(stop_and_go_on, "signsgd", stop, 20, 5, options) == [True, True]
+
+
+def test_a_worker_whose_weights_are_not_finite_abstains_and_comes_back() -> None:
+    good, bad = gang(2).run(break_one, "abstain")
+    assert good == bad  # the point that both go on from
+    assert math.isfinite(good)
+
+
+def break_one(nonfinite: str) -> float:
+    rank = dist.get_rank()
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    local = LocalVote(model, optimizer, every=2, nonfinite=nonfinite)
+    for step in range(4):
+        local_step(model, optimizer, rank, step)
+        if rank == 1 and step == 1:
+            with torch.no_grad():
+                model.linear.weight[0, 0] = torch.nan  # type: ignore[index, union-attr]
+                model.norm.running_mean[1] = torch.inf  # type: ignore[index, union-attr]
+            optimizer.state[model.linear.weight]["exp_avg"].fill_(torch.nan)  # type: ignore[index, union-attr]
+        local.step()
+    assert equal_everywhere(model)
+    return float(sum(p.double().sum() for p in model.parameters()))
+
+
+def refuse() -> str:
+    try:
+        break_one("raise")
+    except CollectiveError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_weights_that_are_not_finite_are_named_on_every_rank() -> None:
+    for message in gang(2).run(refuse):
+        assert "linear.weight on rank 1 is not finite" in message
+
+
+def other_numbers() -> list[dict[str, Any]]:
+    rank = dist.get_rank()
+    model = network()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    local = LocalVote(model, optimizer, every=2)
+    for step in range(4):
+        local_step(model, optimizer, rank, step)
+        local.step()
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, (model.state_dict(), local.state_dict()))
+    return states
+
+
+def go_on_with(states: list[Any]) -> bool:
+    rank = dist.get_rank()
+    model = network()
+    model.load_state_dict(states[0][0])
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    local = LocalVote(model, optimizer, every=2)
+    local.load_state_dict(resplit([state for _, state in states], dist.get_world_size())[rank])
+    for step in range(2):
+        local_step(model, optimizer, rank, step)
+        local.step()
+    return equal_everywhere(model)
+
+
+def test_a_run_goes_on_with_another_number_of_workers() -> None:
+    assert gang(3).run(go_on_with, gang(2).run(other_numbers)[0]) == [True] * 3
+
+
+def machines() -> list[bool]:
+    """Two machines of two ranks: DDP inside, votes between."""
+    rank = dist.get_rank()
+    inside = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    between = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    net = network()
+    model = DistributedDataParallel(net, process_group=inside[rank // 2], find_unused_parameters=True)
+    optimizer = OPTIMIZERS["signsgd"](model.parameters())
+    local = LocalVote(model, optimizer, every=3, group=between[rank % 2])
+    for step in range(9):
+        local_step(model, optimizer, rank, step)
+        local.step()
+    parameters = torch.cat([p.detach().flatten() for p in net.parameters()])
+    everyone = [torch.empty_like(parameters) for _ in range(4)]
+    dist.all_gather(everyone, parameters)
+    return [torch.equal(parameters, other) for other in everyone]
+
+
+def test_machines_vote_and_their_ranks_average() -> None:
+    assert gang(4).run(machines) == [[True] * 4] * 4
+
+
+def test_low_precision_weights_share_a_point_in_float32() -> None:
+    models = [nn.Linear(8, 8, dtype=torch.bfloat16) for _ in range(2)]
+    simulation = SimulatedLocalVote(models, scale="none", outer_lr=2.0**-12, outer_momentum=0.0)
+    torch.nn.init.ones_(models[0].bias)
+    simulation.rounds.set_out()
+    models[1].load_state_dict(models[0].state_dict())
+    for _ in range(64):  # each step is lost in bfloat16, where 1 - 2^-12 is 1
+        with torch.no_grad():
+            for model in models:
+                model.bias -= 2.0**-6
+        simulation.vote()
+    torch.testing.assert_close(models[0].bias, torch.full((8,), 1 - 2.0**-6, dtype=torch.bfloat16))
+
+
+def test_local_votes_learn() -> None:
+    """Four workers, each with digits of its own, end near the accuracy of one that has all."""
+    from sklearn.datasets import load_digits
+
+    images, labels = (torch.tensor(x) for x in load_digits(return_X_y=True))
+    x, y = images.float() / 16, labels
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)) for _ in range(4)]
+    simulation = SimulatedLocalVote(models, outer_momentum=0.5)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-3) for model in models]
+    order = torch.randperm(len(x))
+    train, test = order[:1400], order[1400:]
+    for _ in range(20):
+        for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            for batch in train[rank::4].split(35):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x[batch]), y[batch]).backward()
+                optimizer.step()
+        simulation.vote()
+    accuracy = (models[0](x[test]).argmax(1) == y[test]).float().mean()
+    assert accuracy > 0.9
+
+
+def test_options_are_checked() -> None:
+    models = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    for options, words in (
+        ({"scale": "layer"}, "Invalid scale: 'layer', expected one of 'tensor', 'none'"),
+        ({"ties": "never"}, "Invalid ties: 'never'"),
+        ({"nonfinite": "skip"}, "Invalid nonfinite"),
+        ({"outer_lr": 0.0}, "Invalid outer_lr: 0.0, expected outer_lr > 0"),
+        ({"outer_momentum": 1.0}, "Invalid outer_momentum"),
+        ({"dither": -1.0}, "Invalid dither"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            SimulatedLocalVote(models, **options)
+
+
+def test_states_of_others_are_refused() -> None:
+    assert all(gang(2).run(load_wrong_states))
+
+
+def load_wrong_states() -> bool:
+    model = network()
+    local = LocalVote(model, OPTIMIZERS["sgd"](model.parameters()), every=3)
+    local_step(model, local.optimizer, 0, 0)
+    local.step()
+    state = local.state_dict()
+    short = copy.deepcopy(state)
+    short["start"]["linear.bias"] = torch.zeros(1)
+    for wrong, words in (
+        (short, "other parameters"),
+        (state | {"rank": 5}, "of rank 5"),
+        (state | {"world_size": 7}, "saved by 7 workers"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            local.load_state_dict(wrong)
+    with pytest.raises(ValueError, match="Invalid every: 0"):
+        LocalVote(model, local.optimizer, every=0)
+    return True

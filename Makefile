@@ -15,6 +15,9 @@ env: $(STAMP) ## the environment in .venv
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/signstep/kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@# In a folder of its own, for tests/integrations/test_timm.py alone: beside a torch for CPUs no trainer must find torchvision.
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
+	    --target $(VENV)/timm timm torchvision || echo "no timm here: its tests will be skipped"
 	touch $@
 
 demo: $(STAMP) ## train sign steps, their peers and the remedies on real images, say what to take from it (minutes)

@@ -131,7 +131,7 @@ def test_a_full_standard_output_is_said() -> None:
 def test_the_extra_is_that_of_the_package() -> None:
     required = importlib.metadata.requires("signstep") or []
     names = {re.split(r"[>=;\[]", line)[0] for line in required if line.endswith('extra == "lab"')}
-    assert {"scikit-learn" if name == "sklearn" else name for name in EXTRA} == names
+    assert {{"sklearn": "scikit-learn", "PIL": "pillow"}.get(name, name) for name in EXTRA} == names
 
 
 @pytest.mark.parametrize("package", sorted(EXTRA))
@@ -194,7 +194,7 @@ for line in sys.stdin.read().splitlines():
         pytest.param({"data": ["tyro"]}, id="tyro", marks=pytest.mark.slow),
         pytest.param(
             {
-                "data": ["tyro", "numpy", "sklearn", "pooch", "requests", "platformdirs", "filelock", "rich"],
+                "data": ["tyro", "numpy", "sklearn", "pooch", "requests", "platformdirs", "filelock", "rich", "PIL"],
                 "inspect nothing.pt": ["matplotlib", "jinja2", "markupsafe", "scipy"],
                 "train --dataset digits --tensorboard": ["tensorboard"],
             },

@@ -74,7 +74,6 @@ def test_every_byte_but_the_first_is_predicted_once_by_all_workers_together(file
         labels: list[int] = []
         for rank in range(size):
             batches = TextBatches(tiny(batch_size=6), _Worker(rank, size, torch.device("cpu")), file)
-            assert batches.labels_evaluated == len(wanted)
             for x, y in batches.evaluation():
                 assert torch.equal(x[:, 1:], y[:, :-1])
                 labels += y.flatten().tolist()

@@ -17,6 +17,7 @@ from signstep.lab.errors import UserError
 
 EXTRA = frozenset(
     {
+        "PIL",
         "filelock",
         "jinja2",
         "markupsafe",

@@ -12,7 +12,7 @@ import tyro
 from signstep.lab.arguments import check_place
 from signstep.lab.errors import BadInput
 from signstep.lab.training.config import Dataset
-from signstep.lab.training.tasks import TEXTS
+from signstep.lab.training.tasks import FOLDER, TEXTS, is_name
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,33 @@ class Data:
         for each in listing(self.data):
             print(f"{each.name}: {each.found or (each.how if each.name == 'text' else f'not here; {each.how}')}")
         return 0
+
+
+def place_of(data: str | None) -> Path | None:
+    """The folder or file that a --data names, if it names one; "folder:" may stand before it.
+
+    >>> place_of("folder:pets").name, place_of("package.module:function")
+    ('pets', None)
+    """
+    return None if data is None or _is_function(data) else Path(data.removeprefix(FOLDER))
+
+
+def named_by(data: str | None, image_size: int | None) -> str | None:
+    """The name of the data set of the user's own that a --data names, if it does.
+
+    A folder is read for it: its name has a digest of the files.
+    """
+    if data is None or not (data.startswith(FOLDER) or _is_function(data)):
+        return None
+    if _is_function(data):
+        return data
+    from signstep.lab.data import folders
+
+    return folders.read(Path(data.removeprefix(FOLDER)), image_size).name
+
+
+def _is_function(data: str) -> bool:
+    return is_name(data) and not data.startswith(FOLDER) and not Path(data).exists()
 
 
 def say_where(names: Collection[str], folder: Path | None) -> None:

@@ -65,7 +65,7 @@ def _order(config: RunConfig) -> tuple[str, str, float, int, str]:
 
 def _row(run: Run, running: bool) -> tuple[str, ...]:
     config = run.config
-    evaluated = any("eval_accuracy" in epoch for epoch in run.epochs) and not run.diverged
+    evaluated = any(run.result_of(epoch) is not None for epoch in run.epochs) and not run.diverged
     return (
         config.dataset,
         _method(config),
@@ -85,10 +85,10 @@ def _result(run: Run) -> str:
 
 def _method(config: RunConfig) -> str:
     """The optimizer with the options that are not its defaults, and how workers' gradients are reduced."""
-    from signstep.lab.training.optimizers import OPTIMIZERS
+    from signstep.lab.training.optimizers import known_optimizer
     from signstep.optim.options import HYBRID_OPTIONS, SIGNSGD_OPTIONS
 
-    known = OPTIMIZERS[config.optimizer]
+    known = known_optimizer(config.optimizer)
     options = {**SIGNSGD_OPTIONS, **HYBRID_OPTIONS}
     usual = {**{name: option.default for name, option in options.items()}, **known.defaults}
     words = [config.optimizer]

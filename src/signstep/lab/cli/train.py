@@ -13,11 +13,11 @@ import tyro
 
 from signstep.lab.arguments import check_minutes, check_place
 from signstep.lab.cli.commands import parse
-from signstep.lab.cli.data import say_where
+from signstep.lab.cli.data import named_by, place_of, say_where
 from signstep.lab.paper import experiments
 from signstep.lab.paper.experiments import Name, Recipe, Scale
 from signstep.lab.training.config import Dataset, RunConfig
-from signstep.lab.training.optimizers import OPTIMIZERS
+from signstep.lab.training.optimizers import OPTIMIZERS, known_optimizer
 
 _INTERRUPTED = 130
 _DIVERGED = 1
@@ -41,8 +41,10 @@ class Train:
     """The preset's recipe."""
     out: Path = Path("runs")
     """Folder of the run's files, which are named by the hash of its configuration."""
-    data: Path | None = None
-    """Folder to look for the images in first, or the file of --dataset text."""
+    data: str | None = None
+    """Folder to look for the images in first, or the file of --dataset text. Your own in place of --dataset:
+    folder:PATH, with a folder of images for each class, or package.module:function, which returns (train_set, val_set).
+    """
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     max_minutes: float | None = None
@@ -65,19 +67,20 @@ class Train:
         from signstep.optim import step_length
 
         check_minutes(self.max_minutes)
-        check_place(self.data, [self.config.dataset])
+        data = place_of(self.data)
+        check_place(data, [self.config.dataset])
         config = replace(self.config, reduce="vote") if self.vote else self.config
         first = os.environ.get("RANK", "0") == "0"
         path = self.out / f"{config.hash}.jsonl"
         ended = first and is_done(path)
         if first and not ended:
-            say_where([config.dataset], self.data)
-            if OPTIMIZERS[config.optimizer].signs and (said := step_length.advice(config.lr)):
+            say_where([config.dataset], data)
+            if known_optimizer(config.optimizer).signs and (said := step_length.advice(config.lr)):
                 print(f"{config.optimizer}: {said}", file=sys.stderr)
         status = train(
             config,
             self.out,
-            data=self.data,
+            data=data,
             device=self.device,
             max_minutes=self.max_minutes,
             checkpoint_minutes=self.checkpoint_minutes,
@@ -120,13 +123,15 @@ class _Chosen:
     dataset: str = "cifar10"
     optimizer: str = ""
     reduce: str = "mean"
+    data: str | None = None
+    image_size: int | None = None
 
 
 def default_config(arguments: Sequence[str]) -> RunConfig:
     """The run that `signstep train` starts from.
 
-    It is that of --preset if there is one, with the learning rate of --optimizer, and for a vote or another reduction
-    with torchrun's number of workers.
+    It is that of --preset if there is one, with the learning rate of --optimizer, for a vote or another reduction
+    with torchrun's number of workers, and on the data that --data names if they are the user's own.
 
     Args:
         arguments: the words after `signstep train`; most are not looked at here.
@@ -144,6 +149,8 @@ def default_config(arguments: Sequence[str]) -> RunConfig:
         config = experiment.row(key).config(dataset)
     if chosen.optimizer in OPTIMIZERS and chosen.optimizer != config.optimizer:
         config = replace(config, lr=OPTIMIZERS[chosen.optimizer].lr)
+    if (own := named_by(chosen.data, chosen.image_size)) is not None:
+        config = replace(config, dataset=own, image_size=chosen.image_size)
     if (chosen.vote or chosen.reduce != "mean") and "WORLD_SIZE" in os.environ:
         config = replace(config, workers=int(os.environ["WORLD_SIZE"]))
     return config

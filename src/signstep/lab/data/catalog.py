@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import platformdirs
 
-from signstep.lab.data import cifar, digits, idx, text
+from signstep.lab.data import cifar, digits, folders, idx, text
 from signstep.lab.data.images import DataError, Images
 from signstep.lab.data.text import Text
 
@@ -92,12 +92,15 @@ class Listed:
     how: str
 
 
-def load(name: str, folder: Path | None = None, *, download: bool = True) -> Images:
+def load(name: str, folder: Path | None = None, *, download: bool = True, image_size: int | None = None) -> Images:
     """Return a data set, from the first place in `search_path(folder)` that has it.
 
     Args:
-        name: "cifar10", "cifar100", "fashion-mnist", "mnist" or "digits".
-        folder: looked in before all others; a download goes there, or to the user's cache where it is None.
+        name: "cifar10", "cifar100", "fashion-mnist", "mnist" or "digits"; or what `signstep.lab.data.folders.read`
+            calls a folder of images.
+        folder: looked in before all others; a download goes there, or to the user's cache where it is None. Of a folder
+            of images that folder.
+        image_size: of a folder of images, as of `folders.read`.
         download: fetch what was not found.
 
     Raises:
@@ -106,6 +109,13 @@ def load(name: str, folder: Path | None = None, *, download: bool = True) -> Ima
     >>> load("digits").test_x.shape
     torch.Size([360, 1, 8, 8])
     """
+    if name.startswith(folders.PREFIX):
+        if folder is None:
+            raise DataError(f"{name}: say where the folder is, with --data {folders.PREFIX}PATH")
+        found = folders.read(folder, image_size)
+        if found.name != name:
+            raise DataError(f"{folder} is {found.name}, and this run's images are {name}: the files differ")
+        return found
     if name == "digits":
         return digits.read()
     if name not in _IMAGES:

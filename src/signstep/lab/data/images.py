@@ -96,19 +96,34 @@ def split(
     `subset` keeps the first so many training images of that order, so that a subset of a given size holds the same
     images in both splits. Raises DataError for a subset larger than the training part.
     """
-    if split not in ("tune", "final"):
-        raise DataError(f"split={split!r}: expected tune or final")
-    total = len(images.train_x)
-    available = total - total // 10 if split == "tune" else total
-    if subset is not None and not 1 <= subset <= available:
-        raise DataError(f"subset={subset}: {images.name} has 1..{available} training images in split {split}")
-    # RandomState's stream is frozen across NumPy versions (NEP 19); torch.randperm promises no such thing.
-    order = torch.from_numpy(np.random.RandomState(_SPLIT_SEED).permutation(total))
-    if split == "final":
+    kept, held_out = split_rows(len(images.train_x), split, subset, images.name)
+    if split == "tune":
+        evaluation = images.train_x[held_out], images.train_y[held_out]
+    else:
         evaluation = images.test_x, images.test_y
         if subset is None:
             return images.train_x, images.train_y, *evaluation
-    else:
-        evaluation = images.train_x[order[available:]], images.train_y[order[available:]]
-    kept = order[: available if subset is None else subset]
     return images.train_x[kept], images.train_y[kept], *evaluation
+
+
+def split_rows(total: int, split: Literal["tune", "final"], subset: int | None, name: str) -> tuple[Tensor, Tensor]:
+    """Rows of a training set to train on, and those held out, none in split "final": `split` says which.
+
+    Args:
+        total: rows of the whole training set.
+        split: "tune" or "final".
+        subset: how many to train on; None: all.
+        name: of the data set, for the message of an error.
+    """
+    if split not in ("tune", "final"):
+        raise DataError(f"split={split!r}: expected tune or final")
+    available = total - total // 10 if split == "tune" else total
+    if split == "tune" and available == total:
+        raise DataError(f"{name} has {total} training examples: a tenth to tune on needs at least 10")
+    if subset is not None and not 1 <= subset <= available:
+        raise DataError(f"subset={subset}: {name} has 1..{available} training images in split {split}")
+    if split == "final" and subset is None:
+        return torch.arange(total), torch.arange(0)
+    # RandomState's stream is frozen across NumPy versions (NEP 19); torch.randperm promises no such thing.
+    order = torch.from_numpy(np.random.RandomState(_SPLIT_SEED).permutation(total))
+    return order[: available if subset is None else subset], order[available:]

@@ -30,11 +30,11 @@ from signstep.lab.output.machine import environment, now
 from signstep.lab.studies import monitor_numbers, monitor_page
 from signstep.lab.studies.monitor_numbers import Record, at, by_step, number
 from signstep.lab.training import checkpoint
-from signstep.lab.training.batches import Batches, batches_of
+from signstep.lab.training.batches import AnyBatches, batches_of
 from signstep.lab.training.checkpoint import CheckpointError
 from signstep.lab.training.config import RunConfig
-from signstep.lab.training.recipe import build_model, build_optimizer, lr_factor, training_loss
-from signstep.lab.training.text_batches import TextBatches
+from signstep.lab.training.objective import Objective
+from signstep.lab.training.recipe import build_model, build_optimizer, lr_factor
 from signstep.lab.training.workers import Workers
 from signstep.monitor import Monitor
 from signstep.monitor.sinks import plain, read
@@ -229,10 +229,12 @@ def measure(path: Path, options: InspectRun) -> Inspected:
             f"{path} does not hold the network and optimizer of its configuration ({reason})"
         ) from error
 
+    objective = Objective(config)
+
     def loss(x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(workers.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             logits = model(x).float()
-        return training_loss(config, logits, y)
+        return objective.loss(logits, y)
 
     monitor = _Inspector(model, optimizer, every=1)
     monitor.step, monitor.per_step = step, max(1, round(config.batch_size / options.micro_batch_size))
@@ -257,7 +259,7 @@ def measure(path: Path, options: InspectRun) -> Inspected:
     return Inspected(path, [record], f"{about}.", config)
 
 
-def _images(batches: Batches | TextBatches, config: RunConfig, count: int) -> tuple[Tensor, Tensor]:
+def _images(batches: AnyBatches, config: RunConfig, count: int) -> tuple[Tensor, Tensor]:
     """Training images and labels of the epoch after the run's last, and of further epochs where it has too few."""
     first = (config.epochs + 1) * batches.steps_per_epoch
     pairs = [

@@ -12,8 +12,9 @@ from torch import Tensor
 from signstep.lab.data import augment, load, normalise, split
 from signstep.lab.errors import BadInput
 from signstep.lab.training.config import RunConfig
+from signstep.lab.training.example_batches import ExampleBatches
 from signstep.lab.training.seeds import derived_seed
-from signstep.lab.training.tasks import TEXTS
+from signstep.lab.training.tasks import FOLDER, TEXTS, is_own
 from signstep.lab.training.text_batches import TextBatches
 from signstep.lab.training.workers import Workers
 
@@ -21,8 +22,10 @@ from signstep.lab.training.workers import Workers
 _EVAL_BATCH_CPU, _EVAL_BATCH = 64, 1000
 
 
-def batches_of(config: RunConfig, workers: Workers, place: Path | None) -> Batches | TextBatches:
-    """The batches of a run, of images or of a text; arguments and errors as of `Batches` and `TextBatches`."""
+def batches_of(config: RunConfig, workers: Workers, place: Path | None) -> AnyBatches:
+    """The batches of a run, of images, a text or a user's examples; arguments and errors as of the three classes."""
+    if is_own(config.dataset) and not config.dataset.startswith(FOLDER):
+        return ExampleBatches(config, workers)
     kind = TextBatches if config.dataset in TEXTS else Batches
     return kind(config, workers, place)
 
@@ -43,7 +46,7 @@ class Batches:
         if config.batch_size % workers.size:
             raise BadInput(f"batch_size={config.batch_size}: expected a multiple of the {workers.size} workers")
         # Rank 0 loads before the others, so that one worker alone downloads what is missing.
-        self.images = workers.in_turn(lambda: load(config.dataset, folder))
+        self.images = workers.in_turn(lambda: load(config.dataset, folder, image_size=config.image_size))
         parts = split(self.images, config.split, config.subset)
         self.train_x, self.train_y, self.eval_x, self.eval_y = (part.to(workers.device) for part in parts)
         self.steps_per_epoch = len(self.train_x) // config.batch_size
@@ -52,7 +55,7 @@ class Batches:
                 f"batch_size={config.batch_size}: this run has only {len(self.train_x)} training images; "
                 "choose a smaller batch or a larger subset"
             )
-        self.labels_evaluated = len(self.eval_y)
+        self.shape, self.num_classes = tuple(self.train_x.shape[1:]), self.images.num_classes
         self._config, self._workers = config, workers
         self._generator = torch.Generator(workers.device)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
@@ -96,3 +99,6 @@ class Batches:
         size = _EVAL_BATCH_CPU if self._workers.device.type == "cpu" else _EVAL_BATCH
         for x, y in zip(torch.split(self.eval_x[share], size), torch.split(self.eval_y[share], size), strict=True):
             yield normalise(x, self.images.mean, self.images.std, channels_last=self._config.channels_last), y
+
+
+AnyBatches = Batches | TextBatches | ExampleBatches

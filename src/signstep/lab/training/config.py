@@ -12,12 +12,12 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from signstep.distributed.reductions import TRAINED
 from signstep.lab.errors import BadInput
-from signstep.lab.training.optimizers import OPTIMIZERS, OptimizerName
-from signstep.lab.training.tasks import ImageModel, TextModel, task
+from signstep.lab.training.optimizers import OPTIMIZERS, OptimizerName, known_optimizer
+from signstep.lab.training.tasks import FOLDER, ImageModel, Task, TextModel, is_own, task
 
 Dataset = Literal["cifar10", "cifar100", "fashion-mnist", "mnist", "digits", "bible", "shakespeare", "text"]
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ class RunConfig:
     """
 
     # data
-    dataset: Dataset = "cifar10"
-    """Images, or bytes of a text: bible, shakespeare, or as text the file that --data names."""
+    dataset: Dataset | str = "cifar10"
+    """Images, or bytes of a text: bible, shakespeare, or as text the file that --data names. Of your own images or
+    examples the name that --data gives them."""
     split: Literal["tune", "final"] = "final"
     """final: train on the training set, evaluate on the test set; tune: hold out a tenth of the former to evaluate.
     Of a text the test set is the last tenth, and held out is the one before it."""
@@ -52,10 +53,13 @@ class RunConfig:
     """Mirror each training image with a probability of one half."""
     cutout: int = 0
     """Side of the square set to the mean; 0: off."""
+    image_size: int | None = None
+    """Side of the square that each image of a folder of yours is cut and resized to; None: they are of one size."""
 
     # model
-    model: Literal[ImageModel, TextModel] = "resnet18"
-    """The network; of a text gpt (4 layers of width 128) or gpt2 (12 of width 768)."""
+    model: Literal[ImageModel, TextModel] | str = "resnet18"
+    """The network; of a text gpt (4 layers of width 128) or gpt2 (12 of width 768). Of your own package.module:factory,
+    timm:NAME or torchvision:NAME."""
     width: float = 1.0
     """Factor on the number of channels of every layer."""
     context: int | None = None
@@ -126,6 +130,14 @@ class RunConfig:
     """Share of the run over which lr rises linearly from 0, before the schedule's own factor."""
     label_smoothing: float = 0.0
     """Share of each label that is spread over all classes."""
+    loss: str | None = None
+    """Your own, package.module:function of outputs and targets; None: the cross-entropy."""
+    metric: str | None = None
+    """Your own, a function of outputs and targets: its mean over what is evaluated. None: accuracy."""
+    better: Literal["higher", "lower"] = "higher"
+    """Which values of your metric are."""
+    version: str = ""
+    """Of your own model, data and functions, of which a run knows the name: after a change give another one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: the network in bfloat16 where autocast allows it; weights and optimizer stay in fp32."""
     channels_last: bool = True
@@ -163,7 +175,7 @@ class RunConfig:
         if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(self.milestones):
             raise BadInput(f"milestones={self.milestones!r}: expected rising shares of the run, each in (0, 1)")
         self._check_task()
-        known = OPTIMIZERS[self.optimizer]
+        known = known_optimizer(self.optimizer)
         if self.reduce == "vote" and not known.signs:
             voters = " or ".join(name for name, each in OPTIMIZERS.items() if each.signs)
             raise BadInput(f"reduce='vote': workers vote with signs, choose optimizer {voters}, not {self.optimizer}")
@@ -184,15 +196,31 @@ class RunConfig:
 
     def _check_task(self) -> None:
         """Raise BadInput for a model or an option that the data set has no use for."""
-        known = task(self.dataset)
-        if self.model not in known.models:
-            raise BadInput(f"model={self.model!r}: dataset {self.dataset} takes {' or '.join(known.models)}")
-        if self.context is not None and (known.row == "images" or self.context < 1):
+        known = self.task
+        if self.dataset not in get_args(Dataset) and not is_own(self.dataset):
+            raise BadInput(
+                f"dataset={self.dataset!r}: expected {', '.join(get_args(Dataset))}, or name your own with --data"
+            )
+        if self.model not in known.models and (known.row == "sequences" or not is_own(self.model)):
+            own = "" if known.row == "sequences" else ", or package.module:factory"
+            raise BadInput(f"model={self.model!r}: dataset {self.dataset} takes {' or '.join(known.models)}{own}")
+        if self.image_size is not None and (not self.dataset.startswith(FOLDER) or self.image_size < 1):
+            raise BadInput(f"image_size={self.image_size!r}: expected pixels >= 1, for --data folder:PATH")
+        if known.row == "sequences" and (self.loss is not None or self.metric is not None):
+            raise BadInput(f"loss={self.loss!r}, metric={self.metric!r}: dataset {self.dataset} has its own")
+        if self.loss is not None and self.label_smoothing:
+            raise BadInput(f"label_smoothing={self.label_smoothing}: a loss of your own has its own")
+        if self.context is not None and (known.row != "sequences" or self.context < 1):
             raise BadInput(f"context={self.context!r}: expected a positive number of bytes, for a text")
         if known.row != "images":
             for name in OF_IMAGES:
                 if getattr(self, name) != getattr(type(self), name):
                     raise BadInput(f"{name}={getattr(self, name)!r}: dataset {self.dataset} has no images")
+
+    @property
+    def task(self) -> Task:
+        """What the run learns, and is judged by."""
+        return task(self.dataset, self.metric, self.better)
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]

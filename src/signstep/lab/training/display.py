@@ -12,7 +12,6 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TimeRemainingColu
 from torch import Tensor
 
 from signstep.lab.training.config import RunConfig
-from signstep.lab.training.tasks import task
 
 
 def duration(seconds: float) -> str:
@@ -44,7 +43,7 @@ class Display:
     ) -> None:
         self._console = Console(stderr=True, quiet=quiet)
         self._label = f"{config.dataset} {config.optimizer} lr {config.lr:g} seed {config.seed}"
-        self._metric, self._row = task(config.dataset).metric, task(config.dataset).row
+        self._metric, self._row = config.task.metric, config.task.row
         self._epochs, self._steps, self._batch_size = config.epochs, steps, config.batch_size
         self._epoch_length = steps // config.epochs
         # Not time.monotonic(), which on Windows stands still for 16 ms.
@@ -81,7 +80,7 @@ class Display:
     def _value(self, loss: float, accuracy: float) -> str:
         """The metric's value, short."""
         value = self._metric.of(loss, accuracy)
-        return f"{value:.1f}%" if self._metric.unit == "%" else f"{value:.2f}"
+        return f"{value:.1f}%" if self._metric.unit == "%" else f"{value:.{self._metric.digits - 1}f}"
 
     def _now(self, loss: float, accuracy: float) -> str:
         return f"{self._metric.name} {self._value(loss, accuracy)}"
@@ -100,14 +99,15 @@ class Display:
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Show an epoch's line of the record."""
-        if "eval_accuracy" in line:
-            self._evaluated = f", eval {self._value(line['eval_loss'], line['eval_accuracy'])}"
+        score = self._metric.score
+        if f"eval_{score}" in line:
+            self._evaluated = f", eval {self._value(line['eval_loss'], line[f'eval_{score}'])}"
         if self._lines:
             each = (time.perf_counter() - self._began) / (line["step"] - self._began_at)
             rate = line["timing"][f"{self._row}_per_second"]
             left = duration(each * (self._steps - line["step"]))
             self._console.print(
-                f"epoch {line['epoch']}/{self._epochs}  {self._now(line['train_loss'], line['train_accuracy'])}"
+                f"epoch {line['epoch']}/{self._epochs}  {self._now(line['train_loss'], line[f'train_{score}'])}"
                 f"{self._evaluated}  loss {line['train_loss']:.3f}  {rate:,.0f} {self._row}/s  {left} left"
                 f"  {self._label}",
                 highlight=False,

@@ -21,7 +21,7 @@ from signstep.lab.training import checkpoint
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.display import Display
 from signstep.lab.training.recipe import likely_cause
-from signstep.lab.training.records import is_done, read_run, require_same_text
+from signstep.lab.training.records import is_done, read_run, require_same
 from signstep.lab.training.run import NotFinite, TrainingRun
 from signstep.lab.training.watch import Watch, Watching
 from signstep.lab.training.workers import StopRequest, Workers
@@ -85,14 +85,14 @@ def train(
         if earlier is not None and earlier.end is not None:
             if config.dataset == "text" and data is not None:
                 same = {"hash": config.hash, "sha256": load_text("text", data).sha256}
-                require_same_text(earlier.start, same)
+                require_same(earlier.start, same)
             if watching is not None and not watched.exists():
                 raise BadInput(f"{record} is of a run that has ended: delete it to train it again under the monitor")
             return "diverged" if earlier.diverged else "done"
         state = workers.from_first(lambda: checkpoint.load(saved, config.to_dict()))
         run = TrainingRun(config, workers, data)
         if earlier is not None:
-            require_same_text(earlier.start, run.events[0])
+            require_same(earlier.start, run.events[0])
         if state is not None:
             run.restore(state)
         if watching is not None:

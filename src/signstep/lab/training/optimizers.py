@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from signstep.lab.errors import BadInput
+
 
 @dataclass(frozen=True)
 class KnownOptimizer:
@@ -52,6 +54,14 @@ OPTIMIZERS: dict[str, KnownOptimizer] = {
         "signstep.optim.HybridSignSGD", 3.16e-3, _SIGN_OPTIONS + _HYBRID_OPTIONS, signs=True, seeded=True
     ),
 }
+
+
+def known_optimizer(name: str) -> KnownOptimizer:
+    """What the lab knows of an optimizer; of a user's own, whose name has a colon in it, that it takes lr alone."""
+    if name not in OPTIMIZERS and ":" not in name:
+        raise BadInput(f"optimizer={name!r}: expected one of {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS.get(name) or KnownOptimizer(name, 1e-3)
+
 
 if TYPE_CHECKING:
     OptimizerName = str

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from signstep.lab.errors import BadInput
-from signstep.lab.training import gpt, models
-from signstep.lab.training.batches import Batches
+from signstep.lab.training import gpt, models, own
+from signstep.lab.training.batches import AnyBatches
 from signstep.lab.training.config import RunConfig
-from signstep.lab.training.optimizers import OPTIMIZERS
+from signstep.lab.training.optimizers import known_optimizer
+from signstep.lab.training.tasks import is_own
 from signstep.lab.training.text_batches import TextBatches
 
 
@@ -47,7 +47,7 @@ def lr_factor(config: RunConfig, step: int, total_steps: int) -> float:
     return warmup
 
 
-def build_model(config: RunConfig, batches: Batches | TextBatches, device: torch.device, batch_size: int) -> nn.Module:
+def build_model(config: RunConfig, batches: AnyBatches, device: torch.device, batch_size: int) -> nn.Module:
     """The network that `config` names, with its initial weights, for the images or the text of its batches.
 
     Says so, once, where a bf16 network would be slow on this CPU.
@@ -59,7 +59,8 @@ def build_model(config: RunConfig, batches: Batches | TextBatches, device: torch
         batch_size: of one worker.
 
     Raises:
-        BadInput: a bf16 network does not run on this CPU.
+        BadInput: a bf16 network does not run on this CPU, or a model of the user's cannot be made or does not take
+            the data.
     """
     network: dict[str, Any] = {"model": config.model, "width": config.width}
     batch: tuple[int, ...]
@@ -68,22 +69,28 @@ def build_model(config: RunConfig, batches: Batches | TextBatches, device: torch
         build, batch = gpt.build, (batch_size, batches.context)
         network |= {"context": batches.context}
     else:
-        images = batches.images
-        build, batch = models.build, (batch_size, images.channels, images.size, images.size)
-        network |= {"num_classes": images.num_classes, "in_channels": images.channels, "stem": config.stem}
+        build, batch = models.build, (batch_size, *batches.shape)
+        known = {"num_classes": batches.num_classes, "in_channels": batches.shape[0] if len(batch) == 4 else None}
+        given = {name: value for name, value in known.items() if value is not None}
+        if not is_own(config.model) and len(given) < len(known):
+            raise BadInput(
+                f"model={config.model!r} is for images [C, H, W] of a data set that has `classes`; "
+                f"examples of {config.dataset} have shape {list(batches.shape)}: name a model of your own"
+            )
+        network |= {**given, "stem": config.stem}
     if config.precision == "bf16" and device.type == "cpu":
         say_slow_bf16()
-        require_bf16_on_cpu(batch, json.dumps(network), channels_last=config.channels_last)
+        if not is_own(config.model):
+            require_bf16_on_cpu(batch, json.dumps(network), channels_last=config.channels_last)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build(**network)
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        if is_own(config.model):
+            model = own.build(config.model, given)
+            own.tried(config.model, model, batches.training(0, 0)[0][:2].cpu())
+        else:
+            model = build(**network)
+    layout = torch.channels_last if config.channels_last and len(batch) == 4 else torch.contiguous_format
     return model.to(device).to(memory_format=layout)  # type: ignore[call-overload,no-any-return]
-
-
-def training_loss(config: RunConfig, logits: Tensor, y: Tensor) -> Tensor:
-    """The mean cross-entropy that training makes smaller, over all labels y [B, ...] with logits [B, ..., classes]."""
-    return F.cross_entropy(logits.flatten(0, -2), y.flatten(), label_smoothing=config.label_smoothing)
 
 
 def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> torch.optim.Optimizer:
@@ -95,7 +102,9 @@ def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> to
     Raises:
         BadInput: an option out of its range.
     """
-    known = OPTIMIZERS[config.optimizer]
+    known = known_optimizer(config.optimizer)
+    if is_own(config.optimizer):
+        return own.optimizer(config.optimizer, model, config.lr)
     given = {name: value for name in known.options if (value := getattr(config, name)) is not None}
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, **known.defaults, **given}
     if known.seeded:
@@ -115,9 +124,9 @@ def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> to
 def likely_cause(config: RunConfig, phase: str | None) -> str:
     """Why the loss of such a run is usually not finite, for one that switches by its phase ("sgd" or another)."""
     if phase == "sgd":
-        other = ", or set calibration to ratio" if "calibration" in OPTIMIZERS[config.optimizer].options else ""
+        other = ", or set calibration to ratio" if "calibration" in known_optimizer(config.optimizer).options else ""
         return f"likely cause: the calibrated rate is too high for SGD; lower lr{other}"
-    if OPTIMIZERS[config.optimizer].signs:
+    if known_optimizer(config.optimizer).signs:
         return f"likely cause: lr={config.lr:g}, by which every weight moves in each step, is too high; try a tenth"
     return f"likely cause: lr={config.lr:g} is too high for {config.optimizer}; try a tenth, or a longer warmup"
 

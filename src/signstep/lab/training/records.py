@@ -19,7 +19,7 @@ from signstep.lab.errors import BadInput
 from signstep.lab.output.files import write_text
 from signstep.lab.output.machine import environment
 from signstep.lab.training.config import RunConfig
-from signstep.lab.training.tasks import Metric, task
+from signstep.lab.training.tasks import Metric
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,14 @@ class Run:
     @property
     def metric(self) -> Metric:
         """What the run is judged by."""
-        return task(self.config.dataset).metric
+        return self.config.task.metric
 
     def result_of(self, epoch: Mapping[str, Any]) -> float | None:
         """The metric's value in a line of the record, None where that has no evaluation."""
-        if "eval_accuracy" not in epoch:
+        score = f"eval_{self.metric.score}"
+        if score not in epoch:
             return None
-        return self.metric.of(float(epoch.get("eval_loss", math.nan)), float(epoch["eval_accuracy"]))
+        return self.metric.of(float(epoch.get("eval_loss", math.nan)), float(epoch[score]))
 
     @property
     def result(self) -> float:
@@ -60,7 +61,7 @@ class Run:
             ValueError: the run has not been evaluated yet.
         """
         if self.diverged:
-            return self.metric.chance
+            return float(self.start.get("chance", self.metric.chance))
         for epoch in reversed(self.epochs):
             if (value := self.result_of(epoch)) is not None:
                 return value
@@ -119,8 +120,21 @@ def write_events(path: Path, events: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(event, allow_nan=False) + "\n" for event in events))
 
 
-def require_same_text(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise BadInput where the first lines of two records of one run say that they are of different texts."""
+_OWN = {"model_digest": "model", "train_examples": "training set", "eval_examples": "set to evaluate on",
+        "example_shape": "shape of examples"}  # fmt: skip
+"""Fields of a record's first line by which a change of what is the user's own is noticed, and what has changed."""
+
+
+def require_same(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise BadInput where the first lines of two records of one run say that they are of different texts, or of
+    different models or data of the user's under the same name.
+    """
+    for field, what in _OWN.items():
+        if field in earlier and field in now and earlier[field] != now[field]:
+            raise BadInput(
+                f"run {now['hash']} has begun with another {what} ({field} {earlier[field]}, this one {now[field]}): "
+                "give this one another --version, or choose another --out"
+            )
     if earlier.get("sha256") != now.get("sha256"):
         raise BadInput(
             f"run {now['hash']} has begun with another text (SHA-256 {earlier['sha256'][:12]}..., this one "
@@ -132,7 +146,7 @@ def require_text_of(folder: Path, text: Text) -> None:
     """Raise BadInput where a record in `folder` is of a run on another file of data set "text"."""
     for name, run in read_runs(folder).items():
         if run.config.dataset == text.name:
-            require_same_text(run.start, {"hash": name, "sha256": text.sha256})
+            require_same(run.start, {"hash": name, "sha256": text.sha256})
 
 
 def start_event(

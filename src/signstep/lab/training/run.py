@@ -14,23 +14,23 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from signstep.distributed import CollectiveError, reductions
 from signstep.lab.errors import BadInput
-from signstep.lab.training import checkpoint, models, records
+from signstep.lab.training import checkpoint, models, own, records
 from signstep.lab.training.batches import batches_of
 from signstep.lab.training.config import RunConfig
+from signstep.lab.training.objective import Objective
 from signstep.lab.training.recipe import (
     build_model,
     build_optimizer,
     lr_factor,
     require_compiler,
-    training_loss,
 )
 from signstep.lab.training.swats import SWATS
-from signstep.lab.training.tasks import task
+from signstep.lab.training.tasks import is_own
+from signstep.lab.training.text_batches import TextBatches
 from signstep.lab.training.watch import Watch
 from signstep.lab.training.workers import Workers
 from signstep.optim import HybridSignSGD
@@ -60,6 +60,7 @@ class TrainingRun:
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
 
+        self.objective = Objective(config)
         self.model = build_model(config, self.batches, device, config.batch_size // workers.size)
         self.optimizer = build_optimizer(config, self.model, self.total_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -87,7 +88,8 @@ class TrainingRun:
         # Reading a loss makes the host wait for the device: nothing on a CPU, dear on a GPU.
         self.check_every = 1 if device.type == "cpu" else 50
         parameters = models.count_parameters(self.model)
-        start = records.start_event(config, parameters, self.batches.about, device, workers.size)
+        about = {**self.batches.about, **self._about_own()}
+        start = records.start_event(config, parameters, about, device, workers.size)
         self.events: list[dict[str, Any]] = [start]
 
     @property
@@ -111,18 +113,42 @@ class TrainingRun:
         self.optimizer.step()
         self.scheduler.step()
         self.history[0, index] = loss.detach() / self.workers.size
-        self.history[1, index] = (logits.detach().argmax(-1) == y).sum() / (y.numel() * self.workers.size)
+        with torch.no_grad():
+            score = self.objective.score(logits, y)
+        self.history[1, index] = score / (self.objective.count(y) * self.workers.size)
         self.step += 1
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """The mean that training makes smaller."""
-        return training_loss(self.config, logits, y)
+        return self.objective.loss(logits, y)
 
-    def logits(self, network: nn.Module, x: Tensor) -> Tensor:
-        """float32 [B, classes], of a text [B, T, 256], computed in the run's precision."""
+    def logits(self, network: nn.Module, x: Tensor) -> Any:
+        """float32 [B, classes], of a text [B, T, 256], computed in the run's precision; of a model of the user's what
+        it returns, if that is no floating-point tensor.
+        """
         bf16 = self.config.precision == "bf16"
         with torch.autocast(self.workers.device.type, torch.bfloat16, enabled=bf16):
-            return network(x).float()  # type: ignore[no-any-return]
+            outputs = network(x)
+        return outputs.float() if isinstance(outputs, Tensor) and outputs.is_floating_point() else outputs
+
+    def _about_own(self) -> dict[str, Any]:
+        """What the record says of a model and data of the user's: the model's digest, and the result of one that knows
+        nothing, which is that of a guess among the classes, or else of the untrained network.
+        """
+        config = self.config
+        about: dict[str, Any] = {}
+        if is_own(config.model):
+            about["model_digest"] = own.digest(self.model)
+        if config.metric is None and not is_own(config.dataset):
+            return about
+        classes = None if isinstance(self.batches, TextBatches) else self.batches.num_classes
+        if config.metric is None and classes is not None:
+            return about | {"chance": 100 / classes}
+        try:
+            loss, score = self.evaluate()
+        except NotFinite as error:
+            raise BadInput(f"before any training, {error}: see the model's first weights and the data") from error
+        return about | {"chance": config.task.metric.of(loss, score)}
 
     def read_history(self) -> tuple[Tensor, Tensor]:
         """Losses and accuracies of the epoch's steps so far, over all workers, float64 on the CPU; NotFinite."""
@@ -136,20 +162,20 @@ class TrainingRun:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
-        """Mean cross-entropy and accuracy over all labels to evaluate on, which the workers share out; NotFinite."""
+        """Mean loss and score over all labels to evaluate on, which the workers share out; NotFinite."""
         self.workers.share_buffers(self.model)
         self.model.eval()
-        sums = []
+        sums, count = [], 0
         for x, y in self.batches.evaluation():
-            logits = self.logits(self.model, x)
-            loss = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="sum")
-            sums.append(torch.stack([loss, (logits.argmax(-1) == y).sum()]))
+            sums.append(self.objective.sums(self.logits(self.model, x), y))
+            count += self.objective.count(y)
         self.model.train()
-        totals = self.workers.total(torch.stack(sums).cpu().double().sum(0))
-        mean_loss, accuracy = (totals / self.batches.labels_evaluated).tolist()
+        total = torch.stack(sums).cpu().double().sum(0)
+        *totals, counted = self.workers.total(torch.cat([total, torch.tensor([count], dtype=torch.float64)])).tolist()
+        mean_loss, score = (each / counted for each in totals)
         if not math.isfinite(mean_loss):
             raise NotFinite(f"the evaluation loss after step {self.step} (of {self.total_steps}) is {mean_loss}")
-        return mean_loss, accuracy
+        return mean_loss, score
 
     def end_epoch(self, losses: Tensor, accuracies: Tensor) -> dict[str, Any]:
         """Evaluate where that is due, add the epoch's line to the record, and return it; NotFinite."""
@@ -161,10 +187,10 @@ class TrainingRun:
             "step": self.step,
             "lr": self.config.lr * lr_factor(self.config, self.step - 1, self.total_steps),
             "train_loss": losses.mean().item(),
-            "train_accuracy": accuracies.mean().item(),
+            f"train_{self.config.task.metric.score}": accuracies.mean().item(),
         }
         if epoch % self.config.eval_every == 0 or epoch == self.config.epochs:
-            line["eval_loss"], line["eval_accuracy"] = self.evaluate()
+            line["eval_loss"], line[f"eval_{self.config.task.metric.score}"] = self.evaluate()
         if isinstance(self.optimizer, HybridSignSGD | SWATS):
             # Of a rate for each parameter the one in the middle.
             rates = torch.tensor(self.optimizer.calibrated_lr, dtype=torch.float64, device="cpu")
@@ -172,7 +198,7 @@ class TrainingRun:
             line["phase"] = self.phase
             line["calibrated_lr"] = rate if math.isfinite(rate) else None
         rows, now = (self.step - self.began_at) * self.config.batch_size, time.perf_counter()
-        per_second = f"{task(self.config.dataset).row}_per_second"
+        per_second = f"{self.config.task.row}_per_second"
         line["timing"] = {"seconds": round(now - self.began, 3), per_second: round(rows / trained, 1)}
         self.began, self.began_at = now, self.step
         self.events.append(line)
@@ -180,9 +206,10 @@ class TrainingRun:
 
     def end(self, status: Literal["done", "diverged"], reason: str | None = None) -> None:
         """Add the record's last line."""
-        accuracy = next((e["eval_accuracy"] for e in reversed(self.events) if "eval_accuracy" in e), None)
+        name = f"eval_{self.config.task.metric.score}"
+        score = next((e[name] for e in reversed(self.events) if name in e), None)
         epoch = math.ceil(self.step / self.steps_per_epoch)
-        line = {"event": "end", "status": status, "epoch": epoch, "step": self.step, "eval_accuracy": accuracy}
+        line = {"event": "end", "status": status, "epoch": epoch, "step": self.step, name: score}
         self.events.append(line if reason is None else line | {"reason": reason})
 
     def write(self, record: Path) -> None:
@@ -210,7 +237,7 @@ class TrainingRun:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to what `save` wrote; BadInput if that was of another text."""
-        records.require_same_text(state["events"][0], self.events[0])
+        records.require_same(state["events"][0], self.events[0])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

@@ -7,10 +7,14 @@ is. Nothing here imports torch, so that a command's help need not wait for it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from signstep.lab.output import stats
+
+FOLDER = "folder:"
+"""What the name of a folder of images begins with, as `signstep.lab.data` has it."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,19 @@ class Metric:
     most: float
     """No value is larger; none is below 0."""
     chance: float
-    """The value of a guess that knows nothing: that of a diverged run."""
+    """The value of a guess that knows nothing: that of a diverged run. Of a user's own data the record has it."""
+    score: str = "accuracy"
+    """What a line of a run's record calls the number beside the loss."""
 
     def of(self, loss: float, accuracy: float) -> float:
-        """The value, from a mean cross-entropy in nats and a share of right answers.
+        """The value, from a mean cross-entropy in nats and a share of right answers, or from the score that it is.
 
         >>> round(task("bible").metric.of(2.0, 0.5), 3), task("digits").metric.of(2.0, 0.5)
         (2.885, 50.0)
         """
-        return 100.0 * accuracy if self.key == "accuracy" else loss / math.log(2)
+        if self.key == "accuracy":
+            return 100.0 * accuracy
+        return loss / math.log(2) if self.key == "bits_per_byte" else accuracy
 
     @property
     def sign(self) -> int:
@@ -71,9 +79,9 @@ class Task:
     """What the runs of a data set have in common."""
 
     metric: Metric
-    noun: Literal["images", "bytes"]
+    noun: Literal["images", "bytes", "examples"]
     """What the parts of the data set are counted in."""
-    row: Literal["images", "sequences"]
+    row: Literal["images", "sequences", "examples"]
     """What `RunConfig.batch_size` counts."""
     models: tuple[str, ...]
     """The networks that can be trained on it."""
@@ -84,11 +92,41 @@ TextModel = Literal["gpt", "gpt2"]
 _IMAGES = Task(ACCURACY, "images", "images", ImageModel.__args__)  # type: ignore[attr-defined]
 _CIFAR100 = Task(Metric(**{**vars(ACCURACY), "chance": 1.0}), "images", "images", _IMAGES.models)
 _TEXT = Task(BITS_PER_BYTE, "bytes", "sequences", TextModel.__args__)  # type: ignore[attr-defined]
+_EXAMPLES = Task(ACCURACY, "examples", "examples", _IMAGES.models)
 TEXTS = ("bible", "shakespeare", "text")
 
 
-def task(dataset: str) -> Task:
-    """The task of a data set; of one that is not known, to classify its images."""
+_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+def is_name(text: str) -> bool:
+    """Whether a text could name something to import, as ``package.module:function``.
+
+    >>> is_name("nets:Net"), is_name("folder/of/images"), is_name("folder:x/y")
+    (True, False, False)
+    """
+    return _NAME.fullmatch(text) is not None
+
+
+def is_own(name: str) -> bool:
+    """Whether this is the name of a user's own data set, model or optimizer: it has a colon in it."""
+    return ":" in name
+
+
+def task(dataset: str, metric: str | None = None, better: Literal["higher", "lower"] = "higher") -> Task:
+    """The task of a data set; of one that is not known, to classify its images.
+
+    Args:
+        dataset: its name.
+        metric: the name of the user's own, if runs are judged by one.
+        better: which of its values are.
+    """
     if dataset in TEXTS:
         return _TEXT
-    return _CIFAR100 if dataset == "cifar100" else _IMAGES
+    known = _CIFAR100 if dataset == "cifar100" else _IMAGES
+    if is_own(dataset) and not dataset.startswith(FOLDER):
+        known = _EXAMPLES
+    if metric is None:
+        return known
+    word = metric.rpartition(":")[2]
+    return replace(known, metric=Metric(word, word, word, "metric", better, 4, math.inf, math.nan, "metric"))

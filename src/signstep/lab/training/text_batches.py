@@ -49,7 +49,6 @@ class TextBatches:
                 f"evaluate on, for batches of {config.batch_size} sequences of {self.context} bytes, which need "
                 f"{(config.batch_size + 1) * self.context} and {self.context * workers.size + 1}"
             )
-        self.labels_evaluated = len(self.eval) - 1
         self._config, self._workers = config, workers
         self._within = torch.arange(self.context + 1, device=workers.device)
         self._epoch, self._starts = -1, torch.empty(0, dtype=torch.int64, device="cpu")

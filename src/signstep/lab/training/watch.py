@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from signstep.distributed import MajorityVote
 from signstep.lab.errors import BadInput
-from signstep.lab.training.batches import Batches
-from signstep.lab.training.text_batches import TextBatches
+from signstep.lab.training.batches import AnyBatches
 from signstep.lab.training.workers import Workers
 from signstep.monitor import Monitor
 from signstep.monitor.sinks import JSONLines
@@ -40,7 +39,7 @@ class Watched(Protocol):
     step: int
 
     @property
-    def batches(self) -> Batches | TextBatches:
+    def batches(self) -> AnyBatches:
         """What it trains on."""
         ...
 

@@ -115,7 +115,7 @@ def test_the_site_in_a_browser(browser: Any, address: str, width: int, scheme: s
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     context.set_default_timeout(120_000)
     problems: list[str] = []
-    for name in ("index.html", "theory.html", "reference/optim.html", "results.html"):
+    for name in ("index.html", "theory.html", "reference/optim.html", "reference/theory.html", "results.html"):
         page = context.new_page()
         page.on("console", lambda message: problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
@@ -123,11 +123,11 @@ def test_the_site_in_a_browser(browser: Any, address: str, width: int, scheme: s
         page.goto(address + name)
         page.wait_for_function("!document.querySelector('.arithmatex') || document.querySelector('mjx-container')")
         page.evaluate("MathJax.startup.promise.then(() => null)")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        page.wait_for_function(f"document.documentElement.scrollWidth <= {width}")
         assert page.locator("mjx-merror").count() == 0, name
         equations = page.locator(".arithmatex").count()
         assert page.locator(".arithmatex > mjx-container").count() == equations
-        assert (equations > 100) == (name == "theory.html")
+        assert equations > 10 or "theory" not in name
         page.close()
     context.close()
     assert problems == []

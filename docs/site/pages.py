@@ -32,6 +32,7 @@ def on_config(config: MkDocsConfig) -> None:
     """Take the address of the repository from where it is set, [tool.signstep] in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     config.repo_url = project["tool"]["signstep"]["repository"]
+    config.repo_name = "Repository"
     config.site_url = project["tool"]["signstep"]["documentation"]
 
 

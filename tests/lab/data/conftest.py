@@ -50,7 +50,7 @@ def served_idx(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     for file in idx.SHAPES:
         body = (tmp_path / "origin" / f"{file}.gz").read_bytes()
         server.files[f"{file}.gz"] = body
-        sums.append(hashlib.md5(body).hexdigest())
+        sums.append(hashlib.sha256(body).hexdigest())
     for name in idx.MIRRORS:
         monkeypatch.setitem(idx.MIRRORS, name, ("http://127.0.0.1:9/", server.url))
         monkeypatch.setitem(idx.CHECKSUMS, name, tuple(sums))

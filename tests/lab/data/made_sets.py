@@ -157,7 +157,7 @@ BLOCK = 1 << 16
 
 
 def archive_at(*urls: str, body: bytes = BODY) -> Archive:
-    return Archive("set.tar.gz", hashlib.md5(body).hexdigest(), urls)
+    return Archive("set.tar.gz", hashlib.sha256(body).hexdigest(), urls)
 
 
 def leftovers(folder: Path) -> set[str]:

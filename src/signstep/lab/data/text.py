@@ -24,7 +24,6 @@ SHAKESPEARE = Archive(
     "input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",),
-    algorithm="sha256",
 )
 FILES = {"bible": "bible.data", "shakespeare": SHAKESPEARE.file}
 """The file that a data set lies in, by the data set's name."""

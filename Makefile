@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-long lint docs bench browser clean
+.PHONY: help env demo test test-fast test-long lint docs dist bench browser clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ lint: $(STAMP) docs ## ruff, mypy --strict, which file may import which, and the
 
 docs: $(STAMP) ## the site, in build/site; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+dist: $(STAMP) ## what is published, in dist: built, checked, and tried in fresh environments without a compiler
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python release/dist.py
 
 bench: $(STAMP) ## what a step costs beside other optimizers and the speed of memory (minutes)
 	$(BIN)/signstep bench step --out results/bench

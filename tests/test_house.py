@@ -70,7 +70,3 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     imported = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
     assert len(imported) > 100
     TopologicalSorter(imported).prepare()  # raises an error that names the circle
-
-
-def test_version_is_the_one_in_pyproject() -> None:
-    assert f'version = "{signstep.__version__}"' in (ROOT / "pyproject.toml").read_text()

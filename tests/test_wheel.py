@@ -20,9 +20,9 @@ print(Path(signstep.__file__).parent)
 """
 
 
-def wheel(folder: Path, *options: str) -> Path:
+def wheel(folder: Path, *options: str, **environment: str) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--wheel-dir", str(folder), *options]
-    made = subprocess.run(command, capture_output=True, text=True)
+    made = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if "No matching distribution found for scikit-build-core" in made.stderr:
         pytest.skip("no network to get scikit-build-core from")
     assert made.returncode == 0, made.stderr
@@ -62,4 +62,11 @@ def test_a_wheel_of_python_alone_serves_every_machine(tmp_path: Path) -> None:
     names = zipfile.ZipFile(path).namelist()
     assert "signstep/py.typed" in names
     assert not [name for name in names if name.endswith((".so", ".dylib", ".cpp"))]
+    step_without_compiler(path, tmp_path / "unpacked", fused=False)
+
+
+@pytest.mark.long
+def test_a_wheel_that_is_built_without_a_compiler_says_so_in_its_name(tmp_path: Path) -> None:
+    path = wheel(tmp_path / "wheels", PATH=str(Path(sys.executable).parent), CXX="no-such-compiler")
+    assert path.name.endswith("-py3-none-any.whl")
     step_without_compiler(path, tmp_path / "unpacked", fused=False)

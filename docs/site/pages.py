@@ -22,8 +22,9 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CODE_OF_CONDUCT.md": "conduct.md",
     "SECURITY.md": "security.md",
+    "examples/README.md": "examples.md",
 }
-"""Where files of the repository's root are on the site."""
+"""Where pages outside docs/ are on the site."""
 
 _LINK = re.compile(r'(?<=\]\()[^)\s#]+|(?<=\bsrc=")[^"#]+|(?<=\bhref=")[^"#]+|(?<=\bsrcset=")[^"#]+')
 _FENCE = re.compile(r"^(```+|~~~+).*?^\1\s*$", re.MULTILINE | re.DOTALL)

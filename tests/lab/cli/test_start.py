@@ -35,8 +35,8 @@ def everything(folder: Path) -> set[str]:
 
 def test_which_commands_write_results() -> None:
     assert {" ".join(words) for words in WRITING} == {
-        "train", "sweep", "reproduce", "report", "demo", "bench step", "bench comm", "bench train", "bench monitor",
-        "study byzantine", "study monitor", "study vote-curve", "verify", "inspect",
+        "train", "compare", "sweep", "reproduce", "report", "demo", "bench step", "bench comm", "bench train",
+        "bench monitor", "study byzantine", "study dither", "study monitor", "study vote-curve", "verify", "inspect",
     }  # fmt: skip
 
 
@@ -63,7 +63,8 @@ def test_a_place_that_cannot_be_written_is_said_before_any_work(
     elif place.startswith("file"):
         said = f"{tmp_path / 'file'} is not a folder; name a folder with --out"
     monkeypatch.chdir(tmp_path)
-    assert run(*command, "--out", str(tmp_path / place)) == 2
+    needed = ["--model", "resnet8", "--data", "folder:pets"] if command == ["compare"] else []
+    assert run(*command, *needed, "--out", str(tmp_path / place)) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(f"signstep: {tmp_path / place}")
     assert said in captured.err

@@ -166,7 +166,7 @@ def test_a_subset_fits_the_smallest_split_of_its_data_set() -> None:
     for scale, recipe, dataset in itertools.product(SCALES, RECIPES, ALL):
         for row in load("table1", scale=scale, recipe=recipe, datasets=[dataset]).rows:
             subset = row.config(dataset).subset
-            assert subset is None or subset <= experiments._toml("datasets")[dataset]["train_size"]
+            assert subset is None or subset <= experiments.load_toml("datasets")[dataset]["train_size"]
     assert load("table1", scale="cpu", datasets=["digits"]).rows[0].config("digits").subset is None
 
 

@@ -113,11 +113,11 @@ def test_a_run_that_diverges_has_the_result_of_the_untrained_network(tmp_path: P
 
 
 def test_a_record_of_another_model_of_the_same_name_is_refused(tmp_path: Path) -> None:
-    own.register("registered:model", functools.partial(own.resolve(f"{OWN}:resnet", "model")))
+    own.register("registered:model", "model", functools.partial(own.resolve(f"{OWN}:resnet", "model")))
     config = plain(model="registered:model")
     run = TrainingRun(config, Workers.join("cpu"), None)
     run.write(tmp_path / f"{config.hash}.jsonl")
-    own.register("registered:model", own.resolve(f"{OWN}:Lazy", "model"))
+    own.register("registered:model", "model", own.resolve(f"{OWN}:Lazy", "model"))
     with pytest.raises(BadInput, match=r"has begun with another model .* give this one another --version"):
         train(config, tmp_path, progress=False)
     assert plain(model="registered:model", version="2").hash != config.hash

@@ -69,6 +69,10 @@ COMMANDS = Commands(
             "signstep.lab.cli.report:main",
             "Write tables, figures and report from the runs there are, the verdicts on claims, and the docs' numbers.",
         ),
+        "compare": (
+            "signstep.lab.cli.compare:Compare",
+            "Compare optimizers on your own model and data: tuned alike, with seeds, intervals and a report.",
+        ),
         "demo": (
             "signstep.lab.cli.demo:Demo",
             "Train sign steps, their peers and the remedies on Fashion-MNIST in minutes, and say what to take from it.",

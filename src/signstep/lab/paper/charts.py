@@ -234,7 +234,7 @@ def draw_curves(
         if banded:
             axes.fill_between(
                 [epoch for epoch, _ in banded],
-                [max(e.mean - (e.half_width or 0), 0) for _, e in banded],
+                [max(e.mean - (e.half_width or 0), metric.least) for _, e in banded],
                 [min(e.mean + (e.half_width or 0), metric.most) for _, e in banded],
                 alpha=0.13,
                 linewidth=0,
@@ -325,7 +325,7 @@ def draw_dots(
             if e.half_width is not None:
                 ends = [e.mean - e.half_width, e.mean + e.half_width]
                 if not zero:
-                    ends = [max(ends[0], 0), min(ends[1], metric.most)]
+                    ends = [max(ends[0], metric.least), min(ends[1], metric.most)]
                 axes.plot(ends, [y, y], color=shade, linewidth=2.2,
                           solid_capstyle="butt", gid=gid, zorder=3)  # fmt: skip
             axes.plot([e.mean], [y], "o", color=shade, markersize=6.5, gid=gid, zorder=5)

@@ -17,10 +17,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from signstep.lab.data.folders import title as folder_title
 from signstep.lab.errors import BadInput
 from signstep.lab.training.config import Dataset, RunConfig
 from signstep.lab.training.optimizers import OPTIMIZERS
-from signstep.lab.training.tasks import TEXTS, Metric, task
+from signstep.lab.training.tasks import FOLDER, TEXTS, Metric, is_own
 
 Name = Literal[
     "table1",
@@ -46,7 +47,8 @@ TUNING_SEED = 1000
 
 
 @cache
-def _toml(name: str) -> dict[str, Any]:
+def load_toml(name: str) -> dict[str, Any]:
+    """What a file of `presets` has."""
     return tomllib.loads((Path(__file__).with_name("presets") / f"{name}.toml").read_text(encoding="utf-8"))
 
 
@@ -121,11 +123,11 @@ class Lesson:
 class Experiment:
     """A table or figure: which rows on which data sets, and the words that go with it."""
 
-    name: Name
+    name: str
     title: str
     caption: str
-    scale: Scale
-    recipe: Recipe
+    scale: str
+    recipe: str
     datasets: tuple[str, ...]
     rows: tuple[Row, ...]
     recipe_summary: str
@@ -135,11 +137,15 @@ class Experiment:
     tune_epochs: int
     lesson: Lesson | None = None
     """What its headline compares; None: the best row with the others."""
+    tuned_on: str = "a held-out tenth of the training set"
+    """What judges a learning rate, of images and examples."""
+    of_paper: bool = True
+    """One of those that the paper, or this library beside it, reports; False: a user's own comparison."""
 
     @property
     def metric(self) -> Metric:
         """What its runs are judged by."""
-        return task(self.datasets[0]).metric
+        return self.rows[0].config(self.datasets[0]).task.metric
 
     def row(self, key: str) -> Row:
         """The row called `key`; BadInput with the known keys otherwise."""
@@ -155,42 +161,44 @@ def dataset_title(dataset: str) -> str:
     >>> dataset_title("cifar10")
     'CIFAR-10'
     """
-    return str(_toml("datasets")[dataset]["title"])
+    if is_own(dataset):
+        return folder_title(dataset) if dataset.startswith(FOLDER) else dataset.removeprefix("own:")
+    return str(load_toml("datasets")[dataset]["title"])
 
 
 def _for_task(name: str, datasets: Sequence[str]) -> dict[str, Any]:
     """A recipe or a scale, as it is for data sets that are all images or all texts."""
-    values = _toml(name)
+    values = load_toml(name)
     return {**values, **values["text"]} if datasets[0] in TEXTS else values
 
 
-def _row(key: str, recipe: Recipe, scale: Scale, datasets: Sequence[str]) -> Row:
-    method = _toml("methods")[key]
-    recipe_values, scale_values = (_for_task(name, datasets) for name in (f"recipe-{recipe}", f"scale-{scale}"))
+def make_row(key: str, recipe: Mapping[str, Any], scale: Mapping[str, Any], datasets: Sequence[str]) -> Row:
+    """A row of `presets/methods.toml` under a recipe and at a scale, both as their files have them."""
+    method = load_toml("methods")[key]
     optimizer = method["options"]["optimizer"]
-    for_optimizer = recipe_values["optimizers"].get(optimizer, {})
+    for_optimizer = recipe["optimizers"].get(optimizer, {})
     options: dict[str, dict[str, Any]] = {}
     for dataset in datasets:
-        values = _toml("datasets")[dataset]
+        values = {} if is_own(dataset) else load_toml("datasets")[dataset]
         merged = {
-            **recipe_values["options"],
+            **recipe["options"],
             **values.get("options", {}),
-            **scale_values["options"],
+            **scale["options"],
             **method["options"],
             **for_optimizer.get("options", {}),
         }
-        if merged.get("subset", 0) > values["train_size"]:
+        if "train_size" in values and merged.get("subset", 0) > values["train_size"]:
             del merged["subset"]
         options[dataset] = merged
     return Row(
         key=key,
         label=for_optimizer.get("label", method["label"]),
-        lr=recipe_values.get("lr", {}).get(optimizer, OPTIMIZERS[optimizer].lr),
+        lr=recipe.get("lr", {}).get(optimizer, OPTIMIZERS[optimizer].lr),
         in_paper=method.get("in_paper", True),
         note=method.get("note", ""),
         paper=method.get("paper", {}),
         options=options,
-        tune_epochs=scale_values["tune_epochs"],
+        tune_epochs=scale["tune_epochs"],
         lr_of=method.get("lr_of", ""),
     )
 
@@ -215,15 +223,15 @@ def load(
     ):
         if value not in known:
             raise BadInput(f"{kind} {value!r}: expected one of {', '.join(known)}")
-    values = _toml(experiment)
+    values = load_toml(experiment)
     chosen = tuple(dict.fromkeys(datasets or values["datasets"]))
     for dataset in chosen:
-        if dataset not in _toml("datasets"):
-            raise BadInput(f"data set {dataset!r}: expected one of {', '.join(_toml('datasets'))}")
+        if dataset not in load_toml("datasets"):
+            raise BadInput(f"data set {dataset!r}: expected one of {', '.join(load_toml('datasets'))}")
     for key in rows:
         if key not in values["rows"]:
             raise BadInput(f"{experiment} has no row {key!r}: it has {', '.join(values['rows'])}")
-        giver = _toml("methods")[key].get("lr_of", key)
+        giver = load_toml("methods")[key].get("lr_of", key)
         if giver not in rows:
             raise BadInput(f"row {key} takes the learning rate of row {giver}: choose that one too")
     if 0 < sum(dataset in TEXTS for dataset in chosen) < len(chosen):
@@ -236,7 +244,9 @@ def load(
         scale=scale,
         recipe=recipe,
         datasets=chosen,
-        rows=tuple(_row(key, recipe, scale, chosen) for key in values["rows"] if not rows or key in rows),
+        rows=tuple(
+            make_row(key, recipe_values, scale_values, chosen) for key in values["rows"] if not rows or key in rows
+        ),
         recipe_summary=recipe_values["summary"],
         scale_summary=scale_values["summary"],
         guesses=tuple(recipe_values["guesses"]),

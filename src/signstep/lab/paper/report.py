@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from signstep.lab.paper.sentences import Sentences, listed
 from signstep.lab.paper.settings import environment, own_settings, plain, shared_settings
 from signstep.lab.paper.tuned import Choices
 from signstep.lab.training.records import Run
+from signstep.lab.training.tasks import is_own
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,10 @@ def write(
     spread = "95 % interval" if len(results.seeds) >= stats.MIN_SEEDS else "each seed"
     marks = {"curves": f"mean and {spread}", "dots": hollow, "differences": hollow}
     for drawing in _drawings(results):
-        stem = f"{name}-{drawing.dataset}-{drawing.kind}"
+        dataset = drawing.dataset
+        if is_own(dataset):
+            dataset = re.sub(r"[^\w.-]+", "-", results.titles[dataset])
+        stem = f"{name}-{dataset}-{drawing.kind}"
         alone = drawing.draw(heading=(drawing.title, f"{words.setting}; {marks[drawing.kind]}"))
         write_bytes(out / f"{stem}.png", figures.png(alone))
         write_text(out / f"{stem}.svg", figures.svg(alone, name=stem, description=drawing.description, alone=True))

@@ -156,7 +156,7 @@ class Results:
                 ours_base = self.cells[base.key, dataset]
                 for row in self.experiment.rows:
                     cell = self.cells[row.key, dataset]
-                    if row.key in BASELINES[: BASELINES.index(base.key) + 1]:
+                    if row in self.baselines[: self.baselines.index(base) + 1]:
                         continue  # itself, or its mirror image, which has been there
                     measured = None
                     if cell.estimate and ours_base.estimate:
@@ -166,8 +166,9 @@ class Results:
 
     @property
     def baselines(self) -> tuple[Row, ...]:
-        """The rows to compare with that the experiment has."""
-        return tuple(row for key in BASELINES for row in self.experiment.rows if row.key == key)
+        """The rows to compare with that the experiment has; of a user's comparison without any, its first row."""
+        known = tuple(row for key in BASELINES for row in self.experiment.rows if row.key == key)
+        return known or (() if self.experiment.of_paper else self.experiment.rows[:1])
 
     @property
     def groups(self) -> tuple[tuple[str, tuple[Row, ...]], ...]:

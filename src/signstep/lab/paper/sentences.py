@@ -9,7 +9,7 @@ from dataclasses import replace
 from signstep.lab.output import stats
 from signstep.lab.paper.experiments import Lesson, Row
 from signstep.lab.paper.results import Results
-from signstep.lab.training.tasks import ACCURACY, task
+from signstep.lab.training.tasks import ACCURACY, BITS_PER_BYTE, is_own
 
 
 class Sentences:
@@ -106,7 +106,7 @@ class Sentences:
     @property
     def setting(self) -> str:
         """Net, images or bytes, epochs and seeds, as of the runs."""
-        configs, noun = self._results.configs, task(self._experiment.datasets[0]).noun
+        configs, noun = self._results.configs, self._results.configs[0].task.noun
         images = sorted({int(run.start[f"train_{noun}"]) for run in self._results.finished})
         parts = [" and ".join(sorted({_net(c.model, c.width) for c in configs}))]
         if images:
@@ -123,7 +123,7 @@ class Sentences:
             sentences.append(self._experiment.scale_summary)
         unknown = [self._titles[d] for d in self._experiment.datasets if not self._results.in_paper(d)]
         smaller = any(c.model != "resnet18" or c.width != 1 or c.subset is not None for c in self._results.configs)
-        if unknown:
+        if unknown and self._experiment.of_paper:
             sentences.append(f"The paper has no numbers on {listed(unknown)}.")
         if smaller and self._results.any_in_paper:
             sentences.append(
@@ -226,8 +226,8 @@ class Sentences:
     @property
     def guesses(self) -> tuple[str, ...]:
         """What the paper does not say and is assumed here, the choice of the learning rates among it."""
-        held_out = "a held-out tenth of the training set"
-        if self._metric is not ACCURACY:
+        held_out = self._experiment.tuned_on
+        if self._metric is BITS_PER_BYTE:
             held_out = "the tenth of the text before the last, which is the test part"
         tuning = (
             f"Learning rates are chosen on {held_out}, by runs of "
@@ -239,6 +239,8 @@ class Sentences:
 
 
 def _net(model: str, width: float) -> str:
+    if is_own(model):
+        return model
     name = model.replace("resnet", "ResNet-").replace("gpt", "GPT-").removesuffix("-")
     return name if width == 1 else f"{name} at width {width:g}"
 

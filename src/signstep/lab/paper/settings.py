@@ -11,7 +11,6 @@ from signstep.lab.paper.results import Results
 from signstep.lab.paper.sentences import plural
 from signstep.lab.training.config import OF_IMAGES, RunConfig
 from signstep.lab.training.display import duration
-from signstep.lab.training.tasks import task
 
 
 def shared_settings(results: Results) -> dict[str, str]:
@@ -61,7 +60,7 @@ def environment(results: Results) -> dict[str, str]:
 def _settings(config: RunConfig) -> dict[str, Any]:
     """The fields that say how a run trained, less those that it does not use."""
     unused = {"seed", "dataset"} | (set() if config.schedule == "step" else {"milestones", "gamma"})
-    if task(config.dataset).row != "images":
+    if config.task.row != "images":
         unused |= {*OF_IMAGES, "channels_last"}
     return {name: value for name, value in config.to_dict().items() if value is not None and name not in unused}
 

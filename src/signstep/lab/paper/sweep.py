@@ -21,7 +21,7 @@ from signstep.lab.paper.tuned import read_tuned, write_tuned
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.records import Run, read_runs
 from signstep.lab.training.series import train_run
-from signstep.lab.training.tasks import BITS_PER_BYTE, task
+from signstep.lab.training.tasks import BITS_PER_BYTE, Metric
 
 MAX_EXTENSIONS = 2
 
@@ -51,9 +51,14 @@ class Search:
     """The best trial is still at the grid's edge: the method may want a learning rate outside it."""
 
     @property
+    def metric(self) -> Metric:
+        """What its trials are judged by."""
+        return self.row.config(self.dataset).task.metric
+
+    @property
     def best(self) -> Trial:
         """The trial of the best result, of equal ones that of the smaller lr. A diverged one comes last."""
-        sign = task(self.dataset).metric.sign
+        sign = self.metric.sign
         return max(self.trials, key=lambda trial: (not trial.diverged, sign * trial.result, -trial.lr))
 
 
@@ -104,7 +109,7 @@ def _add_choices(folder: Path, experiment: Experiment, searches: Iterable[Search
     for found in searches:
         if found.pending:
             continue
-        metric = task(found.dataset).metric
+        metric = found.metric
         choices.setdefault(found.dataset, {})[found.row.key] = {
             "lr": found.best.lr,
             metric.key: round(found.best.result, 4),
@@ -119,7 +124,8 @@ def _add_choices(folder: Path, experiment: Experiment, searches: Iterable[Search
     criterion = (
         "bits per byte on the tenth before the test part"
         if texts
-        else ("accuracy (%) on the held-out tenth of the training set")
+        else f"{experiment.metric.name}{' (%)' if experiment.metric.unit == '%' else ''} on "
+        + ("the held-out tenth of the training set" if experiment.of_paper else experiment.tuned_on)
     )
     about = {
         "scale": experiment.scale,

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from signstep.lab.errors import BadInput
 from signstep.lab.training.tasks import is_name
 
-_registered: dict[str, Any] = {}
+_registered: dict[tuple[str, str], Any] = {}
 
 
-def register(name: str, thing: Any) -> None:
-    """Let `resolve` find an object under a name, in this process."""
-    _registered[name] = thing
+def register(name: str, what: str, thing: Any) -> None:
+    """Let `resolve` find an object under a name, in this process; `what` is as there."""
+    _registered[what, name] = thing
 
 
 def resolve(name: str, what: str) -> Any:
@@ -35,13 +35,13 @@ def resolve(name: str, what: str) -> Any:
 
     Args:
         name: as in the header of this file; modules are also looked for in the working folder.
-        what: begins the message of an error: "model", "loss", ...
+        what: "model", "data", "loss", "metric" or "optimizer"; begins the message of an error.
 
     Raises:
         BadInput: there is no such thing, or its module cannot be imported.
     """
-    if name in _registered:
-        return _registered[name]
+    if (what, name) in _registered:
+        return _registered[what, name]
     module, _, path = name.partition(":")
     if not is_name(name):
         raise BadInput(f"{what} {name!r}: expected package.module:name, or a name that signstep knows")
@@ -79,7 +79,7 @@ def build(name: str, given: Mapping[str, Any]) -> nn.Module:
         BadInput: there is no such model, its factory needs other arguments, or it made something else.
     """
     library, _, model = name.partition(":")
-    if library in ("timm", "torchvision") and name not in _registered:
+    if library in ("timm", "torchvision") and ("model", name) not in _registered:
         return _of_library(library, model, given)
     factory = resolve(name, "model")
     if not callable(factory):
@@ -159,10 +159,10 @@ def optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """
     factory = resolve(name, "optimizer")
     try:
-        inspect.signature(factory).bind(model.parameters(), lr)
+        inspect.signature(factory).bind([], lr)
     except TypeError as error:
         raise BadInput(f"optimizer {name}: {error}; its factory is called with (params, lr)") from error
-    made = factory(model.parameters(), lr)
+    made = factory(list(model.parameters()), lr)
     if not isinstance(made, torch.optim.Optimizer):
         raise BadInput(f"optimizer {name}: its factory returned {_kind(made)}, expected a torch.optim.Optimizer")
     return made

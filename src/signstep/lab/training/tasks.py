@@ -32,9 +32,11 @@ class Metric:
     digits: int
     """Decimal places in a table."""
     most: float
-    """No value is larger; none is below 0."""
+    """No value is larger."""
     chance: float
     """The value of a guess that knows nothing: that of a diverged run. Of a user's own data the record has it."""
+    least: float = 0.0
+    """No value is smaller."""
     score: str = "accuracy"
     """What a line of a run's record calls the number beside the loss."""
 
@@ -57,6 +59,21 @@ class Metric:
     def best_word(self) -> str:
         """What the best value is called among the others: "highest" or "lowest"."""
         return "highest" if self.better == "higher" else "lowest"
+
+    @property
+    def heading(self) -> str:
+        """What the numbers of a table are, and which are better where that has to be said.
+
+        >>> task("bible").metric.heading, task("own:data", "nets:mse", "lower").metric.heading
+        ('Bits per byte, fewer are better', 'mse, lower is better')
+        """
+        if self.unit == "%":
+            return "Percent"
+        return (
+            "Bits per byte, fewer are better"
+            if self.key == "bits_per_byte"
+            else f"{self.name}, {self.better} is better"
+        )
 
     def text(self, value: float) -> str:
         """A value with its unit.
@@ -129,4 +146,4 @@ def task(dataset: str, metric: str | None = None, better: Literal["higher", "low
     if metric is None:
         return known
     word = metric.rpartition(":")[2]
-    return replace(known, metric=Metric(word, word, word, "metric", better, 4, math.inf, math.nan, "metric"))
+    return replace(known, metric=Metric(word, word, word, "metric", better, 4, math.inf, math.nan, -math.inf, "metric"))

@@ -1,4 +1,4 @@
-"""The site's pages outside docs/: README, CONTRIBUTING, the changelog, and whatever pages link in results/.
+"""The site's pages outside docs/: README and its like, the examples, and whatever pages link in results/.
 
 No text is copied. These files are read where they lie, and a link from one file of the repository to another, which a
 forge follows as it is, leads on the site to the page or file that it names, or to the repository if the site has none.
@@ -6,6 +6,7 @@ forge follows as it is, leads on the site to the page or file that it names, or 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
@@ -25,6 +26,7 @@ PAGES = {
     "examples/README.md": "examples.md",
 }
 """Where pages outside docs/ are on the site."""
+NOTEBOOKS = ROOT / "examples" / "notebooks"
 
 _LINK = re.compile(r'(?<=\]\()[^)\s#]+|(?<=\bsrc=")[^"#]+|(?<=\bhref=")[^"#]+|(?<=\bsrcset=")[^"#]+')
 _FENCE = re.compile(r"^(```+|~~~+).*?^\1\s*$", re.MULTILINE | re.DOTALL)
@@ -40,9 +42,11 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages of the root, then what pages link in results/, then what that links."""
+    """Add the pages of the root and the notebooks, then what pages link in results/, then what that links."""
     for source, target in PAGES.items():
         files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        files.append(File.generated(config, f"{path.stem}.md", abs_src_path=str(path)))
     unread = [Path(file.abs_src_path or "") for file in files.documentation_pages()]
     while unread:
         page = unread.pop()
@@ -60,6 +64,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Lead links where their files are on the site, and indent nested lists by four, as Python-Markdown wants them."""
     source = Path(page.file.abs_src_path or "")
     here = PurePosixPath(page.file.src_uri).parent
+    if source.suffix == ".ipynb":
+        markdown = _of_notebook(markdown)
+    elif source.parent.name == "examples":
+        markdown += "".join(_listing(source.parent / name) for name in re.findall(r"\]\((\w+\.py)\)", markdown))
 
     def led(match: re.Match[str]) -> str:
         path = (source.parent / match[0]).resolve()
@@ -68,6 +76,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         uri = _on_site(path)
         if uri in files.src_uris:
             return os.path.relpath(uri, here)
+        if path.parent == source.parent and path.suffix == ".py":
+            return f"#{path.stem}"
         return f"{config.repo_url}/blob/main/{path.relative_to(ROOT).as_posix()}"
 
     text, end = "", 0
@@ -80,6 +90,25 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return text
 
 
+def _listing(path: Path) -> str:
+    """A program as a section of a page."""
+    return f"\n## {path.name} {{ #{path.stem} }}\n\n```python\n{path.read_text('utf-8')}```\n"
+
+
+def _of_notebook(text: str) -> str:
+    """A notebook with its outputs as Markdown."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        written = "".join(cell["source"])
+        parts.append(written if cell["cell_type"] == "markdown" else f"```python\n{written}\n```")
+        for output in cell.get("outputs", []):
+            if "text" in output:
+                parts.append(f"```text\n{''.join(output['text'])}```")
+            elif picture := output["data"].get("image/png"):
+                parts.append(f"![What this code draws](data:image/png;base64,{''.join(picture).strip()})")
+    return "\n\n".join(parts)
+
+
 def _on_site(path: Path) -> str | None:
     """Where a file of the repository is on the site, if it is there."""
     if not path.is_relative_to(ROOT):
@@ -87,4 +116,6 @@ def _on_site(path: Path) -> str | None:
     name = path.relative_to(ROOT).as_posix()
     if name.startswith("docs/"):
         return name.removeprefix("docs/")
+    if path.parent == NOTEBOOKS:
+        return f"{path.stem}.md"
     return PAGES.get(name, name)

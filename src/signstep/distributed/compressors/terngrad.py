@@ -31,6 +31,7 @@ class TernGrad(BlockCompressor):
         ValueError: clip is not above 0.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([[4.0, 1.0, -1.0]])
         >>> TernGrad().encode(x, torch.tensor([[3.0]]), noise=torch.tensor([[0, 29999, 29999]], dtype=torch.int16))
         (tensor([[4.]]), tensor([[2, 2, 1]], dtype=torch.uint8))

@@ -83,6 +83,12 @@ def test_pages_load_nothing_from_elsewhere(site: Path, pages: dict[Path, _Page])
     assert foreign == {}
 
 
+def test_a_report_is_the_file_of_results_as_it_is(site: Path) -> None:
+    reports = [path.relative_to(site) for path in (site / "results").rglob("*.html")]
+    assert len(reports) > 3
+    assert [name for name in reports if (site / name).read_bytes() != (ROOT / name).read_bytes()] == []
+
+
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
     reference = set().union(*(_Page(path).names for path in (site / "reference").glob("*.html")))
     names = {f"{module}.{name}" for module in PUBLIC for name in import_module(module).__all__}

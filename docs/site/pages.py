@@ -52,9 +52,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         page = unread.pop()
         for link in _LINK.findall(page.read_text("utf-8")):
             path = (page.parent / link).resolve()
-            uri = _on_site(path)
-            if path.is_file() and uri is not None and uri.startswith("results/") and uri not in files.src_uris:
-                files.append(File.generated(config, uri, abs_src_path=str(path)))
+            if path.is_file() and path.is_relative_to(ROOT / "results") and _on_site(path) not in files.src_uris:
+                files.append(File.generated(config, _on_site(path), abs_src_path=str(path)))
                 if path.suffix == ".md":
                     unread.append(path)
     return files
@@ -109,13 +108,13 @@ def _of_notebook(text: str) -> str:
     return "\n\n".join(parts)
 
 
-def _on_site(path: Path) -> str | None:
+def _on_site(path: Path) -> str:
     """Where a file of the repository is on the site, if it is there."""
-    if not path.is_relative_to(ROOT):
-        return None
     name = path.relative_to(ROOT).as_posix()
     if name.startswith("docs/"):
         return name.removeprefix("docs/")
     if path.parent == NOTEBOOKS:
         return f"{path.stem}.md"
+    if name.startswith("results/") and path.suffix == ".md":
+        return name.replace("results", "measured", 1)  # in results/ its page would take the place of a report's .html
     return PAGES.get(name, name)

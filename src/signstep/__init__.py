@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from signstep.monitor import Monitor
-    from signstep.optim import HybridSignSGD, Lion, SignSGD
+    from signstep.optim import HybridSignSGD, Lion, SignSGD, find_lr
 
-__all__ = ["HybridSignSGD", "Lion", "Monitor", "SignSGD", "__version__"]
+__all__ = ["HybridSignSGD", "Lion", "Monitor", "SignSGD", "__version__", "find_lr"]
 __version__ = "0.1.0"
 
-_HOMES = dict.fromkeys(("HybridSignSGD", "Lion", "SignSGD"), "signstep.optim") | {"Monitor": "signstep.monitor"}
+_HOMES = dict.fromkeys(("HybridSignSGD", "Lion", "SignSGD", "find_lr"), "signstep.optim") | {
+    "Monitor": "signstep.monitor"
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -35,8 +35,9 @@ def everything(folder: Path) -> set[str]:
 
 def test_which_commands_write_results() -> None:
     assert {" ".join(words) for words in WRITING} == {
-        "train", "compare", "sweep", "reproduce", "report", "demo", "bench step", "bench comm", "bench train",
-        "bench monitor", "study byzantine", "study dither", "study monitor", "study vote-curve", "verify", "inspect",
+        "train", "find-lr", "compare", "sweep", "reproduce", "report", "demo", "bench step", "bench comm",
+        "bench train", "bench monitor", "study byzantine", "study dither", "study monitor", "study vote-curve",
+        "verify", "inspect",
     }  # fmt: skip
 
 

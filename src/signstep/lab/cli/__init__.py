@@ -56,6 +56,10 @@ COMMANDS = Commands(
     {
         "data": ("signstep.lab.cli.data:Data", "List the data sets and where each was found, or get one."),
         "train": ("signstep.lab.cli.train:main", "Train one run; the same command again goes on with it."),
+        "find-lr": (
+            "signstep.lab.cli.find_lr:main",
+            "Suggest a learning rate: train for some steps while it rises, and see where the loss falls.",
+        ),
         "runs": ("signstep.lab.cli.runs:Runs", "List the runs of a folder: what they are, how good, and how far."),
         "sweep": (
             "signstep.lab.cli.sweep:Sweep",

@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("material", reason="the site needs signstep[docs]")
 
 ROOT = Path(__file__).parents[1]
-PUBLIC = [f"signstep.{name}" for name in ("optim", "distributed", "monitor", "monitor.sinks")]
+PUBLIC = [f"signstep.{name}" for name in ("optim", "distributed", "monitor", "monitor.sinks", "integrations.timm")]
 PUBLIC += [f"signstep.theory.{name}" for name in ("bounds", "noise", "problems", "stationarity", "vote")]
 
 

@@ -51,7 +51,8 @@ class Objective:
         """
         if self._metric is None:
             return torch.eq(outputs.argmax(-1), y).sum()
-        return len(y) * self._scalar(self._called(self._metric, "metric", outputs, y), "metric").detach()
+        value = self._scalar(self._called(self._metric, "metric", outputs, y), "metric")
+        return len(y) * value.detach().to(y.device)
 
     def count(self, y: Tensor) -> int:
         """What `score` is a sum over: the labels of a batch, or its rows."""

@@ -35,7 +35,7 @@ ALPHAS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Variances of the paper's dither at the first step; it falls as (1 + step)^-0.55."""
 SIGMAS = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Of relative dither: the noise's standard deviation over the rms of the momentum, the same at every step."""
-LRS = (3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2)
+LRS = (3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1)
 MAP_SEED = 1000
 """Of the runs of a map; no run on test images has it."""
 

@@ -56,14 +56,14 @@ def test_the_lowest_is_the_best_and_beats_the_others() -> None:
     assert difference.estimate is not None
     assert difference.estimate.mean == pytest.approx(-0.5)
     words = Sentences(found)
-    assert words.headline == "On King James Bible, Adam (decoupled decay) beats SGD by 0.500 ± 0.248 bits per byte."
+    assert words.headline == "On King James Bible, AdamW beats SGD by 0.500 ± 0.248 bits per byte."
     assert "GPT, 3,964,028 training bytes, 2 epochs, 3 seeds" in words.scope
     assert any("the tenth of the text before the last" in guess for guess in words.guesses)
 
 
 def test_an_undecided_outcome_and_one_that_seeds_contradict() -> None:
     close = results(adam=ADAM, signsgd=SIGN)
-    assert "is lowest, but 3 seeds do not tell it from SignSGD-M (−0.100 ± 0." in Sentences(close).headline
+    assert "is lowest, but 3 seeds do not tell it from Sign (−0.100 ± 0." in Sentences(close).headline
     alone = results(sgd=SGD[:1], signsgd=SIGN[:1])
     assert "2 methods reach 2.200 to 2.500 bits per byte, which ranks none" in Sentences(alone).headline
 

@@ -186,23 +186,23 @@ def test_the_headline_names_a_winner_only_of_tuned_rates_and_three_seeds(tuned: 
             == f"On Fashion-MNIST, 3 methods reach {low} to {high} %, which ranks none of them: {reason}."
         )
     else:
-        assert Sentences(results).headline.startswith("On Fashion-MNIST, Hybrid (SignSGD-M → SGD) beats SGD by 6.20 ±")
+        assert Sentences(results).headline.startswith("On Fashion-MNIST, Hybrid beats SGD by 6.20 ±")
 
 
 @pytest.mark.parametrize(
     ("means", "apart", "verdict"),
     [
-        ({"pre-relative": 79.0, "pre-0.1": 50.0}, 2.0, "Use SignSGD-M + pre-noise (σ = rms(m)): seeds lie less far"),
-        ({"pre-relative": 70.0, "pre-0.1": 79.0}, 2.0, "Use SignSGD-M + pre-noise (α = 0.1): seeds lie less far"),
+        ({"pre-relative": 79.0, "pre-0.1": 50.0}, 2.0, "Use Sign + dither: seeds lie less far"),
+        ({"pre-relative": 70.0, "pre-0.1": 79.0}, 2.0, "Use Sign + pre-noise 0.1: seeds lie less far"),
         (
             {"pre-relative": 79.0, "pre-0.1": 77.5},
             2.0,
-            "Whether to use SignSGD-M + pre-noise (σ = rms(m)) or SignSGD-M",
+            "Whether to use Sign + dither or Sign + pre-noise 0.1",
         ),
         (
             {"pre-relative": 79.0, "pre-0.1": 50.0},
             None,
-            "Whether to use SignSGD-M + pre-noise (σ = rms(m)) or SignSGD-M",
+            "Whether to use Sign + dither or Sign + pre-noise 0.1",
         ),
     ],
 )
@@ -220,13 +220,10 @@ def test_a_lesson_is_drawn_where_two_settings_differ_by_more_than_their_seeds(
     ]
     headline = Sentences(Results(experiment, by_hash(*runs), {})).headline
     first, second, *_ = headline.split("%. ")
-    assert (
-        first == "On Fashion-MNIST, SignSGD-M reaches 78.0 %, SGD 78.0 %, Adam (decoupled decay) 78.0 % and Lion 78.0 "
-    )
+    assert first == "On Fashion-MNIST, Sign reaches 78.0 %, SGD 78.0 %, AdamW 78.0 % and Lion 78.0 "
     gains = [f"{means[key] - 78:+.1f}".replace("-", "−") for key in ("pre-relative", "pre-0.1")]
     assert second.startswith(
-        f"SignSGD-M + pre-noise (σ = rms(m)) adds {gains[0]} points to SignSGD-M, "
-        f"the paper's SignSGD-M + pre-noise (α = 0.1) {gains[1]}. {verdict}"
+        f"Sign + dither adds {gains[0]} points to Sign, the paper's Sign + pre-noise 0.1 {gains[1]}. {verdict}"
     )
 
 
@@ -234,7 +231,7 @@ def test_a_lesson_names_the_rows_that_it_waits_for() -> None:
     experiment = experiments.load("demo", scale="demo")
     runs = by_hash(*(run(row, "fashion-mnist", 0, 70.0) for row in experiment.rows[:2]))
     headline = Sentences(Results(experiment, runs, {})).headline
-    assert headline.startswith("On Fashion-MNIST there is no result yet of SignSGD-M, Lion, SignSGD-M + pre-noise")
+    assert headline.startswith("On Fashion-MNIST there is no result yet of Sign, Lion, Sign + pre-noise 0.1, ")
 
 
 def test_one_method_with_fewer_seeds_leaves_the_order_open() -> None:
@@ -316,7 +313,7 @@ def test_rows_that_take_anothers_rate_say_so(tmp_path: Path) -> None:
     runs = by_hash(*(run(experiment.row(key), d, seed, v, lr=lr) for (key, d, seed), v in values.items()))
     page = write(experiment, runs, tmp_path, tuned=every, commands=[])
     results = Results(experiment, runs, every)
-    assert "SignSGD-M, int8 momentum beats the next best" in Sentences(results).headline
+    assert "Sign (int8) beats the next best" in Sentences(results).headline
     takers = "SignSGD-M, bfloat16 momentum and SignSGD-M, int8 momentum"
     words = f"Not tuned, with the learning rate of SignSGD-M: {takers}."
     for file in (page, page.with_suffix(".md")):
@@ -336,6 +333,38 @@ def test_a_data_set_that_the_paper_does_not_use(tmp_path: Path) -> None:
     scope = json.loads((tmp_path / "table1.json").read_text(encoding="utf-8"))["scope"]
     assert "The paper has no numbers on Fashion-MNIST." in scope
     assert "it decides nothing about the methods" in scope
+
+
+def test_short_names_stand_in_headline_and_charts_and_long_ones_beside_them(tmp_path: Path) -> None:
+    experiment = experiments.load("verdict", scale="smoke", datasets=["cifar10"])
+    page = write(experiment, full(experiment, accuracies(experiment, 2)), tmp_path, tuned=None, commands=[])
+    text, long = html.unescape(page.read_text(encoding="utf-8")), "SignSGD-M + pre-noise (σ = rms(m))"
+    for kind in ("curves", "dots"):
+        drawing = (tmp_path / f"verdict-cifar10-{kind}.svg").read_text(encoding="utf-8")
+        words = " ".join(re.findall(r"<text[^>]*>([^<]*)", drawing))
+        assert "Sign + dither" in words
+        assert "pre-noise (σ" not in words
+        assert long in re.findall(r'aria-label="([^"]*)"', drawing)[0]
+    key = re.findall(r'<li data-method="pre-relative">.*', text)[0]
+    short, beside = (re.sub(r"<[^>]+>", "", part).replace("\xa0", " ") for part in key.split("<small>"))
+    assert short == "Sign + dither"
+    assert beside.startswith(long)
+    assert f"Sign + dither: {long}" in (tmp_path / "verdict.md").read_text(encoding="utf-8").replace("\\", "")
+    row = next(
+        r
+        for r in json.loads((tmp_path / "verdict.json").read_text(encoding="utf-8"))["rows"]
+        if r["key"] == "pre-relative"
+    )
+    assert (row["label"], row["short"]) == (long, "Sign + dither")
+
+
+def test_short_names_are_short_and_no_two_rows_share_one() -> None:
+    for name in experiments.NAMES:
+        for recipe in experiments.Recipe.__args__:  # type: ignore[attr-defined]
+            rows = experiments.load(name, recipe=recipe).rows
+            shorts = [row.short_label for row in rows]
+            assert len(set(shorts)) == len(shorts)
+            assert all(len(row.short_label) <= min(24, len(row.label)) for row in rows), shorts
 
 
 NASTY = "<script>alert(\"1\")</script> & 'q' | *x* `y` [z](w) {{ 7*7 }}"

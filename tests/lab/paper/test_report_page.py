@@ -46,7 +46,12 @@ _LOOK = """() => {
     cells: cells.length,
     invisible: cells.filter((c) => { const r = c.getBoundingClientRect(); return r.width < 5 || r.height < 5; }).length,
     background: getComputedStyle(document.body).backgroundColor,
-    smallest: Math.min(...[...document.querySelectorAll("svg text")].map((t) => t.getBoundingClientRect().height)),
+    smallest: Math.min(...[...document.querySelectorAll("svg text")]
+      .map((t) => parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a)),
+    hints: [...document.querySelectorAll(".scroll")].map((e) => {
+      const style = getComputedStyle(e);
+      return style.overflowX === "auto" && style.backgroundAttachment === "local, local, scroll, scroll";
+    }),
   };
 }"""
 
@@ -68,7 +73,9 @@ def test_the_page_in_a_browser(opened: Any, table1: Experiment, width: int, sche
     assert look["out"] == []
     assert look["cells"] == 8 * len(table1.rows)
     assert look["invisible"] == 0
-    assert look["smallest"] >= 9
+    assert look["smallest"] >= 11  # pixels on the screen
+    assert look["hints"]
+    assert all(look["hints"])
     assert (int(re.findall(r"\d+", look["background"])[0]) > 200) == (scheme == "light")
 
 
@@ -95,6 +102,31 @@ def test_values_under_the_pointer_and_toggling(opened: Any) -> None:
     item.click()
     assert item.get_attribute("aria-pressed") == "true"
     assert line.is_visible()
+
+
+@pytest.mark.slow
+def test_a_row_of_the_table_picks_out_its_curves(opened: Any) -> None:
+    tab = opened(viewport={"width": 1280, "height": 900})
+    picked = """() => [...document.querySelectorAll("figure svg")].map((svg) => {
+      const methods = new Set([...svg.querySelectorAll(".on")].map((e) => e.dataset.method));
+      return [svg.classList.contains("focus"), ...methods].join(" ");
+    })"""
+    nothing = ["false"] * 6
+    assert tab.evaluate(picked) == nothing
+    tab.locator("tr[data-row=signsgd] td").first.hover()
+    assert tab.evaluate(picked) == ["true signsgd"] * 6
+    # SGD, which the differences are taken to, is no line of their drawings, which stay as they are.
+    tab.locator("tr[data-row=sgd] td").first.hover()
+    assert sorted(tab.evaluate(picked)) == ["false"] * 2 + ["true sgd"] * 4
+    tab.locator("h1").hover()
+    assert tab.evaluate(picked) == nothing
+    tab.locator("tr[data-row=sgd]").focus()
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.dataset.row") == "adam"
+    assert tab.evaluate(picked) == ["true adam"] * 6
+    tab.keyboard.press("Tab")
+    tab.evaluate("document.activeElement.blur()")
+    assert tab.evaluate(picked) == nothing
 
 
 def test_print_is_dark_on_light_whatever_the_scheme(opened: Any) -> None:

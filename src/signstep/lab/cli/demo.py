@@ -63,6 +63,7 @@ class Demo:
         report = json.loads((options.folder / "demo.json").read_text(encoding="utf-8"))
         for row in report["rows"]:
             mean = row["cells"][name]["mean"]
-            print(f"{'not run' if mean is None else number(mean, 1) + ' %':>8}  {row['label']}")
+            name = row["label"] if row["short"] == row["label"] else f"{row['short']}: {row['label']}"
+            print(f"{'not run' if mean is None else number(mean, 1) + ' %':>8}  {name}")
         print(report["headline"])
         return 0

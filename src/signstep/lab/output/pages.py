@@ -46,8 +46,8 @@ def render(template: str, context: Mapping[str, Any], filters: Mapping[str, Call
 
 
 def _unbroken(text: str) -> Markup:
-    """Text whose hyphenated words, intervals and bracketed remarks stay on one line."""
-    glued = re.sub(r" ± | %", lambda m: m[0].replace(" ", "\xa0"), text)
+    """Text whose hyphenated words, short sums, intervals and bracketed remarks stay on one line."""
+    glued = re.sub(r" ± | %|(?<!\S)\w{1,5} \+ (?=\w)", lambda m: m[0].replace(" ", "\xa0"), text)
     glued = re.sub(r"\([^()]{1,12}\)", lambda m: m[0].replace(" ", "\xa0"), glued)
     words = (
         Markup('<span class="whole">{}</span>').format(w) if "-" in w else Markup.escape(w) for w in glued.split(" ")

@@ -69,6 +69,8 @@ class Curve:
 
     method: str
     label: str
+    short: str
+    """The label on the chart itself."""
     epochs: tuple[int, ...]
     estimates: tuple[MeanEstimate, ...]
     runs: tuple[Mapping[int, float], ...] = ()
@@ -87,6 +89,8 @@ class Dot:
 
     method: str
     label: str
+    short: str
+    """The label on the chart itself."""
     estimate: MeanEstimate | None
     values: tuple[float, ...]
     """One value per seed."""
@@ -114,6 +118,7 @@ def curves(results: Results, dataset: str) -> tuple[Curve, ...]:
                 Curve(
                     method=row.key,
                     label=row.label,
+                    short=row.short_label,
                     epochs=tuple(epochs),
                     estimates=tuple(points),
                     runs=tuple(dict(sorted(values.items())) for values in series),
@@ -153,6 +158,7 @@ def dots(results: Results, dataset: str) -> tuple[Dot, ...]:
         Dot(
             row.key,
             row.label,
+            row.short_label,
             cell.estimate,
             tuple(cell.results.values()) if cell.estimate else (),
             cell.paper,
@@ -179,7 +185,7 @@ def difference_dots(results: Results, dataset: str, baseline: Row) -> tuple[Dot,
                     if each.estimate
                     else "—"
                 )
-                lines.append(Dot(row.key, row.label, each.estimate, values, each.paper, text))
+                lines.append(Dot(row.key, row.label, row.short_label, each.estimate, values, each.paper, text))
     return tuple(lines)
 
 
@@ -250,16 +256,19 @@ def draw_curves(
         for epoch in line.diverged_at:
             at = [e.mean for at, e in zip(line.epochs, line.estimates, strict=True) if at <= epoch]
             axes.plot([epoch], [at[-1] if at else 0], marker="x", markersize=8, markeredgewidth=2, **style)
-    for switch in sorted(set(switches)):
+    ordered = sorted(set(switches))
+    for switch in ordered:
         axes.axvline(switch, color=figures.SWITCH, linestyle=(0, (5, 3)), linewidth=1.2, zorder=2)
-        figures.annotate(axes, "switch to SGD", (switch, 1), ("data", "axes fraction"), (3, 3), color=figures.SWITCH)
+    if ordered:
+        last, where = (ordered[-1], 1), ("data", "axes fraction")
+        figures.annotate(axes, "switch to SGD", last, where, (3, 3), color=figures.SWITCH)
     axes.set_xlim(0, max(epochs, 1))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(axis="y", color=figures.GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("epoch", color=figures.MUTED, fontsize=10, loc="right", labelpad=3)
+    axes.set_xlabel("epoch", color=figures.MUTED, fontsize=10, loc="right", labelpad=7)
     figures.annotate(axes, axis_title(metric), (0, 1), "axes fraction", (-30, 7))
     if heading:
         figures.add_heading(figure, heading, 6)
@@ -281,7 +290,7 @@ def _label_ends(axes: Axes, lines: Sequence[Curve], plot_height: float, digits: 
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": shade, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 1},
         )  # fmt: skip
-        text, right = f"{line.label}  {ending}", ("axes fraction", "data")
+        text, right = f"{line.short}  {ending}", ("axes fraction", "data")
         figures.annotate(axes, text, (1, place), right, (14, 0), color=figures.INK, fontsize=9.5, va="center")
 
 
@@ -315,7 +324,7 @@ def draw_dots(
         gid = figures.method_id(line.method)
         axes.axhline(y, color=figures.GRID, linewidth=0.8, zorder=1)
         above = ("axes fraction", "data")
-        figures.annotate(axes, line.label, (0, i + 0.27), above, color=figures.INK, va="center")
+        figures.annotate(axes, line.short, (0, i + 0.27), above, color=figures.INK, va="center")
         shown = figures.INK if line.estimate else figures.MUTED
         figures.annotate(axes, line.text, (1, i + 0.27), above, color=shown, va="center", ha="right")
         axes.plot(line.values, [y] * len(line.values), "|", color=shade, markersize=7, markeredgewidth=1, alpha=0.6,
@@ -352,7 +361,7 @@ def draw_dots(
         whole = metric.digits if metric.better == "lower" else 0
         part = whole or 1
         axes.xaxis.set_major_formatter(lambda value, _: signed(value, whole if value == int(value) else part))
-    axes.set_xlabel(axis, color=figures.MUTED, fontsize=10, loc="right", labelpad=3)
+    axes.set_xlabel(axis, color=figures.MUTED, fontsize=10, loc="right", labelpad=7)
     if heading:
         figures.add_heading(figure, heading, 12)
     return figure

@@ -184,8 +184,9 @@ def _same_names(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def _as_own(row: Row) -> Row:
     """A row as it is called here, without what is said of it beside the paper's."""
     note = row.note.removeprefix("Not in the paper: ")
-    label = load_toml("compare")["labels"].get(row.key, row.label)
-    return replace(row, label=label, in_paper=True, paper={}, note=note[:1].upper() + note[1:])
+    values = load_toml("compare")
+    label, short = values["labels"].get(row.key, row.label), values["short"].get(row.key, row.short)
+    return replace(row, label=label, short=short, in_paper=True, paper={}, note=note[:1].upper() + note[1:])
 
 
 Better = Literal["higher", "lower"]

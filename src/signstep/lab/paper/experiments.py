@@ -78,11 +78,22 @@ class Row:
     tune_epochs: int = 1
     lr_of: str = ""
     """Key of the row whose tuned learning rate this one takes, without trials of its own; empty: it is tuned itself."""
+    short: str = ""
+    """What a headline and charts call it; empty: its label."""
 
     @property
     def tuned_key(self) -> str:
         """The entry of tuned.json that has its learning rate."""
         return self.lr_of or self.key
+
+    @property
+    def short_label(self) -> str:
+        """What a headline and charts call it; tables, legends and notes have the label.
+
+        >>> load("verdict").row("pre-relative").short_label
+        'Sign + dither'
+        """
+        return self.short or self.label
 
     def config(self, dataset: str, seed: int = 0, lr: float | None = None) -> RunConfig:
         """The final run: trained on the whole training set, evaluated on the test set.
@@ -200,6 +211,7 @@ def make_row(key: str, recipe: Mapping[str, Any], scale: Mapping[str, Any], data
         options=options,
         tune_epochs=scale["tune_epochs"],
         lr_of=method.get("lr_of", ""),
+        short=for_optimizer.get("short", method.get("short", "")),
     )
 
 

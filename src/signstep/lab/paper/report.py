@@ -53,9 +53,15 @@ def _drawings(results: Results) -> Iterator[_Drawing]:
             )
         tables = [("dots", f"final test {metric.name}", metric.unit, charts.dots(results, dataset), "")]
         for base in results.baselines[:1]:
-            difference = f"difference to {base.label}"
+            difference = f"difference to {base.short_label}"
             tables.append(
-                ("differences", difference, metric.points, charts.difference_dots(results, dataset, base), base.label)
+                (
+                    "differences",
+                    difference,
+                    metric.points,
+                    charts.difference_dots(results, dataset, base),
+                    base.short_label,
+                )
             )
         for kind, what, unit, dots, zero in tables:
             if any(dot.estimate for dot in dots):
@@ -158,6 +164,7 @@ def to_dict(results: Results, commands: Sequence[str]) -> dict[str, Any]:
             {
                 "key": row.key,
                 "label": row.label,
+                "short": row.short_label,
                 "in_paper": row.in_paper,
                 "note": row.note,
                 "cells": {d: _cell_dict(results.cells[row.key, d]) for d in e.datasets},

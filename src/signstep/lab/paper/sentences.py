@@ -39,7 +39,7 @@ class Sentences:
         best = ranked[0]
         reached = f"{self._cells[best.key, dataset].text} {metric.unit}"
         if len(ranked) == 1:
-            return f"{best.label}, the only method with a result, reaches {reached}"
+            return f"{best.short_label}, the only method with a result, reaches {reached}"
         if doubts := self._doubts(dataset, ranked):
             low, high = (stats.number(end(mean for mean, _ in means), digits) for end in (min, max))
             return (
@@ -53,13 +53,13 @@ class Sentences:
             points = stats.with_interval(gap, sign=True, digits=digits)
             p = "" if corrected is None else f", corrected p {stats.probability(corrected)}"
             return (
-                f"{best.label} is {metric.best_word}, but {gap.n} seeds do not tell it from {rival.label} "
+                f"{best.short_label} is {metric.best_word}, but {gap.n} seeds do not tell it from {rival.short_label} "
                 f"({points} {metric.points}{p})"
             )
         ahead = replace(gap, mean=metric.sign * gap.mean)
         verb = "beats" if ahead.mean > 0 else f"is {metric.best_word}, but is beaten seed by seed by"
-        name = rival.label if rival.key == "sgd" else f"the next best, {rival.label},"
-        return f"{best.label} {verb} {name} by {stats.with_interval(ahead, digits=digits)} {metric.points}"
+        name = rival.short_label if rival.key == "sgd" else f"the next best, {rival.short_label},"
+        return f"{best.short_label} {verb} {name} by {stats.with_interval(ahead, digits=digits)} {metric.points}"
 
     def _draw(self, lesson: Lesson, dataset: str) -> str:
         """What sign steps reach beside their peers, what each remedy adds to them, and which of two to use.
@@ -67,7 +67,7 @@ class Sentences:
         The last is left open where seeds of either lie as far apart as the two.
         """
         keys = (lesson.plain, *lesson.peers, *lesson.remedies, *lesson.remedies.values())
-        rows = {key: self._experiment.row(key).label for key in keys}
+        rows = {key: self._experiment.row(key).short_label for key in keys}
         cells = {key: self._cells[key, dataset] for key in keys}
         means = {key: estimate.mean for key, cell in cells.items() if (estimate := cell.estimate)}
         title, plain = self._titles[dataset], rows[lesson.plain]
@@ -102,6 +102,12 @@ class Sentences:
         if len(set.intersection(*(set(self._cells[row.key, dataset].results) for row in rows))) < stats.MIN_SEEDS:
             doubts.append(f"fewer than {stats.MIN_SEEDS} seeds are common to all")
         return doubts
+
+    @property
+    def short_names(self) -> str:
+        """Which rows the headline and the charts call by a shorter name than the tables."""
+        shorter = [f"{row.short_label}: {row.label}" for row in self._experiment.rows if row.short_label != row.label]
+        return f"Short names: {'; '.join(shorter)}." if shorter else ""
 
     @property
     def setting(self) -> str:

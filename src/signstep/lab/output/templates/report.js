@@ -1,4 +1,18 @@
 // Adds to a page that is complete without it: values under the pointer, and methods that can be picked out or put away.
+const picksOut = (element, svgs, method) => {
+  const part = `[data-method="${CSS.escape(method)}"]`;
+  const focus = (on) => svgs.filter((svg) => svg.querySelector(part)).forEach((svg) => {
+    svg.classList.toggle("focus", on);
+    svg.querySelectorAll(part).forEach((each) => each.classList.toggle("on", on));
+  });
+  element.tabIndex = 0;
+  element.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && focus(true));
+  element.addEventListener("pointerleave", () => focus(false));
+  element.addEventListener("focus", () => element.matches(":focus-visible") && focus(true));
+  element.addEventListener("blur", () => focus(false));
+};
+const drawings = [...document.querySelectorAll("figure svg")];
+document.querySelectorAll("tr[data-row]").forEach((row) => picksOut(row, drawings, row.dataset.row));
 document.querySelectorAll("figure.curves").forEach((figure) => {
   const svg = figure.querySelector("svg");
   const lines = JSON.parse(figure.querySelector("script").textContent);
@@ -44,10 +58,6 @@ document.querySelectorAll("figure.curves").forEach((figure) => {
 
   items.forEach((item) => {
     const parts = () => document.querySelectorAll(`figure.curves svg [data-method="${CSS.escape(item.dataset.method)}"]`);
-    const focus = (on) => {
-      svg.classList.toggle("focus", on);
-      parts().forEach((part) => part.classList.toggle("on", on));
-    };
     const toggle = () => {
       const shown = item.getAttribute("aria-pressed") === "true";
       parts().forEach((part) => part.classList.toggle("off", shown));
@@ -56,11 +66,7 @@ document.querySelectorAll("figure.curves").forEach((figure) => {
     };
     item.setAttribute("role", "button");
     item.setAttribute("aria-pressed", "true");
-    item.tabIndex = 0;
-    item.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && focus(true));
-    item.addEventListener("pointerleave", () => focus(false));
-    item.addEventListener("focus", () => item.matches(":focus-visible") && focus(true));
-    item.addEventListener("blur", () => focus(false));
+    picksOut(item, [svg], item.dataset.method);
     item.addEventListener("click", toggle);
     item.addEventListener("keydown", (event) => {
       if (event.key === "Enter" || event.key === " ") { event.preventDefault(); toggle(); }

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from signstep.optim import attach_to_backward
 
-WIDTH, STEPS = 2048, 30
+WIDTH, STEPS = 2048, 20
 
 
 def build() -> nn.Module:
@@ -69,9 +69,9 @@ def fine_tune(method: str, pretrained: Path) -> None:
         model = build()
     model.load_state_dict(torch.load(pretrained, weights_only=True, mmap=True), assign=True)
     if method == "AdamW":
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
     else:
-        optimizer = attach_to_backward(model, {"lr": 1e-4, "momentum": 0.0})
+        optimizer = attach_to_backward(model, {"lr": 2e-4, "momentum": 0.0})
     train(model, optimizer, x, y)
     print(f"{method}: accuracy {accuracy(model, test_x, test_y):.1%}, peak {peak_mib() - base:.0f} MiB", flush=True)
 
@@ -79,7 +79,7 @@ def fine_tune(method: str, pretrained: Path) -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     model, (x, test_x, y, test_y) = build(), digits(turned=False)
-    train(model, torch.optim.AdamW(model.parameters(), lr=1e-4), x, y)
+    train(model, torch.optim.AdamW(model.parameters(), lr=2e-4), x, y)
     on_turned = accuracy(model, *digits(turned=True)[1::2])
     print(f"pretrained: accuracy {accuracy(model, test_x, test_y):.1%} upright, {on_turned:.1%} turned")
     pretrained = Path(tempfile.mkdtemp()) / "pretrained.pt"

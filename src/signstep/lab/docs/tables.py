@@ -9,6 +9,7 @@ from signstep.lab.docs.evidence import NETWORK, Evidence
 from signstep.lab.output import stats
 from signstep.lab.output.tables import markdown_table
 from signstep.lab.paper.experiments import dataset_title
+from signstep.lab.training.tasks import task
 
 Lines = Sequence[str]
 
@@ -30,6 +31,7 @@ def tables(evidence: Evidence) -> Mapping[str, Callable[[], Lines]]:
     return {
         "table1": lambda: _accuracies(evidence, "table1"),
         "remedies": lambda: _gains(evidence, "remedies", "cifar10"),
+        "language": lambda: _gains(evidence, "language", "bible"),
         "step": lambda: step_table(read_records(evidence.folder / "bench-cpu")),
         "network": lambda: _network(evidence),
         "dither": lambda: _dither(evidence),
@@ -57,15 +59,17 @@ def _accuracies(evidence: Evidence, experiment: str) -> Lines:
 
 def _gains(evidence: Evidence, experiment: str, dataset: str) -> Lines:
     """Every row of a report beside SGD and SignSGD, seed by seed, with p after Holm's correction for the report."""
-    lines = []
+    lines, metric = [], task(dataset).metric
     for row in evidence.file(f"cpu-strong/{experiment}.json")["rows"]:
-        line = [row["label"], stats.with_interval(evidence.result(experiment, dataset, row["key"]))]
+        found = evidence.result(experiment, dataset, row["key"])
+        line = [row["label"], stats.with_interval(found, digits=metric.digits)]
         for base in ("sgd", "signsgd"):
             if row["key"] in ("sgd", base):
                 line += ["", ""]
                 continue
-            gap = stats.with_interval(evidence.gap(experiment, dataset, row["key"], base), sign=True)
-            line += [gap, stats.probability(evidence.compared(experiment, dataset, row["key"], base)["p_holm"])]
+            gap = evidence.gap(experiment, dataset, row["key"], base)
+            p = evidence.compared(experiment, dataset, row["key"], base)["p_holm"]
+            line += [stats.with_interval(gap, sign=True, digits=metric.digits), stats.probability(p)]
         lines.append(line)
     return markdown_table(["method", dataset_title(dataset), "less SGD", "p", "less SignSGD-M", "p"], lines)
 

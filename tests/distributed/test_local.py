@@ -13,6 +13,7 @@ from ddp_cases import equal_everywhere
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from gang import gang
@@ -28,10 +29,13 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 class Net(nn.Module):
-    """Convolution in channels_last, batch norm, and a part that has no gradient."""
+    """Convolution in channels_last, batch norm, a part that has no gradient, and buffers that never change."""
+
+    constant: Tensor
 
     def __init__(self) -> None:
         super().__init__()
+        self.register_buffer("constant", torch.linspace(0, 1, 101))
         self.conv = nn.Conv2d(3, 5, 3, bias=False)
         self.norm = nn.BatchNorm2d(5)
         self.linear = nn.Linear(5, 4)
@@ -51,8 +55,12 @@ def local_step(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, st
     generator = torch.Generator().manual_seed(1000 * rank + step)
     x = torch.randn(6, 3, 6, 6, generator=generator).to(memory_format=torch.channels_last)
     y = (x.mean((1, 2, 3)) * 40).long().clamp(-2, 1) + 2
+    # In float32 whatever the weights are: layers of bfloat16 do not run on every CPU.
+    tensors = {
+        name: t.float() for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_floating_point()
+    }
     optimizer.zero_grad()
-    F.cross_entropy(model(x), y).backward()
+    F.cross_entropy(functional_call(model, tensors, (x,)), y).backward()
     optimizer.step()
 
 
@@ -174,15 +182,21 @@ def begin_and_end() -> bool:
     return equal_everywhere(model)
 
 
-def stop_and_go_on(name: str, stop: int, steps: int, every: int, options: dict[str, Any]) -> bool:
+def stop_and_go_on(
+    name: str, stop: int, steps: int, every: int, options: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> bool:
     rank = dist.get_rank()
 
     def begin() -> tuple[nn.Module, torch.optim.Optimizer, LocalVote]:
-        model = network()
+        model = network().to(dtype)
         optimizer = OPTIMIZERS[name](model.parameters())
         return model, optimizer, LocalVote(model, optimizer, every=every, **options)
 
-    whole = train_local(name, steps, every, options, seed=0)
+    model, optimizer, local = begin()
+    for step in range(steps):
+        local_step(model, optimizer, rank, step)
+        local.step()
+    whole = model.state_dict()
     model, optimizer, local = begin()
     for step in range(stop):
         local_step(model, optimizer, rank, step)
@@ -202,6 +216,40 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(stop: int) -> None:
     """After a round, and between two."""
     options = {"dither": 0.5, "error_feedback": True}
     assert gang(2).run(stop_and_go_on, "signsgd", stop, 20, 5, options) == [True, True]
+    assert gang(2).run(stop_and_go_on, "sgd", stop, 20, 5, {}, torch.bfloat16) == [True, True]
+
+
+def test_buffers_that_are_the_same_everywhere_stay_as_they_are() -> None:
+    models = [network() for _ in range(7)]
+    simulation = SimulatedLocalVote(models)
+    for _ in range(10):
+        simulation.vote()
+    assert all(torch.equal(model.constant, network().constant) for model in models)
+
+
+def test_workers_go_back_if_none_has_finite_weights() -> None:
+    models = [network() for _ in range(3)]
+    simulation = SimulatedLocalVote(models, nonfinite="abstain")
+    for model in models:
+        torch.nn.init.constant_(model.linear.weight, math.nan)  # type: ignore[arg-type, union-attr]
+    simulation.vote()
+    begun = list(network().parameters())
+    for model in models:
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), begun, strict=True))
+
+
+def test_no_vote_is_held_on_no_step() -> None:
+    assert gang(2).run(hold_twice) == [True, True]
+
+
+def hold_twice() -> bool:
+    model = network()
+    local = LocalVote(model, torch.optim.SGD(model.parameters(), lr=0.1), every=1, scale="none")
+    local_step(model, local.optimizer, dist.get_rank(), 0)
+    assert local.step()
+    after = copy.deepcopy(model)
+    local.hold_round()
+    return same(model, after)
 
 
 def test_a_worker_whose_weights_are_not_finite_abstains_and_comes_back() -> None:
@@ -240,12 +288,12 @@ def test_weights_that_are_not_finite_are_named_on_every_rank() -> None:
         assert "linear.weight on rank 1 is not finite" in message
 
 
-def other_numbers() -> list[dict[str, Any]]:
+def other_numbers(steps: int) -> list[dict[str, Any]]:
     rank = dist.get_rank()
     model = network()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     local = LocalVote(model, optimizer, every=2)
-    for step in range(4):
+    for step in range(steps):
         local_step(model, optimizer, rank, step)
         local.step()
     states: list[Any] = [None] * dist.get_world_size()
@@ -256,18 +304,19 @@ def other_numbers() -> list[dict[str, Any]]:
 def go_on_with(states: list[Any]) -> bool:
     rank = dist.get_rank()
     model = network()
-    model.load_state_dict(states[0][0])
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     local = LocalVote(model, optimizer, every=2)
+    model.load_state_dict(states[rank % len(states)][0])
     local.load_state_dict(resplit([state for _, state in states], dist.get_world_size())[rank])
-    for step in range(2):
-        local_step(model, optimizer, rank, step)
-        local.step()
+    while not local.step():
+        local_step(model, optimizer, rank, 0)
     return equal_everywhere(model)
 
 
-def test_a_run_goes_on_with_another_number_of_workers() -> None:
-    assert gang(3).run(go_on_with, gang(2).run(other_numbers)[0]) == [True] * 3
+@pytest.mark.parametrize("steps", [4, 5])
+def test_a_run_goes_on_with_another_number_of_workers(steps: int) -> None:
+    """After a round, and between two, where every rank has weights of its own."""
+    assert gang(3).run(go_on_with, gang(2).run(other_numbers, steps)[0]) == [True] * 3
 
 
 def machines() -> list[bool]:

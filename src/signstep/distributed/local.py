@@ -118,10 +118,12 @@ class LocalRounds:
             messages: float32 [M, K], every worker's `message`.
         """
         taking_part = [said for said in messages if said[0] > 0]
-        if not taking_part:
+        if not taking_part:  # then there is nowhere to go but back
+            self._send_all_to_start()
             return
-        # Added up in the order of ranks, so that a simulation ends with the same bits.
-        mean = taking_part[0].clone()
+        # Added up in the order of ranks, so that a simulation ends with the same bits, and in float64, so that a buffer
+        # that is the same on all remains as it is.
+        mean = taking_part[0].double()
         for said in taking_part[1:]:
             mean += said
         mean /= len(taking_part)
@@ -129,13 +131,17 @@ class LocalRounds:
         for entry, length in zip(votes, lengths, strict=True):
             rate = self.options.outer_lr * (length if self.options.scale == "tensor" else 1.0)
             self.start[entry.name].add_(entry.flat.to(self.start[entry.name].dtype), alpha=-rate)
-        for params, buffers in zip(self.params, self.buffers, strict=True):
-            for name, p in params.items():
-                in_memory_order(p).copy_(self.start[name])
+        self._send_all_to_start()
+        for buffers in self.buffers:
             begin = 1 + len(votes)
             for b in buffers:
                 b.copy_(mean[begin : begin + b.numel()].view_as(b))
                 begin += b.numel()
+
+    def _send_all_to_start(self) -> None:
+        for params in self.params:
+            for name, p in params.items():
+                in_memory_order(p).copy_(self.start[name])
 
 
 class LocalVote:
@@ -165,7 +171,8 @@ class LocalVote:
         ties: what a tie does, as in `MajorityVote`.
         error_feedback: each worker adds what its earlier signs left out, as in `MajorityVote`.
         nonfinite: what weights that are not finite do. "raise": `step` raises on all ranks. "abstain": that worker has
-            no vote, goes on from where the others go, and its optimizer's state is cleared.
+            no vote, goes on from where the others go, and its optimizer's state is cleared. If no worker has a vote,
+            all go back to where the round began.
         group: the workers; None: all ranks.
         seed: of dither and coins, the same on all ranks.
 
@@ -230,11 +237,13 @@ class LocalVote:
 
     @torch.no_grad()
     def hold_round(self) -> None:
-        """Vote now, whatever number of steps was taken: every rank calls it. For the end of a training.
+        """Vote now, unless no step was taken since the last round: every rank calls it. For the end of a training.
 
         Raises:
             CollectiveError: weights are not finite, under "raise"; with rank and parameter.
         """
+        if self.since == 0:
+            return
         rounds, vote = self.rounds, self.rounds.vote
         vote.begin()
         entries = rounds.entries(0)
@@ -258,14 +267,19 @@ class LocalVote:
     def state_dict(self) -> dict[str, Any]:
         """The rank's own state: save one per rank, with the model's and the optimizer's.
 
-        Between rounds it holds the point that the round began at. After a round that is the model itself, and the state
-        is one momentum per parameter.
+        Between rounds it holds the point that the round began at. After a round that is the model itself, unless its
+        weights are narrower than float32, and the state is one momentum per parameter.
         """
-        between = {"start": dict(self.rounds.start)} if self.since else {}
-        return {**self.rounds.workers[0].state_dict(), "since": self.since, **between}
+        rounds = self.rounds
+        elsewhere = self.since > 0 or any(p.dtype != rounds.start[name].dtype for name, p in rounds.params[0].items())
+        start = {"start": dict(rounds.start)} if elsewhere else {}
+        return {**rounds.workers[0].state_dict(), "since": self.since, **start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` of the same rank gave, or a part of `resplit`; load the model's state before.
+        """Take over what `state_dict` of the same rank gave, or a part of `resplit`.
+
+        Load the model's state between the making of this object, which gives all ranks the first one's weights, and
+        this; between rounds that of the same rank.
 
         Raises:
             ValueError: it is another rank's, of another number of workers, or of another model.

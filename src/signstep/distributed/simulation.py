@@ -251,7 +251,8 @@ class SimulatedVote(_Simulation):
 class SimulatedLocalVote:
     """`LocalVote` of M workers in one process, which has the model of each.
 
-    The caller takes every worker's own steps. With `vote` all models go to the point that the vote leads to.
+    The caller takes every worker's own steps. With `vote` all models go to the point that the vote leads to. Under
+    ``nonfinite="abstain"`` the state of the optimizer whose weights were not finite is the caller's to clear.
 
     Args:
         models: one for each worker; they are given the parameters and buffers of the first.

@@ -353,7 +353,8 @@ def resplit(states: Sequence[Mapping[str, Any]], world_size: int) -> list[dict[s
     """The states of all old workers as those of another number of workers.
 
     Every new worker starts from the mean of the old workers' momenta and residuals, so their mean over workers, which
-    is what the vote is about, is what it was. 8-bit momentum is left out, and starts from 0.
+    is what the vote is about, is what it was. 8-bit momentum is left out, and starts from 0. What is the same on all
+    workers, as the point that a round of `LocalVote` began at, stays.
 
     Args:
         states: `state_dict` of every old rank, in any order.
@@ -384,8 +385,10 @@ def resplit(states: Sequence[Mapping[str, Any]], world_size: int) -> list[dict[s
         for key in kept:
             total = torch.stack([e[key].to(torch.float64) for e in entries]).sum(0) / len(states)
             merged[name][key] = total.to(entries[0][key].dtype)
+    common = {key: states[0][key] for key in ("since", "start") if key in states[0]}
     return [
         {
+            **common,
             "rank": rank,
             "world_size": world_size,
             "steps": list(states[0]["steps"]),

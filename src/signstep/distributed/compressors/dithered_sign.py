@@ -26,7 +26,8 @@ class DitheredSign(BlockCompressor):
     block's root mean square: a bias that keeps one large element from drowning the others.
 
     It takes one phase, because the owner of a block could not send a mean in one bit: bytes grow with M. So does the
-    work, for every rank draws the noise of all.
+    work, for every rank draws the noise of all. So all ranks need devices of one kind: a CPU draws other numbers than a
+    GPU does, and GPUs with different numbers of processors may differ from each other.
 
     Args:
         clip: limit in root mean squares, above 0; None: no limit, no bias. (default: 2.5)

@@ -157,6 +157,22 @@ def mean_distance(outputs: Tensor, y: Tensor) -> float:
     return float((outputs - y).abs().mean())
 
 
+def undefined_in_training(outputs: Tensor, y: Tensor) -> Tensor:
+    """The mean square where the network is evaluated, NaN where it trains."""
+    return mean_square(outputs, y) * (torch.nan if outputs.requires_grad else 1)
+
+
+class Undefined:
+    """Finite at first, and then not."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, outputs: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tensor(1.0 if self.calls == 1 else torch.nan)
+
+
 def of_each(outputs: Tensor, y: Tensor) -> Tensor:
     return (outputs - y).square()
 

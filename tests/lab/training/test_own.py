@@ -112,6 +112,25 @@ def test_a_run_that_diverges_has_the_result_of_the_untrained_network(tmp_path: P
     assert tiny_runs.record(config, tmp_path).result == 10.0
 
 
+def test_a_metric_that_is_undefined_on_the_batches_of_training(tmp_path: Path) -> None:
+    config = line(metric=f"{OWN}:undefined_in_training")
+    epochs = numbers(config, tmp_path)
+    assert [epoch["train_metric"] for epoch in epochs] == [None] * 5
+    assert epochs[-1]["eval_metric"] == epochs[-1]["eval_loss"]
+
+
+def test_a_metric_that_is_not_finite_when_evaluated(tmp_path: Path) -> None:
+    own.register("registered:undefined", "metric", own.resolve(f"{OWN}:Undefined", "metric")())
+    config = line(metric="registered:undefined")
+    assert train(config, tmp_path, progress=False) == "diverged"
+    run = tiny_runs.record(config, tmp_path)
+    assert run.end is not None
+    assert "the evaluation undefined after step 4 (of 20) is nan" in run.end["reason"]
+    assert run.result == 1.0
+    with pytest.raises(BadInput, match=r"before any training, the evaluation undefined after step 0 .* is nan"):
+        train(line(metric="registered:undefined", seed=1), tmp_path, progress=False)
+
+
 def test_a_record_of_another_model_of_the_same_name_is_refused(tmp_path: Path) -> None:
     own.register("registered:model", "model", functools.partial(own.resolve(f"{OWN}:resnet", "model")))
     config = plain(model="registered:model")
@@ -156,6 +175,11 @@ def test_the_digest_of_a_model_is_that_of_what_it_is_made_of() -> None:
             {"dataset": f"{OWN}:line", "model": f"{OWN}:Line"},
             "expected logits .* give a loss and",
         ),
+        (
+            {"dataset": f"{OWN}:line", "model": f"{OWN}:Line", "loss": f"{OWN}:mean_square"},
+            "expected logits .* give a loss and a metric",
+        ),
+        ({"better": "lower"}, "better='lower': name the metric of your own"),
         ({"loss": f"{OWN}:fails"}, r"loss own_things:fails fails on outputs \[128, 10\] and targets \[128\]: it is T"),
         ({"loss": f"{OWN}:mean_square", "label_smoothing": 0.1}, "a loss of your own has its own"),
         ({"dataset": "bible", "model": f"{OWN}:Lazy"}, "dataset bible takes gpt or gpt2$"),

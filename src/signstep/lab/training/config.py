@@ -208,6 +208,8 @@ class RunConfig:
             raise BadInput(f"image_size={self.image_size!r}: expected pixels >= 1, for --data folder:PATH")
         if known.row == "sequences" and (self.loss is not None or self.metric is not None):
             raise BadInput(f"loss={self.loss!r}, metric={self.metric!r}: dataset {self.dataset} has its own")
+        if self.better == "lower" and self.metric is None:
+            raise BadInput("better='lower': name the metric of your own of which lower values are better")
         if self.loss is not None and self.label_smoothing:
             raise BadInput(f"label_smoothing={self.label_smoothing}: a loss of your own has its own")
         if self.context is not None and (known.row != "sequences" or self.context < 1):

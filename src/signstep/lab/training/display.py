@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -106,8 +107,10 @@ class Display:
             each = (time.perf_counter() - self._began) / (line["step"] - self._began_at)
             rate = line["timing"][f"{self._row}_per_second"]
             left = duration(each * (self._steps - line["step"]))
+            trained = line[f"train_{score}"]
+            now = self._now(line["train_loss"], math.nan if trained is None else trained)
             self._console.print(
-                f"epoch {line['epoch']}/{self._epochs}  {self._now(line['train_loss'], line[f'train_{score}'])}"
+                f"epoch {line['epoch']}/{self._epochs}  {now}"
                 f"{self._evaluated}  loss {line['train_loss']:.3f}  {rate:,.0f} {self._row}/s  {left} left"
                 f"  {self._label}",
                 highlight=False,

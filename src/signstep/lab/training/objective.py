@@ -47,9 +47,11 @@ class Objective:
         """What the batch is judged by, times the number of its labels, or of its rows where the metric is the user's.
 
         Raises:
-            BadInput: the metric fails, or is no number.
+            BadInput: the metric fails, or is no number; or it is the share of right answers, and these are no classes.
         """
         if self._metric is None:
+            if self._checks or self._loss is not None:
+                _check_classification(outputs, y)
             return torch.eq(outputs.argmax(-1), y).sum()
         value = self._scalar(self._called(self._metric, "metric", outputs, y), "metric")
         return len(y) * value.detach().to(y.device)
@@ -63,6 +65,7 @@ class Objective:
         if self._loss is None and self._metric is None:
             if self._checks:
                 _check_classification(outputs, y)
+                _check_labels(outputs, y)
             loss = F.cross_entropy(outputs.flatten(0, -2), y.flatten(), reduction="sum")
         else:
             loss = self.count(y) * self._mean_loss(outputs, y, 0.0)
@@ -73,6 +76,7 @@ class Objective:
             return self._scalar(self._called(self._loss, "loss", outputs, y), "loss")
         if self._checks:
             _check_classification(outputs, y)
+            _check_labels(outputs, y)
         return F.cross_entropy(outputs.flatten(0, -2), y.flatten(), label_smoothing=smoothing)
 
     def _called(self, function: Callable[[Any, Tensor], Any], what: str, outputs: Any, y: Tensor) -> Any:
@@ -103,6 +107,9 @@ def _check_classification(outputs: Any, y: Tensor) -> None:
             f"the model gives outputs {_shape(outputs)} for targets {_shape(y)} of type {y.dtype}: to classify, "
             "expected logits [B, classes] and whole numbers [B]; else give a loss and a metric of your own"
         )
+
+
+def _check_labels(outputs: Tensor, y: Tensor) -> None:
     if y.device.type != "cpu":
         return  # to look at the labels would wait for the device in every step
     low, high = int(y.min()), int(y.max())

@@ -162,7 +162,7 @@ class TrainingRun:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
-        """Mean loss and score over all labels to evaluate on, which the workers share out; NotFinite."""
+        """Mean loss and score over all labels to evaluate on, which the workers share out; NotFinite if one is not."""
         self.workers.share_buffers(self.model)
         self.model.eval()
         sums, count = [], 0
@@ -173,21 +173,24 @@ class TrainingRun:
         total = torch.stack(sums).cpu().double().sum(0)
         *totals, counted = self.workers.total(torch.cat([total, torch.tensor([count], dtype=torch.float64)])).tolist()
         mean_loss, score = (each / counted for each in totals)
-        if not math.isfinite(mean_loss):
-            raise NotFinite(f"the evaluation loss after step {self.step} (of {self.total_steps}) is {mean_loss}")
+        for what, value in (("loss", mean_loss), (self.config.task.metric.name, score)):
+            if not math.isfinite(value):
+                raise NotFinite(f"the evaluation {what} after step {self.step} (of {self.total_steps}) is {value}")
         return mean_loss, score
 
     def end_epoch(self, losses: Tensor, accuracies: Tensor) -> dict[str, Any]:
         """Evaluate where that is due, add the epoch's line to the record, and return it; NotFinite."""
         trained = time.perf_counter() - self.began
         epoch = self.step // self.steps_per_epoch
+        train_score = accuracies.mean().item()
         line: dict[str, Any] = {
             "event": "epoch",
             "epoch": epoch,
             "step": self.step,
             "lr": self.config.lr * lr_factor(self.config, self.step - 1, self.total_steps),
             "train_loss": losses.mean().item(),
-            f"train_{self.config.task.metric.score}": accuracies.mean().item(),
+            # A user's metric may be undefined on some batch, as one that needs examples of every class.
+            f"train_{self.config.task.metric.score}": train_score if math.isfinite(train_score) else None,
         }
         if epoch % self.config.eval_every == 0 or epoch == self.config.epochs:
             line["eval_loss"], line[f"eval_{self.config.task.metric.score}"] = self.evaluate()

@@ -158,6 +158,9 @@ class LocalVote:
     as the workers' own ways; all workers are at the same x after a round, bit for bit. The optimizers' states are each
     worker's own and are not sent. Buffers of floats, such as batch norm's, become their mean over workers.
 
+    A weight that no worker ever moves has a momentum of 0, for which each casts a coin: it wanders by :math:`\eta s` in
+    every round, unless its whole parameter stands still. So do the rows of an embedding that no batch has.
+
     Args:
         model: not wrapped, or wrapped in a DistributedDataParallel of the ranks of one machine while `group` has one
             rank of each machine: then gradients are averaged inside a machine and machines vote with each other.
@@ -171,8 +174,8 @@ class LocalVote:
         ties: what a tie does, as in `MajorityVote`.
         error_feedback: each worker adds what its earlier signs left out, as in `MajorityVote`.
         nonfinite: what weights that are not finite do. "raise": `step` raises on all ranks. "abstain": that worker has
-            no vote, goes on from where the others go, and its optimizer's state is cleared. If no worker has a vote,
-            all go back to where the round began.
+            no vote, goes on from where the others go, and its optimizer's state is cleared, with which Adagrad of torch
+            cannot go on. If no worker has a vote, all go back to where the round began.
         group: the workers; None: all ranks.
         seed: of dither and coins, the same on all ranks.
 

@@ -174,8 +174,8 @@ class LocalVote:
         ties: what a tie does, as in `MajorityVote`.
         error_feedback: each worker adds what its earlier signs left out, as in `MajorityVote`.
         nonfinite: what weights that are not finite do. "raise": `step` raises on all ranks. "abstain": that worker has
-            no vote, goes on from where the others go, and its optimizer's state is cleared, with which Adagrad of torch
-            cannot go on. If no worker has a vote, all go back to where the round began.
+            no vote, goes on from where the others go, and its optimizer's state is cleared. If no worker has a vote,
+            all go back to where the round began.
         group: the workers; None: all ranks.
         seed: of dither and coins, the same on all ranks.
 

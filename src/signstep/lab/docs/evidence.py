@@ -45,6 +45,7 @@ _NAMES = (
     "trained",
     "monitor_loop",
     "right",
+    "dither_map",
     "dithered",
     "one",
 )
@@ -178,6 +179,11 @@ class Evidence:
         """rms(m) / σ at every step of the monitor, of the runs with the paper's α."""
         records = (self.watched(d, *PAPERS_DITHER) for d in ("cifar10", "cifar100"))
         return [record["dither"]["ratio"] for each in records for record in each]
+
+    def dither_map(self, condition: int, noise: str, size: float, lr: float) -> float:
+        """Held-out accuracy in percent of a cell of a map of the dither study."""
+        cells = self.file("dither/dither.json")["maps"][condition]["cells"]
+        return float(self.one(cells, noise=noise, size=size, lr=lr)["accuracy"])
 
     @staticmethod
     def right(ratio: float) -> float:

@@ -30,8 +30,8 @@ def tables(evidence: Evidence) -> Mapping[str, Callable[[], Lines]]:
     """The tables by the name that stands in a page's marker."""
     return {
         "table1": lambda: _accuracies(evidence, "table1"),
-        "remedies": lambda: _gains(evidence, "remedies", "cifar10"),
-        "language": lambda: _gains(evidence, "language", "bible"),
+        "remedies": lambda: _gains(evidence, "remedies", "cifar10", {"sgd": "SGD", "signsgd": "SignSGD-M"}),
+        "language": lambda: _gains(evidence, "language", "bible", {"sgd": "SGD", "adam": "AdamW"}),
         "step": lambda: step_table(read_records(evidence.folder / "bench-cpu")),
         "network": lambda: _network(evidence),
         "dither": lambda: _dither(evidence),
@@ -57,13 +57,13 @@ def _accuracies(evidence: Evidence, experiment: str) -> Lines:
     return markdown_table(head, lines)
 
 
-def _gains(evidence: Evidence, experiment: str, dataset: str) -> Lines:
-    """Every row of a report beside SGD and SignSGD, seed by seed, with p after Holm's correction for the report."""
+def _gains(evidence: Evidence, experiment: str, dataset: str, bases: Mapping[str, str]) -> Lines:
+    """Every row of a report beside two others, seed by seed, with p after Holm's correction for the report."""
     lines, metric = [], task(dataset).metric
     for row in evidence.file(f"cpu-strong/{experiment}.json")["rows"]:
         found = evidence.result(experiment, dataset, row["key"])
         line = [row["label"], stats.with_interval(found, digits=metric.digits)]
-        for base in ("sgd", "signsgd"):
+        for base in bases:
             if row["key"] in ("sgd", base):
                 line += ["", ""]
                 continue
@@ -71,7 +71,8 @@ def _gains(evidence: Evidence, experiment: str, dataset: str) -> Lines:
             p = evidence.compared(experiment, dataset, row["key"], base)["p_holm"]
             line += [stats.with_interval(gap, sign=True, digits=metric.digits), stats.probability(p)]
         lines.append(line)
-    return markdown_table(["method", dataset_title(dataset), "less SGD", "p", "less SignSGD-M", "p"], lines)
+    head = [word for name in bases.values() for word in (f"less {name}", "p")]
+    return markdown_table(["method", dataset_title(dataset), *head], lines)
 
 
 def _network(evidence: Evidence) -> Lines:

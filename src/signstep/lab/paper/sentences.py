@@ -117,7 +117,8 @@ class Sentences:
         parts = [" and ".join(sorted({_net(c.model, c.width) for c in configs}))]
         if images:
             parts.append(f"{' and '.join(f'{n:,}' for n in images)} training {noun}")
-        parts.append(f"{' and '.join(str(n) for n in sorted({c.epochs for c in configs}))} epochs")
+        epochs = sorted({c.epochs for c in configs})
+        parts.append(f"{' and '.join(map(str, epochs))} {plural(epochs[-1], 'epoch')}")
         parts.append(f"{len(self._results.seeds)} {plural(len(self._results.seeds), 'seed')}")
         return ", ".join(parts)
 

@@ -197,7 +197,7 @@ def _markdown(
         "Differences are seed by seed with half their 95 % t-interval; p after Holm's correction over the table.",
         "",
     ]
-    for each in maps:
+    for each in (found for found in maps if found.cells):
         noises = list(dict.fromkeys(cell[:2] for cell in each.cells))
         lrs = sorted({cell[2] for cell in each.cells})
         out += [f"## {each.title[0].upper() + each.title[1:]}: held-out accuracy, %", ""]

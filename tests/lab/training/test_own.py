@@ -14,6 +14,7 @@ import torch
 from signstep.lab.errors import BadInput
 from signstep.lab.training import own
 from signstep.lab.training.config import RunConfig
+from signstep.lab.training.example_batches import ExampleBatches, Examples
 from signstep.lab.training.loop import train
 from signstep.lab.training.run import TrainingRun
 from signstep.lab.training.seeds import seeded
@@ -208,3 +209,15 @@ def test_the_fields_for_ones_own_rename_no_run() -> None:
     for name in ("loss", "metric", "better", "version", "image_size"):
         del before[name]
     assert RunConfig.from_dict(before).hash == tiny_runs.tiny().hash
+
+
+def test_a_worker_may_have_nothing_to_evaluate() -> None:
+    """Three workers and two examples to evaluate on: the third's share is empty."""
+    x = torch.arange(12.0).view(12, 1)
+    points = torch.utils.data.TensorDataset(x, x)
+    own.register("own:few", "data", Examples(points, torch.utils.data.Subset(points, [0, 1])))
+    config = line(dataset="own:few", batch_size=6)
+    shares = [
+        len(list(ExampleBatches(config, Workers(rank, 3, torch.device("cpu"))).evaluation())) for rank in range(3)
+    ]
+    assert shares == [1, 1, 0]

@@ -178,7 +178,7 @@ class Comparison:
 
 
 def _same_names(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(one[key] == other[key] for key in ("dataset", "model", "version", "subset"))
+    return all(one[key] == other[key] for key in ("dataset", "model", "version", "subset", "image_size"))
 
 
 def _as_own(row: Row) -> Row:

@@ -249,7 +249,7 @@ class ExampleBatches:
                 yield self._moved(*pair)
             return
         mine = torch.arange(self._workers.rank, len(self._eval), self._workers.size)
-        for part in torch.split(mine, _EVAL_BATCH):
+        for part in torch.split(mine, _EVAL_BATCH) if len(mine) else ():
             yield self._moved(*self._eval.batch(part, derived_seed("evaluation", int(part[0]))))
 
     def _moved(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

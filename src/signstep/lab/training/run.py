@@ -165,7 +165,7 @@ class TrainingRun:
         """Mean loss and score over all labels to evaluate on, which the workers share out; NotFinite if one is not."""
         self.workers.share_buffers(self.model)
         self.model.eval()
-        sums, count = [], 0
+        sums, count = [torch.zeros(2, device=self.workers.device)], 0  # a worker's share may be empty
         for x, y in self.batches.evaluation():
             sums.append(self.objective.sums(self.logits(self.model, x), y))
             count += self.objective.count(y)

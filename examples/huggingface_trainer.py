@@ -52,7 +52,7 @@ def bits_per_byte(trainer: Trainer) -> float:
     return trainer.evaluate()["eval_loss"] / math.log(2)
 
 
-by_class = {"optimizer_cls_and_kwargs": (SignSGD, {"lr": 3e-3, "dither": 1.0, "dither_scale": "relative"})}
+by_class = {"optimizer_cls_and_kwargs": (SignSGD, {"lr": 3e-3, "weight_decay": 0.1})}
 first = trainer(build(), **by_class)
 print(f"before: {bits_per_byte(first):.2f} bits per byte")
 first.train()

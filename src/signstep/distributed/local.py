@@ -105,7 +105,7 @@ class LocalRounds:
     def message(self, index: int, entries: Sequence[Entry]) -> Tensor:
         """What a worker tells beside its bits: float32, 1 if it votes, mean |start - x| of each parameter, buffers."""
         takes_part = entries[0].present
-        said = [torch.full((1,), float(takes_part), device=entries[0].flat.device)]
+        said = [torch.full((1,), float(takes_part), dtype=torch.float32, device=entries[0].flat.device)]
         said += [e.flat.abs().mean().float().view(1) if e.flat.numel() else said[0] for e in entries]
         said += [b.reshape(-1).float() for b in self.buffers[index]]
         return torch.cat(said)

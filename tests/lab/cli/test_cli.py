@@ -173,7 +173,7 @@ def test_the_options_of_train_need_torch_and_nothing_heavier() -> None:
         (["trian"], "signstep: error: there is no command trian: did you mean train?"),
         (["bench", "stpe"], "signstep bench: error: there is no command stpe: did you mean step?"),
         (["study", "votecurve"], "there is no command votecurve: did you mean vote-curve?"),
-        (["xyz"], "there is no command xyz: the commands are data, train, runs, "),
+        (["xyz"], "there is no command xyz: the commands are data, train, find-lr, runs, "),
         (["--verison"], "unrecognized option: --verison; did you mean --version?"),
         (["--lr", "1", "train"], "unrecognized option: --lr; a command comes first"),
         (["train", "--learning-rate", "0.1"], "--learning-rate: did you mean --lr?"),
@@ -389,7 +389,7 @@ def test_the_demo_falls_back_to_digits_and_says_so(
         f"report: {tmp_path / 'demo-strong/demo.html'}",
     ]
     assert all(Path(line.partition(": ")[2]).exists() for line in written)
-    assert " not run  SignSGD-M" in lines
+    assert " not run  Sign: SignSGD-M" in lines
     assert lines[-1].startswith("On digits (8 × 8) there is no result yet of ")
 
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from signstep.lab.data import DataError, folders, load
+from signstep.lab.paper.experiments import dataset_title
 from signstep.lab.training.tasks import FOLDER
 
 
@@ -60,7 +61,7 @@ def test_the_name_follows_from_the_files_alone(pets: Path, tmp_path: Path) -> No
     name = folders.read(pets).name
     assert name.startswith(f"{FOLDER}pets@")
     assert FOLDER == folders.PREFIX
-    assert folders.title(name) == "pets"
+    assert dataset_title(name) == "pets"
     moved = tmp_path / "elsewhere" / "pets"
     shutil.copytree(pets, moved)
     for file in moved.rglob("*.png"):

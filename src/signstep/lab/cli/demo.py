@@ -63,7 +63,7 @@ class Demo:
         report = json.loads((options.folder / "demo.json").read_text(encoding="utf-8"))
         for row in report["rows"]:
             mean = row["cells"][name]["mean"]
-            name = row["label"] if row["short"] == row["label"] else f"{row['short']}: {row['label']}"
-            print(f"{'not run' if mean is None else number(mean, 1) + ' %':>8}  {name}")
+            called = row["label"] if row["short"] == row["label"] else f"{row['short']}: {row['label']}"
+            print(f"{'not run' if mean is None else number(mean, 1) + ' %':>8}  {called}")
         print(report["headline"])
         return 0

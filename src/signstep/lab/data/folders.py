@@ -75,15 +75,6 @@ def read(folder: Path, image_size: int | None = None) -> Images:
     )
 
 
-def title(name: str) -> str:
-    """The folder's own name, of a data set's.
-
-    >>> title("folder:pets@0123456789ab")
-    'pets'
-    """
-    return name.removeprefix(PREFIX).rpartition("@")[0]
-
-
 def _cached(path: Path, key: str) -> dict[str, Any] | None:
     """What was decoded before, if it is of these files; a damaged file is as none."""
     try:

@@ -26,6 +26,8 @@ from signstep.lab.training.run import TrainingRun
 from signstep.lab.training.tasks import FOLDER
 from signstep.lab.training.workers import Workers
 
+_FEW = 200
+"""With fewer examples to judge by, one of them is half a point or more."""
 METHODS = ("adamw", "sgd", "signsgd", "dither", "lion", "hybrid")
 """What is compared unless something else is asked for."""
 
@@ -130,7 +132,9 @@ class Comparison:
                 of another model or other data under the same names.
         """
         started, experiment, counted = time.monotonic(), self.experiment, first_seeds(seeds)
-        self._check(experiment, folder, device)
+        held_out = self._check(experiment, folder, device)
+        if held_out is not None and held_out < _FEW:
+            say(f"only {held_out} examples are there to choose learning rates by, so the choice is rough")
         tuned = sweep(
             [experiment],
             folder,
@@ -160,8 +164,12 @@ class Comparison:
                 say(f"report: {page}")
         return Results(experiment, read_runs(folder / "runs"), choices, counted)
 
-    def _check(self, experiment: Experiment, folder: Path, device: str) -> None:
-        """Begin a run of every method and train nothing; then see that earlier runs were of the same model and data."""
+    def _check(self, experiment: Experiment, folder: Path, device: str) -> int | None:
+        """Begin a run of every method and train nothing; then see that earlier runs were of the same model and data.
+
+        Returns:
+            How many examples trials are judged on; None of a loader, which does not say.
+        """
         starts = []
         for split in ("tune", "final"):
             row = experiment.rows[0]
@@ -175,6 +183,8 @@ class Comparison:
             for found, run in read_runs(folder / name).items():
                 if _same_names(run.config.to_dict(), begun.config.to_dict()):
                     require_same(run.start, {**begun.events[0], "hash": found})
+        about = starts[0].batches.about
+        return next((about[key] for key in ("eval_images", "eval_examples") if key in about), None)
 
 
 def _same_names(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

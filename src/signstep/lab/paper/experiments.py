@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from signstep.lab.data.folders import title as folder_title
 from signstep.lab.errors import BadInput
 from signstep.lab.training.config import Dataset, RunConfig
 from signstep.lab.training.optimizers import OPTIMIZERS
@@ -173,7 +172,8 @@ def dataset_title(dataset: str) -> str:
     'CIFAR-10'
     """
     if is_own(dataset):
-        return folder_title(dataset) if dataset.startswith(FOLDER) else dataset.removeprefix("own:")
+        folder = dataset.removeprefix(FOLDER).rpartition("@")[0]  # folder:NAME@DIGEST, as signstep.lab.data has it
+        return folder if dataset.startswith(FOLDER) else dataset.removeprefix("own:")
     return str(load_toml("datasets")[dataset]["title"])
 
 

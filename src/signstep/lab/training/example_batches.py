@@ -159,7 +159,7 @@ def _part(part: Any, where: str) -> _Rows | _Loader:
     if hasattr(part, "__getitem__") and isinstance(part, Sized):
         if len(part) == 0:
             raise BadInput(f"{where}: it is empty")
-        return _Rows(part, torch.arange(len(part)), where)
+        return _Rows(part, torch.arange(len(part), device="cpu"), where)
     if callable(part):
         return _Loader(part, where)
     kind = type(part).__name__
@@ -205,7 +205,7 @@ class ExampleBatches:
         if self.steps_per_epoch == 0:
             count = len(self._train) if isinstance(self._train, _Rows) else 0
             raise BadInput(f"batch_size={config.batch_size}: this run has only {count} training examples; choose less")
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
         x, _ = self.training(0, 0)
         if len(x) * workers.size != config.batch_size:
             raise BadInput(
@@ -248,7 +248,7 @@ class ExampleBatches:
             for pair in itertools.islice(self._eval.all(), self._workers.rank, None, self._workers.size):
                 yield self._moved(*pair)
             return
-        mine = torch.arange(self._workers.rank, len(self._eval), self._workers.size)
+        mine = torch.arange(self._workers.rank, len(self._eval), self._workers.size, device="cpu")
         for part in torch.split(mine, _EVAL_BATCH) if len(mine) else ():
             yield self._moved(*self._eval.batch(part, derived_seed("evaluation", int(part[0]))))
 

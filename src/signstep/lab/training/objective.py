@@ -92,7 +92,7 @@ class Objective:
     def _scalar(self, value: Any, what: str) -> Tensor:
         name = self._config.loss if what == "loss" else self._config.metric
         if what == "metric" and isinstance(value, int | float):
-            return torch.tensor(float(value))
+            return torch.tensor(float(value), dtype=torch.float32, device="cpu")
         if not isinstance(value, Tensor) or value.numel() != 1:
             found = f"a tensor of shape {_shape(value)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise BadInput(f"{what} {name} returned {found}: expected one number, as the mean over the batch is")

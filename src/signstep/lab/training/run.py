@@ -165,13 +165,18 @@ class TrainingRun:
         """Mean loss and score over all labels to evaluate on, which the workers share out; NotFinite if one is not."""
         self.workers.share_buffers(self.model)
         self.model.eval()
-        sums, count = [torch.zeros(2, device=self.workers.device)], 0  # a worker's share may be empty
+        sums, count = (
+            [torch.zeros(2, dtype=torch.float32, device=self.workers.device)],
+            0,
+        )  # a worker's share may be empty
         for x, y in self.batches.evaluation():
             sums.append(self.objective.sums(self.logits(self.model, x), y))
             count += self.objective.count(y)
         self.model.train()
         total = torch.stack(sums).cpu().double().sum(0)
-        *totals, counted = self.workers.total(torch.cat([total, torch.tensor([count], dtype=torch.float64)])).tolist()
+        *totals, counted = self.workers.total(
+            torch.cat([total, torch.tensor([count], dtype=torch.float64, device="cpu")])
+        ).tolist()
         mean_loss, score = (each / counted for each in totals)
         for what, value in (("loss", mean_loss), (self.config.task.metric.name, score)):
             if not math.isfinite(value):

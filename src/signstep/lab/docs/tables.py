@@ -31,6 +31,7 @@ def tables(evidence: Evidence) -> Mapping[str, Callable[[], Lines]]:
     return {
         "table1": lambda: _accuracies(evidence, "table1"),
         "remedies": lambda: _gains(evidence, "remedies", "cifar10", {"sgd": "SGD", "signsgd": "SignSGD-M"}),
+        "verdict": lambda: _gains(evidence, "verdict", "cifar100", {"sgd": "SGD", "signsgd": "SignSGD-M"}, "cpu2"),
         "language": lambda: _gains(evidence, "language", "bible", {"sgd": "SGD", "adam": "AdamW"}),
         "step": lambda: step_table(read_records(evidence.folder / "bench-cpu")),
         "network": lambda: _network(evidence),
@@ -57,18 +58,18 @@ def _accuracies(evidence: Evidence, experiment: str) -> Lines:
     return markdown_table(head, lines)
 
 
-def _gains(evidence: Evidence, experiment: str, dataset: str, bases: Mapping[str, str]) -> Lines:
+def _gains(evidence: Evidence, experiment: str, dataset: str, bases: Mapping[str, str], scale: str = "cpu") -> Lines:
     """Every row of a report beside two others, seed by seed, with p after Holm's correction for the report."""
     lines, metric = [], task(dataset).metric
-    for row in evidence.file(f"cpu-strong/{experiment}.json")["rows"]:
-        found = evidence.result(experiment, dataset, row["key"])
+    for row in evidence.file(f"{scale}-strong/{experiment}.json")["rows"]:
+        found = evidence.result(experiment, dataset, row["key"], scale)
         line = [row["label"], stats.with_interval(found, digits=metric.digits)]
         for base in bases:
             if row["key"] in ("sgd", base):
                 line += ["", ""]
                 continue
-            gap = evidence.gap(experiment, dataset, row["key"], base)
-            p = evidence.compared(experiment, dataset, row["key"], base)["p_holm"]
+            gap = evidence.gap(experiment, dataset, row["key"], base, scale)
+            p = evidence.compared(experiment, dataset, row["key"], base, scale)["p_holm"]
             line += [stats.with_interval(gap, sign=True, digits=metric.digits), stats.probability(p)]
         lines.append(line)
     head = [word for name in bases.values() for word in (f"less {name}", "p")]

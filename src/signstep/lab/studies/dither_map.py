@@ -117,23 +117,29 @@ class DitherStudy:
         check_folder(self.data)
         share, shares = parse_shard(self.shard)
         end = None if self.max_minutes is None else time.monotonic() + 60 * self.max_minutes
-        folder = self.out / "runs"
-        make_folder(folder)
+        make_folder(self.out / "runs")
         chosen = [each for each in CONDITIONS if each.key in self.conditions]
         late = False
         for plan in (self.map_runs, self.final_runs):
             planned = [run for condition in chosen for run in plan(condition)]
             for run in planned[share::shares]:
                 late = late or (end is not None and time.monotonic() >= end)
-                path = folder / f"{run.key}.json"
-                if not late and not path.exists():
-                    self._train(run, path)
+                if not late and not self._record(run).exists():
+                    self._train(run)
         with locked(self.out / "report.lock"):
             for path in write_report(self.out, self.command, [self.measured(each) for each in chosen]):
                 print(f"written: {path}")
         return 0
 
-    def _train(self, run: DitherRun, path: Path) -> None:
+    def _record(self, run: DitherRun) -> Path:
+        return self.out / "runs" / f"{run.key}.json"
+
+    def _accuracy(self, run: DitherRun) -> float | None:
+        """Of a finished run, in percent; None of another."""
+        path = self._record(run)
+        return float(read_json(path)["accuracy"]) if path.exists() else None
+
+    def _train(self, run: DitherRun) -> None:
         started = time.process_time()
         result = train_dithered(run, self.data)
         record = {
@@ -143,7 +149,7 @@ class DitherStudy:
             "environment": environment(Workers.join("cpu").device, 1),
             "command": self.command,
         }
-        write_json(path, record, allow_nan=False)
+        write_json(self._record(run), record, allow_nan=False)
         config = run.config
         noise = f"{config.dither_scale or 'absolute'} dither {config.dither:g}" if config.dither else "no dither"
         print(
@@ -185,10 +191,9 @@ class DitherStudy:
         found = {}
         for kind, size in NOISES:
             for lr in LRS:
-                run = self.cell(condition, kind, size, lr, seed=MAP_SEED, split="tune")
-                path = self.out / "runs" / f"{run.key}.json"
-                if path.exists():
-                    found[kind, size, lr] = float(read_json(path)["accuracy"])
+                accuracy = self._accuracy(self.cell(condition, kind, size, lr, seed=MAP_SEED, split="tune"))
+                if accuracy is not None:
+                    found[kind, size, lr] = accuracy
         return found
 
     def best_cells(self, condition: Condition) -> Mapping[str, tuple[float, float]]:
@@ -204,8 +209,9 @@ class DitherStudy:
 
     def final_runs(self, condition: Condition) -> Iterator[DitherRun]:
         """The runs on the test images; none before the map is whole."""
+        best = self.best_cells(condition)
         for seed in range(self.seeds):
-            for kind, (size, lr) in self.best_cells(condition).items():
+            for kind, (size, lr) in best.items():
                 yield self.cell(condition, kind, size, lr, seed=seed, split="final")
 
     def measured(self, condition: Condition) -> DitherMap:
@@ -214,8 +220,7 @@ class DitherStudy:
         finals: dict[str, dict[int, float]] = {kind: {} for kind in best}
         for kind, (size, lr) in best.items():
             for seed in range(self.seeds):
-                run = self.cell(condition, kind, size, lr, seed=seed, split="final")
-                path = self.out / "runs" / f"{run.key}.json"
-                if path.exists():
-                    finals[kind][seed] = float(read_json(path)["accuracy"])
+                accuracy = self._accuracy(self.cell(condition, kind, size, lr, seed=seed, split="final"))
+                if accuracy is not None:
+                    finals[kind][seed] = accuracy
         return DitherMap(condition.title, self.accuracies(condition), best, finals)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from signstep.distributed.compressors.base import BlockCompressor, CompressedGradients, Compressor, Offer
+from signstep.distributed.compressors.base import BlockCompressor, Compressor, Offer
 from signstep.distributed.compressors.dithered_sign import DitheredSign
 from signstep.distributed.compressors.ef_sign import EFSign
+from signstep.distributed.compressors.exact import Exact
+from signstep.distributed.compressors.gradients import CompressedGradients
+from signstep.distributed.compressors.mean import CompressedMean
 from signstep.distributed.compressors.one_bit_adam import OneBitAdam
 from signstep.distributed.compressors.one_bit_sgd import OneBitSGD
 from signstep.distributed.compressors.qsgd import QSGD
@@ -18,9 +21,11 @@ __all__ = [
     "QSGD",
     "BlockCompressor",
     "CompressedGradients",
+    "CompressedMean",
     "Compressor",
     "DitheredSign",
     "EFSign",
+    "Exact",
     "Offer",
     "OneBitAdam",
     "OneBitSGD",

@@ -7,6 +7,7 @@ torch's generator the numbers. They differ between CPU and CUDA.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,28 @@ WORKER, SERVER = 256, 257
 """Philox streams, far from those of the optimizers: rounding of what a worker sends, and of what an owner sends."""
 
 _MASK = 0xFFFFFFFF
+
+
+@dataclass
+class Noise:
+    """The random numbers of a worker for some parameters, and those of its peers, which it may have to know."""
+
+    seed: int
+    """In [0, 2^64)."""
+    rank: int
+    """This worker's."""
+    device: torch.device
+    """Where to draw."""
+    ordinals: dict[str, int]
+    """The number of each parameter, by its name."""
+    step: int = 0
+    """How many reductions have been finished."""
+
+    def draw(self, names: Sequence[str], rows: Sequence[int], stream: int, rank: int | None = None) -> Tensor:
+        """That of a rank in this step, of this worker unless another is named, see `random_integers`."""
+        ordinals = [self.ordinals[name] for name in names]
+        whose = self.rank if rank is None else rank
+        return random_integers(rows, ordinals, stream, seed=self.seed, rank=whose, step=self.step, device=self.device)
 
 
 def random_integers(

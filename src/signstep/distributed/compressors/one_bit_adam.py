@@ -12,8 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from signstep.distributed.collectives import mean_over
-from signstep.distributed.compressors.base import CompressedGradients, Page, in_shape
+from signstep.distributed.compressors.base import Page
 from signstep.distributed.compressors.ef_sign import EFSign
+from signstep.distributed.compressors.gradients import CompressedGradients
+from signstep.distributed.compressors.mean import in_shape
 from signstep.distributed.hooks import Bucket, Entry
 
 __all__ = ["OneBitAdam"]
@@ -178,11 +180,12 @@ class OneBitAdamHook(CompressedGradients):
 
     def reduce(self, bucket: Bucket) -> None:
         if self._optimizer.frozen:
-            super().reduce(bucket)
+            self.mean.average(bucket.entries, self._fill)
+            self.mean.step += bucket.is_last
         else:
             mean_over(self.group, bucket.buffer)
 
-    def fill(self, entry: Entry, place: Tensor) -> bool:
+    def _fill(self, entry: Entry, place: Tensor) -> bool:
         """The momentum with this worker's gradient in it, also where that is 0."""
         beta1, _ = self._optimizer.param_groups[self._groups[entry.param]]["betas"]
         place.copy_(entry.flat).mul_(1 - beta1)

@@ -5,6 +5,7 @@ Nothing here knows of votes, compressors or models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -32,9 +33,21 @@ class CollectiveError(RuntimeError):
     """An error that all ranks raise together, because all of them know of it."""
 
 
-def start_all_to_all(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Send the m-th part of x to rank m, for every m; once the work has been waited for, out has what each has sent."""
-    work: dist.Work = dist.all_to_all_single(out, x, group=group, async_op=True)
+def start_all_to_all(
+    out: Tensor,
+    x: Tensor,
+    group: dist.ProcessGroup,
+    received: list[int] | None = None,
+    sent: list[int] | None = None,
+) -> dist.Work:
+    """Send the m-th part of x to rank m, for every m; once the work has been waited for, out has what each has sent.
+
+    Args:
+        out, x: 1-D, or parts of the same size as rows.
+        group: the ranks.
+        received, sent: elements that come from each rank and go to it; None: the same number for all.
+    """
+    work: dist.Work = dist.all_to_all_single(out, x, received, sent, group=group, async_op=True)
     return work
 
 
@@ -56,16 +69,19 @@ def mean_over(group: dist.ProcessGroup, x: Tensor) -> Tensor:
     return x
 
 
-def own_group(group: dist.ProcessGroup | None, device: torch.device) -> dist.ProcessGroup:
+def own_group(
+    group: dist.ProcessGroup | None, device: torch.device, ranks: Sequence[int] | None = None
+) -> dist.ProcessGroup:
     """A new process group of the same ranks, backend and timeout, whose collectives cannot meet those of the old one.
 
     Args:
         group: the group to copy; None: all ranks.
         device: where the tensors are that will be sent.
+        ranks: of the new group; None: those of the old one.
     """
     group = group or dist.group.WORLD
     assert group is not None
-    ranks = dist.get_process_group_ranks(group)
+    ranks = dist.get_process_group_ranks(group) if ranks is None else list(ranks)
     timeout: timedelta = group._get_backend(device).options._timeout
     everyone = len(ranks) == dist.get_world_size()
     copy = dist.new_group(

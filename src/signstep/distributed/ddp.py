@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from signstep.distributed.collectives import mean_over
 from signstep.distributed.hooks import Bucket, Entry, GradientHook
+from signstep.distributed.nodes import Node
 from signstep.distributed.power_sgd import PowerSGD
 from signstep.distributed.vote import Vote, cast_entries, in_parts, in_turns, nonfinite_rule
 from signstep.distributed.worker import Worker, check_choice
@@ -61,9 +62,14 @@ class MajorityVote(GradientHook):
         after_switch: how gradients are averaged in the SGD phase of HybridSignSGD: "mean" (all-reduce), "bf16" or
             "powersgd" (rank 2, with error feedback; Vogels et al. 2019, arXiv 1905.13727; what it keeps between steps
             is not saved).
+        replicate_group: the ranks that vote with this one, one of each node: of a mesh of nodes and ranks the group of
+            the first dimension. A node is then one worker, with the mean of its ranks' gradients, as under HSDP. Each
+            of its ranks votes on some of the parameters, whole ones, and keeps momentum for these alone. None: every
+            rank is a worker.
 
     Attributes:
-        worker: this rank's `signstep.distributed.worker.Worker`; names, group, rank, world_size: see `GradientHook`.
+        worker: this rank's `signstep.distributed.worker.Worker`, which with replicate_group has the rank of the node
+            among nodes; names, group, rank, world_size: of all ranks, see `GradientHook`.
 
     Raises:
         TypeError, ValueError: a model, optimizer or option that does not fit, one sentence.
@@ -72,6 +78,11 @@ class MajorityVote(GradientHook):
     HybridSignSGD calibrates on each worker's own gradient g_w against the vote: the means over workers of <v, g_w> and
     ||g_w||^2 take the place of <s, g> and ||g||^2. A worker's gradient is noisier than the mean's, so the rate is that
     of a worker's batch, too small for the mean's rather than too large. "applied" is the same as "ratio" here.
+
+    With M nodes the ranks of a node send n (M - 1) / (4 M) bytes to other nodes, all together. Inside a node each of
+    its L ranks sends 4 n (L - 1) / L bytes of gradients, and on average n (L - 1) / (8 L) of results. A rank whose
+    backward has not reached a parameter adds 0 to the mean of its node, which abstains if none has. Errors name the
+    node as a rank.
 
     Example:
         .. code-block:: python
@@ -92,19 +103,25 @@ class MajorityVote(GradientHook):
         dither_workers: str = "independent",
         grad_scaler: GradScaler | None = None,
         after_switch: str = "mean",
+        replicate_group: dist.ProcessGroup | None = None,
     ) -> None:
         check_choice("ties", ties, ("random", "abstain"))
         nonfinite = nonfinite_rule(nonfinite, scaled=grad_scaler is not None)
         check_choice("after_switch", after_switch, ("mean", "bf16", "powersgd"))
         super().__init__(model)
+        self._node = None if replicate_group is None else Node(self.group, replicate_group, self.device)
+        voters = self.group if self._node is None else self._node.voters
         self.worker = Worker(
             optimizer,
             self.names,
-            self.rank,
-            self.world_size,
+            dist.get_rank(voters),
+            dist.get_world_size(voters),
             dither_workers=dither_workers,
             error_feedback=error_feedback,
+            part=(0, 1) if self._node is None else (self._node.rank, self._node.size),
         )
+        if self._node is not None:
+            self._node.share_out(self.worker)
         self.optimizer, self.ties, self.nonfinite = self.worker.optimizer, ties, nonfinite
         self.grad_scaler, self.after_switch = grad_scaler, after_switch
         self._vote = Vote("MajorityVote", [self.worker], ties=ties, nonfinite=nonfinite)
@@ -138,15 +155,20 @@ class MajorityVote(GradientHook):
             self._average(bucket, strangers, "mean")
         if switched:
             for entry in switched:
-                self._vote.hand_over(entry.param, lambda momenta: mean_over(self.group, momenta[0]))
+                self._vote.hand_over(entry.param, self._mean_of_workers)
             self._average(bucket, switched, self.after_switch)
         if bucket.is_last:
             self._end_round(bucket.joined)
 
     def _elect(self, entries: Sequence[Entry], finite: bool) -> Generator[None, None, None]:
+        if self._node is not None:
+            entries = self._node.by_owner(entries)
         names, outs = [e.name for e in entries], [e.flat for e in entries]
-        ballot = cast_entries(self.worker, entries, finite=finite)
-        election = yield from self._vote.hold(ballot, names, self.group)
+        if self._node is not None:
+            ballot, election = yield from self._node.elect(self._vote, entries)
+        else:
+            ballot = cast_entries(self.worker, entries, finite=finite)
+            election = yield from self._vote.hold(ballot, names, self.group)
         outcome = self._vote.accept(self.worker, ballot, election, names, outs, spoiled=self._spoiled)
         self._voted |= outcome.voted
         if outcome.sums is not None:
@@ -167,21 +189,41 @@ class MajorityVote(GradientHook):
         for entry, part in zip(entries, torch.split(mean, [e.flat.numel() for e in entries]), strict=True):
             entry.flat.copy_(part)
 
+    def _mean_of_workers(self, momenta: Sequence[Tensor]) -> Tensor:
+        """Over all ranks: of a node's, one has the momentum and others have 0."""
+        total = momenta[0] / self.worker.world_size
+        if self.world_size > 1:
+            dist.all_reduce(total, group=self.group)
+        return total
+
     def _end_round(self, joined: bool) -> None:
         if self.optimizer.calibrates:
             if self.world_size > 1 and self._voted:  # by all ranks alike
                 dist.all_reduce(self._sums, group=self.group)
-            self._vote.receive_means(self._sums / self.world_size)
+            self._vote.receive_means(self._sums / self.worker.world_size)
         if not self._spoiled:
             self._vote.count_votes(self._voted, joined=joined)
         self._start_round()
 
+    def close(self) -> None:
+        """End the thread and the process groups, once the model is not trained any more. A collective."""
+        if self._node is not None and not self._closed:
+            self._node.close()
+        super().close()
+
     def state_dict(self) -> dict[str, Any]:
-        """The rank's own state, with the momentum of its own gradients by parameter name: save it per rank."""
+        """The rank's own state, with the momentum of its own gradients by parameter name: save it per rank.
+
+        With replicate_group it has the parameters that this rank votes on for its node.
+        """
         return self.worker.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load this rank's state, after the optimizer's; ValueError for another rank's or another world size's."""
+        """Load this rank's state, after the optimizer's; with replicate_group also a whole worker's, as of `resplit`.
+
+        Raises:
+            ValueError: it is another rank's, or of another number of workers or of other parameters.
+        """
         for p, name in self.names.items():
             for key, x in state["state"].get(name, {}).items():
                 if key in ("exp_avg", "residual") and x.numel() != p.numel():
@@ -190,3 +232,5 @@ class MajorityVote(GradientHook):
                         "the state of this model"
                     )
         self.worker.load_state_dict(state)
+        if self._node is not None:
+            self._node.keep_own(self.worker)

@@ -31,6 +31,7 @@ _NOT_ONE_BIT = {
     "post": "noise after the sign does not fit in",
     "expected": "the expected sign is a number, which does not fit in",
 }
+_WHOLE = (0, 1)
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -102,6 +103,7 @@ class Worker:
         dither_workers: "independent": each worker's noise has the optimizer's sigma. "scaled": sigma sqrt(M), so that
             the expected vote is linear in the momentum over the same range as one worker's sign.
         error_feedback: add to the momentum what earlier signs left out, a = m + e, and keep e = a - mean|a| sign.
+        part: (i, n): this process keeps the i-th of n parts of the worker's parameters, see `nodes.Node`.
 
     Raises:
         TypeError: the optimizer is not one of signstep's.
@@ -117,10 +119,11 @@ class Worker:
         *,
         dither_workers: str = "independent",
         error_feedback: bool = False,
+        part: tuple[int, int] = _WHOLE,
     ) -> None:
         optimizer = sign_optimizer(optimizer)
         check_choice("dither_workers", dither_workers, ("independent", "scaled"))
-        self.optimizer, self.rank, self.world_size = optimizer, rank, world_size
+        self.optimizer, self.rank, self.world_size, self.part = optimizer, rank, world_size, part
         self.names = dict(names)
         self.error_feedback = error_feedback
         self._sigma_factor = math.sqrt(world_size) if dither_workers == "scaled" else 1.0
@@ -292,7 +295,9 @@ class Worker:
 
     def state_dict(self) -> dict[str, Any]:
         """The worker's state: tensors by parameter name, and how many votes each param_group has taken part in."""
+        part = {} if self.part == _WHOLE else {"part": list(self.part)}
         return {
+            **part,
             "rank": self.rank,
             "world_size": self.world_size,
             "steps": list(self.steps),
@@ -300,10 +305,10 @@ class Worker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` of the same rank has returned.
+        """Load what `state_dict` of the same rank has returned, or a whole worker's where this process keeps a part.
 
         Raises:
-            ValueError: it is another rank's, of another number of workers, or of other parameters.
+            ValueError: it is another rank's, of another number of workers, another part, or of other parameters.
         """
         if state["world_size"] != self.world_size:
             raise ValueError(
@@ -312,6 +317,13 @@ class Worker:
             )
         if state["rank"] != self.rank:
             raise ValueError(f"this is the vote's state of rank {state['rank']}, and this is rank {self.rank}")
+        part = _part_of(state)
+        if part not in (_WHOLE, self.part):
+            raise ValueError(
+                f"this is the vote's state of rank {part[0]} of the {part[1]} of a node, and this is rank "
+                f"{self.part[0]} of {self.part[1]}: gather the states of all ranks and pass them through "
+                "signstep.distributed.resplit"
+            )
         if len(state["steps"]) != len(self.steps):
             raise ValueError(
                 f"this vote was saved with {len(state['steps'])} param_groups, the optimizer has {len(self.steps)}"
@@ -333,6 +345,11 @@ class Worker:
             name: {key: x.to(devices[name.partition("@")[0]], copy=True) for key, x in tensors.items()}
             for name, tensors in state["state"].items()
         }
+
+
+def _part_of(state: Mapping[str, Any]) -> tuple[int, int]:
+    index, count = state.get("part", _WHOLE)
+    return index, count
 
 
 def state_key(name: str, start: int) -> str:
@@ -358,10 +375,10 @@ def resplit(states: Sequence[Mapping[str, Any]], world_size: int) -> list[dict[s
 
     Args:
         states: `state_dict` of every old rank, in any order.
-        world_size: number of workers from now on.
+        world_size: number of workers from now on; where the ranks of a node are one worker, the number of nodes.
 
     Returns:
-        For each new rank, what `load_state_dict` takes.
+        For each new worker, what `load_state_dict` takes on its rank, or on all ranks of its node.
 
     Raises:
         ValueError: a rank's state is missing or there twice.
@@ -375,15 +392,18 @@ def resplit(states: Sequence[Mapping[str, Any]], world_size: int) -> list[dict[s
     """
     ranks = sorted(state["rank"] for state in states)
     expected = states[0]["world_size"] if states else 0
-    if not states or ranks != list(range(expected)):
-        raise ValueError(f"resplit needs the state of each of the {expected} ranks once, got those of {ranks}")
+    parts = _part_of(states[0])[1] if states else 1
+    found = sorted((state["rank"], *_part_of(state)) for state in states)
+    if not states or found != [(rank, part, parts) for rank in range(expected) for part in range(parts)]:
+        each = "ranks" if parts == 1 else f"nodes' {parts} ranks"
+        raise ValueError(f"resplit needs the state of each of the {expected} {each} once, got those of {ranks}")
     merged: dict[str, dict[str, Tensor]] = {}
     for name in dict.fromkeys(name for state in states for name in state["state"]):
         entries = [state["state"][name] for state in states if name in state["state"]]
         kept = [key for key in entries[0] if key != "exp_avg_scale" and entries[0][key].is_floating_point()]
         merged[name] = {}
         for key in kept:
-            total = torch.stack([e[key].to(torch.float64) for e in entries]).sum(0) / len(states)
+            total = torch.stack([e[key].to(torch.float64) for e in entries]).sum(0) / expected
             merged[name][key] = total.to(entries[0][key].dtype)
     common = {key: states[0][key] for key in ("since", "start") if key in states[0]}
     return [

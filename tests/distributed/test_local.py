@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gang import gang
 from signstep import Lion, SignSGD
 from signstep.distributed import CollectiveError, LocalVote, SimulatedLocalVote, resplit
+from signstep.distributed.rounds import Schedule
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
@@ -78,21 +79,22 @@ def train_local(
     local = LocalVote(model, optimizer, every=every, **options)
     for step in range(steps):
         local_step(model, optimizer, rank, step)
-        assert local.step() == ((step + 1) % every == 0)
-        if (step + 1) % every == 0:
+        if local.step() and local.since == 0:
             assert equal_everywhere(model)
+    local.hold_round()
+    assert equal_everywhere(model)
     return {key: x.clone() for key, x in model.state_dict().items()}
 
 
 def simulate(name: str, workers: int, steps: int, every: int, options: dict[str, Any]) -> nn.Module:
     models = [network() for _ in range(workers)]
-    simulation = SimulatedLocalVote(models, **options)
+    simulation = SimulatedLocalVote(models, every=every, **options)
     optimizers = [OPTIMIZERS[name](model.parameters()) for model in models]
     for step in range(steps):
         for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
             local_step(model, optimizer, rank, step)
-        if (step + 1) % every == 0:
-            simulation.vote()
+        simulation.step()
+    simulation.hold_round()
     return models[0]
 
 
@@ -111,6 +113,9 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "dither": ("adamw", 4, {"dither": 1.0, "seed": 5}),
     "error feedback": ("lion", 3, {"error_feedback": True}),
     "ties abstain": ("adamw", 4, {"ties": "abstain", "outer_lr": 0.7}),
+    "delayed": ("adamw", 3, {"delay": 3, "outer_lr": 0.7}),
+    "fragments": ("signsgd", 3, {"fragments": 3, "error_feedback": True}),
+    "delayed fragments": ("lion", 4, {"delay": 7, "fragments": 3, "dither": 0.5, "ties": "abstain"}),
 }
 
 
@@ -217,6 +222,60 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(stop: int) -> None:
     options = {"dither": 0.5, "error_feedback": True}
     assert gang(2).run(stop_and_go_on, "signsgd", stop, 20, 5, options) == [True, True]
     assert gang(2).run(stop_and_go_on, "sgd", stop, 20, 5, {}, torch.bfloat16) == [True, True]
+
+
+@pytest.mark.parametrize("stop", [10, 11, 13])
+def test_a_run_that_was_stopped_with_a_vote_on_its_way_ends_with_the_same_bits(stop: int) -> None:
+    options = {"dither": 0.5, "error_feedback": True, "delay": 3, "fragments": 2}
+    assert gang(2).run(stop_and_go_on, "adamw", stop, 22, 5, options) == [True, True]
+
+
+@given(every=st.integers(1, 12), delay=st.integers(0, 11), fragments=st.integers(1, 12), steps=st.integers(1, 60))
+def test_every_fragment_departs_once_in_a_round_and_arrives_later(
+    every: int, delay: int, fragments: int, steps: int
+) -> None:
+    if delay >= every or fragments > every:
+        with pytest.raises(ValueError, match="every, which is"):
+            Schedule(every, delay, fragments)
+        return
+    schedule = Schedule(every, delay, fragments)
+    departures: dict[int, list[int]] = {f: [] for f in range(fragments)}
+    arrivals: dict[int, list[int]] = {f: [] for f in range(fragments)}
+    for step in range(1, steps + 1):
+        arriving, departing = schedule.step()
+        for f in arriving:
+            arrivals[f].append(step)
+        for f in departing:
+            departures[f].append(step)
+    for f in range(fragments):
+        first = (f + 1) * every // fragments
+        assert departures[f] == list(range(first, steps + 1, every))
+        assert arrivals[f] == ([d + delay for d in departures[f] if d + delay <= steps] if delay else [])
+    away, rest = schedule.end()
+    assert sorted(away) == [
+        f for f in range(fragments) if delay and departures[f] and departures[f][-1] + delay > steps
+    ]
+    assert rest == [f for f in range(fragments) if not departures[f] or departures[f][-1] < steps]
+
+
+def test_no_step_is_lost_or_counted_twice_by_a_delay() -> None:
+    """With one worker, no momentum and scale 1 / |d| the point goes as far as the ways: the sum of all steps."""
+    model = nn.Linear(1, 1, bias=False)
+    start = float(model.weight.detach())
+    simulation = SimulatedLocalVote([model], every=5, delay=2, outer_momentum=0.0)
+    steps = torch.randn(23, generator=torch.Generator().manual_seed(0))
+    for step in steps:
+        with torch.no_grad():
+            model.weight += float(step)
+        simulation.step()
+    simulation.hold_round()
+    assert math.isclose(float(model.weight.detach()), start + float(steps.sum()), rel_tol=1e-5, abs_tol=1e-5)
+
+
+def test_late_votes_cannot_be_split_anew() -> None:
+    state = {"rank": 0, "world_size": 1, "steps": [1], "state": {}, "away": {0: {}}}
+    with pytest.raises(ValueError, match="call hold_round"):
+        resplit([state], 2)
 
 
 def test_buffers_that_are_the_same_everywhere_stay_as_they_are() -> None:

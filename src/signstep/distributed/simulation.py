@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 
 from signstep.distributed.attacks import Attack, Collude
 from signstep.distributed.hooks import Entry
-from signstep.distributed.local import LocalRounds, OuterOptions
+from signstep.distributed.local import OuterOptions, OuterVote
+from signstep.distributed.rounds import Departure, Rounds, Schedule
 from signstep.distributed.vote import Outcome, Vote, cast_entries, nonfinite_rule, voters_of
 from signstep.distributed.worker import Worker, check_choice, in_memory_order
 
@@ -251,15 +252,18 @@ class SimulatedVote(_Simulation):
 class SimulatedLocalVote:
     """`LocalVote` of M workers in one process, which has the model of each.
 
-    The caller takes every worker's own steps. With `vote` all models go to the point that the vote leads to. Under
+    The caller takes every worker's own steps, and calls `step` after each, or `vote` after each round. Under
     ``nonfinite="abstain"`` the state of the optimizer whose weights were not finite is the caller's to clear.
 
     Args:
         models: one for each worker; they are given the parameters and buffers of the first.
-        outer_lr, outer_momentum, scale, dither, ties, error_feedback, nonfinite, seed: as in `LocalVote`.
+        every: H, steps of a round, for `step`.
+        delay, fragments, outer_lr, outer_momentum, scale, dither, ties, error_feedback, nonfinite, seed: as in
+            `LocalVote`.
 
     Attributes:
-        rounds: `LocalRounds`.
+        rounds: the common point, a `signstep.distributed.rounds.Rounds`.
+        outer: the workers, a `signstep.distributed.local.OuterVote`.
 
     Example:
         >>> models = [torch.nn.Linear(2, 1, bias=False) for _ in range(3)]
@@ -273,23 +277,60 @@ class SimulatedLocalVote:
         [[-1.0, -1.0]]
     """
 
-    def __init__(self, models: Sequence[nn.Module], **options: Any) -> None:
+    def __init__(
+        self, models: Sequence[nn.Module], *, every: int = 1, delay: int = 0, fragments: int = 1, **options: Any
+    ) -> None:
         for model in models[1:]:
             model.load_state_dict(models[0].state_dict())
-        self.rounds = LocalRounds(
-            "SimulatedLocalVote", models, range(len(models)), len(models), OuterOptions(**options)
-        )
+        self.schedule = Schedule(every, delay, fragments)
+        chosen = OuterOptions(**options)
+        chosen.check()
+        self.rounds = Rounds(models, fragments, abstain=chosen.nonfinite == "abstain")
+        self.outer = OuterVote("SimulatedLocalVote", self.rounds, range(len(models)), len(models), chosen)
+        self._away: dict[int, list[Departure]] = {}
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Count a step that every worker has taken, and end the rounds that are due; True if one has ended."""
+        arriving, departing = self.schedule.step()
+        for fragment in arriving:
+            self._receive(fragment, self._away.pop(fragment))
+        for fragment in departing:
+            self._away[fragment] = self._depart(fragment, train_on=self.schedule.delay > 0)
+            if self.schedule.delay == 0:
+                self._receive(fragment, self._away.pop(fragment))
+        return bool(departing if self.schedule.delay == 0 else arriving)
+
+    @torch.no_grad()
+    def hold_round(self) -> None:
+        """End all rounds now, unless no step was counted since the last: every model is at the common point then."""
+        self._end(*self.schedule.end())
 
     @torch.no_grad()
     def vote(self) -> None:
-        """End a round."""
-        rounds = self.rounds
-        rounds.vote.number_votes()
-        everyone = [rounds.entries(index) for index in range(len(rounds.workers))]
-        messages = torch.stack([rounds.message(index, entries) for index, entries in enumerate(everyone)])
-        (outcome,) = hold_among(rounds.vote, everyone)
-        rounds.move(everyone[0], messages)
-        rounds.vote.count_votes(outcome.voted, joined=True)
+        """End a round now, of a caller who counts steps without `step`: every model is at the common point then."""
+        self._end(self.schedule.end()[0], range(self.schedule.fragments))
+
+    def _end(self, away: Sequence[int], departing: Sequence[int]) -> None:
+        for fragment in away:
+            self._receive(fragment, self._away.pop(fragment))
+        for fragment in departing:
+            self._receive(fragment, self._depart(fragment, train_on=False))
+        if away:
+            self.rounds.return_to_start()
+
+    def _depart(self, fragment: int, *, train_on: bool) -> list[Departure]:
+        self.outer.vote.number_votes()
+        workers = range(len(self.outer.workers))
+        return [self.rounds.depart(index, fragment, train_on=train_on) for index in workers]
+
+    def _receive(self, fragment: int, departures: Sequence[Departure]) -> None:
+        mean = self.rounds.mean_of(torch.stack([each.said for each in departures]))
+        hold_among(self.outer.vote, [each.entries for each in departures])
+        if mean is not None:
+            self.outer.move(fragment, departures[0].entries, mean)
+        for index, each in enumerate(departures):
+            self.rounds.arrive(index, each, mean)
 
 
 def per_worker_gradients(

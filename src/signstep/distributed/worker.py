@@ -381,7 +381,7 @@ def resplit(states: Sequence[Mapping[str, Any]], world_size: int) -> list[dict[s
         For each new worker, what `load_state_dict` takes on its rank, or on all ranks of its node.
 
     Raises:
-        ValueError: a rank's state is missing or there twice.
+        ValueError: a rank's state is missing or there twice, or a delayed round was under way.
 
     Example:
         >>> old = [{"rank": r, "world_size": 2, "steps": [5], "state": {"w": {"exp_avg": torch.ones(3) * r}}}
@@ -405,7 +405,9 @@ def resplit(states: Sequence[Mapping[str, Any]], world_size: int) -> list[dict[s
         for key in kept:
             total = torch.stack([e[key].to(torch.float64) for e in entries]).sum(0) / expected
             merged[name][key] = total.to(entries[0][key].dtype)
-    common = {key: states[0][key] for key in ("since", "start") if key in states[0]}
+    if any(state.get("away") for state in states):
+        raise ValueError("a round of LocalVote was under way as these states were saved: call hold_round() before")
+    common = {key: states[0][key] for key in ("schedule", "away", "start") if key in states[0]}
     return [
         {
             **common,

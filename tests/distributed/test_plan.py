@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from signstep.distributed.plan import FRAMING, Cost, bits_per_second, outside, predict
+from signstep.distributed.plan import FRAMING, Cost, Link, bits_per_second, outside, predict
 from signstep.distributed.reductions import REDUCTIONS, Gradients
 from signstep.lab.bench.comm_methods import PEER
 from signstep.lab.cli import main
@@ -31,6 +31,20 @@ def test_rates(text: str, rate: float) -> None:
 def test_what_is_no_rate(text: str) -> None:
     with pytest.raises(ValueError, match="expected a rate such as 100mbit"):
         bits_per_second(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "link"),
+    [("1gbit", Link(1e9)), ("10mbit/50ms", Link(1e7, 0.05)), (" 1kbit/2.5S ", Link(1e3, 2.5)), ("1bit/0us", Link(1))],
+)
+def test_links(text: str, link: Link) -> None:
+    assert Link.of(text) == link
+
+
+@pytest.mark.parametrize("text", ["10mbit/", "10mbit/50", "10mbit/-1ms", "10mbit/1m", "10mbit/1ms/1ms", "10mbit/nanms"])
+def test_what_is_no_latency(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a rate and the latency of a round trip, such as 10mbit/50ms"):
+        Link.of(text)
 
 
 @given(st.integers(1, 10**8), st.integers(1, 300))
@@ -62,10 +76,10 @@ def test_the_first_is_what_the_benchmark_compares_with() -> None:
 
 @given(st.integers(1, 10**8), st.integers(1, 64), st.floats(1e5, 1e11), st.floats(0, 10), st.floats(0, 0.1))
 def test_predictions(count: int, workers: int, bandwidth: float, step: float, latency: float) -> None:
-    gradients, cost = Gradients.square(count), Cost(workers, bandwidth, step, latency)
+    gradients, cost = Gradients.square(count), Cost(workers, Link(bandwidth, latency), step)
     for method in REDUCTIONS.values():
         found = predict(method, gradients, cost)
-        waits = method.collectives * gradients.buckets * latency if workers > 1 else 0.0
+        waits = method.delays(workers) * gradients.buckets * latency / 2 if workers > 1 else 0.0
         assert found.communication == pytest.approx(8 * FRAMING * found.payload / bandwidth + waits)
         assert found.best == max(step, found.communication)
         assert found.worst == pytest.approx(step + found.communication)
@@ -74,7 +88,7 @@ def test_predictions(count: int, workers: int, bandwidth: float, step: float, la
 
 def test_no_workers_is_an_error() -> None:
     with pytest.raises(ValueError, match="workers=0: expected at least 1"):
-        predict(REDUCTIONS["vote"], Gradients.square(10), Cost(0, 1e8, 0.0))
+        predict(REDUCTIONS["vote"], Gradients.square(10), Cost(0, Link(1e8), 0.0))
 
 
 @given(st.floats(0.1, 10), st.floats(1, 2), st.floats(0.01, 20))

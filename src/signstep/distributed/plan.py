@@ -13,6 +13,7 @@ from signstep.distributed.reductions import Gradients, Reduction
 
 __all__ = [
     "Cost",
+    "Link",
     "Prediction",
     "bits_per_second",
     "outside",
@@ -22,6 +23,7 @@ __all__ = [
 FRAMING = 1514 / 1448
 """Bytes on an Ethernet link per byte of payload: TCP over IPv4, frames of 1500 bytes."""
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 def bits_per_second(text: str) -> float:
@@ -41,16 +43,42 @@ def bits_per_second(text: str) -> float:
 
 
 @dataclass(frozen=True)
+class Link:
+    """What connects each worker with the others."""
+
+    rate: float
+    """In bits per second, in both directions at once."""
+    latency: float = 0.0
+    """Of a round trip between two workers, in seconds, as ping shows it: half of it each way."""
+
+    @classmethod
+    def of(cls, text: str) -> Link:
+        """A rate as tc writes it, and with a slash the latency.
+
+        Raises:
+            ValueError: not a number above 0 with the unit bit, kbit, mbit or gbit; or no number with us, ms or s after
+                the slash.
+
+        >>> Link.of("10mbit/50ms"), Link.of("1gbit")
+        (Link(rate=10000000.0, latency=0.05), Link(rate=1000000000.0, latency=0.0))
+        """
+        rate, slash, latency = text.partition("/")
+        if not slash:
+            return cls(bits_per_second(rate))
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)(us|ms|s)", latency.strip().lower())
+        if not found:
+            raise ValueError(f"{text}: expected a rate and the latency of a round trip, such as 10mbit/50ms")
+        return cls(bits_per_second(rate), float(found[1]) * _SECONDS[found[2]])
+
+
+@dataclass(frozen=True)
 class Cost:
     """What a step is done with; times in seconds."""
 
     workers: int
-    bandwidth: float
-    """Of each worker's link, in bits per second in both directions at once."""
+    link: Link
     step: float
     """Time of a step without communication."""
-    latency: float = 0.0
-    """Of one collective."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +101,16 @@ def predict(reduction: Reduction, gradients: Gradients, cost: Cost) -> Predictio
 
     Example:
         >>> from signstep.distributed.reductions import REDUCTIONS
-        >>> found = predict(REDUCTIONS["ddp-fp32"], Gradients.square(4_000_000), Cost(4, 100e6, step=0.08))
+        >>> found = predict(REDUCTIONS["ddp-fp32"], Gradients.square(4_000_000), Cost(4, Link(100e6), step=0.08))
         >>> found.payload, round(found.communication, 2)
         (24000000.0, 2.01)
     """
     if cost.workers < 1:
         raise ValueError(f"workers={cost.workers}: expected at least 1")
     payload = reduction.payload(gradients, cost.workers)
-    communication = payload * FRAMING * 8 / cost.bandwidth
+    communication = payload * FRAMING * 8 / cost.link.rate
     if cost.workers > 1:
-        communication += reduction.collectives * gradients.buckets * cost.latency
+        communication += reduction.delays(cost.workers) * gradients.buckets * cost.link.latency / 2
     return Prediction(payload, communication, max(cost.step, communication), cost.step + communication)
 
 

@@ -77,6 +77,7 @@ class Stateful(Protocol):
 
 Attach = Callable[[DistributedDataParallel, Optimizer], Stateful | None]
 Payload = Callable[[Gradients, int], float]
+Delays = Callable[[int], int]
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,12 @@ class Reduction:
     """Its name in tables."""
     payload: Payload
     """Bytes that each of M workers sends in a step, without padding and headers, by `Gradients` and M."""
+    delays: Delays
+    """How many times a bucket waits for the way from one worker to another, one after the other, by M: gloo's
+    all-reduce is a ring of 2 (M - 1) ways, its all-gather of M - 1, and all-to-all goes straight there in 1."""
     attach: Attach | None
     """Makes a model reduce its gradients so, and returns what a checkpoint has to save, if anything; None for a way
     that is an optimizer of its own."""
-    collectives: int = 1
-    """For each bucket, one after the other."""
     origin: str = "signstep"
     """Whose it is: torch, plain (a few lines of torch) or signstep."""
     trained: bool = True
@@ -149,6 +151,16 @@ def _all_reduce(bits: float) -> Payload:
     return lambda gradients, workers: 2 * gradients.parameters * bits / 8 * (workers - 1) / workers
 
 
+def _rings(count: int) -> Delays:
+    """So many ring all-reduces, one after the other."""
+    return lambda workers: 2 * count * (workers - 1)
+
+
+def _out_and_back(_: int) -> int:
+    """An all-to-all there, and another for the result."""
+    return 2
+
+
 def _power_sgd_payload(gradients: Gradients, workers: int) -> float:
     # As torch's PowerSGDState decides by default: what would not shrink by half is sent as it is.
     sent = 0
@@ -168,24 +180,32 @@ def _compressed(offer: Offer) -> Reduction:
     return Reduction(
         offer.label,
         lambda gradients, workers: gradients.parameters * compressor.bytes_per_parameter(workers),
+        (lambda workers: workers) if compressor.two_sided else (lambda workers: workers - 1),
         attach_compressor,
-        2 if compressor.two_sided else 1,
     )
 
 
 _TWO_SIDED = _compressed(COMPRESSORS["ef-sign-two-sided"])
 
 REDUCTIONS: dict[str, Reduction] = {
-    "ddp-fp32": Reduction("DDP, fp32", _all_reduce(32), lambda model, _: None, origin="torch", trained=False),
-    "bf16": Reduction("DDP, bf16", _all_reduce(16), _by_hook(_bf16_mean), origin="torch"),
-    "powersgd": Reduction(f"PowerSGD, rank {power_sgd.RANK}", _power_sgd_payload, _power_sgd, 3, origin="torch"),
-    "int8-sum": Reduction("int8 sum of signs", _all_reduce(8), _by_hook(_int8_sum), origin="plain", trained=False),
-    "vote": Reduction("vote", _all_reduce(1), _vote(), 2),
-    "vote-dithered": Reduction("vote, dithered", _all_reduce(1), _vote(), 2, trained=False),
-    "vote-abstain": Reduction("vote, ties abstain", _all_reduce(1.5), _vote(ties="abstain"), 2, trained=False),
-    "vote-ef": Reduction("vote, error feedback", _all_reduce(1), _vote(error_feedback=True), 2, trained=False),
+    "ddp-fp32": Reduction("DDP, fp32", _all_reduce(32), _rings(1), lambda *_: None, origin="torch", trained=False),
+    "bf16": Reduction("DDP, bf16", _all_reduce(16), _rings(1), _by_hook(_bf16_mean), origin="torch"),
+    "powersgd": Reduction(
+        f"PowerSGD, rank {power_sgd.RANK}", _power_sgd_payload, _rings(3), _power_sgd, origin="torch"
+    ),
+    "int8-sum": Reduction(
+        "int8 sum of signs", _all_reduce(8), _rings(1), _by_hook(_int8_sum), origin="plain", trained=False
+    ),
+    "vote": Reduction("vote", _all_reduce(1), _out_and_back, _vote()),
+    "vote-dithered": Reduction("vote, dithered", _all_reduce(1), _out_and_back, _vote(), trained=False),
+    "vote-abstain": Reduction(
+        "vote, ties abstain", _all_reduce(1.5), _out_and_back, _vote(ties="abstain"), trained=False
+    ),
+    "vote-ef": Reduction(
+        "vote, error feedback", _all_reduce(1), _out_and_back, _vote(error_feedback=True), trained=False
+    ),
     **{key: _compressed(offer) for key, offer in COMPRESSORS.items()},
-    "one-bit-adam": Reduction("1-bit Adam", _TWO_SIDED.payload, None, 2, trained=False),
+    "one-bit-adam": Reduction("1-bit Adam", _TWO_SIDED.payload, _TWO_SIDED.delays, None, trained=False),
 }
 """By key."""
 

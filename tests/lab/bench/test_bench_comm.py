@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gang import gang
 from signstep.distributed import Bucket, GradientHook
-from signstep.distributed.plan import FRAMING
+from signstep.distributed.plan import FRAMING, Link
 from signstep.distributed.reductions import REDUCTIONS
 from signstep.lab.bench import comm_cells, comm_report, netns, plan_report
 from signstep.lab.bench.comm_cells import CommPlan, CommResult, CommWorkload, Ranks, default_rates, measure_cells
@@ -147,7 +147,7 @@ def test_two_networks_live_side_by_side_and_leave_nothing() -> None:
     before = os.readlink("/proc/self/ns/net"), sorted(os.listdir("/sys/class/net"))
     with netns.Network(2) as one, netns.Network(3) as other:
         for network in (one, other):
-            network.shape(1e8)
+            network.shape(Link(1e8))
             network.shape(None)
             network.shape(None)
             spaces = [
@@ -183,7 +183,7 @@ def test_the_counter_is_the_kernels(tmp_path: Path) -> None:
 def test_a_network_that_cannot_be_set_up_is_one_sentence() -> None:
     with netns.Network(2) as network:
         with pytest.raises(netns.NetworkError, match=r"^setting up the network failed at tc 'qdisc replace[^\n]*$"):
-            network.shape(0)
+            network.shape(Link(0))
 
 
 def test_without_root_or_tools_a_rate_is_refused(
@@ -206,9 +206,11 @@ def test_without_root_or_tools_a_rate_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_no_rank_outlives_the_command(number: signal.Signals, tmp_path: Path) -> None:
-    rates = ["--rates", "loopback" if REASON else "1gbit"]
+@pytest.mark.parametrize(
+    ("number", "rate"), [(signal.SIGKILL, "1gbit"), (signal.SIGTERM, "1gbit"), (signal.SIGKILL, "1gbit/1ms")]
+)
+def test_no_rank_outlives_the_command(number: signal.Signals, rate: str, tmp_path: Path) -> None:
+    rates = ["--rates", "loopback" if REASON else rate]
     options = [*LOOPBACK[2:], "--params", "1e4", "--methods", PEER, "--rounds", "100000", "--seconds", "1e9"]
     with (tmp_path / "said").open("w") as said:
         command = [sys.executable, "-m", "signstep", "bench", "comm", *rates, *options]
@@ -240,7 +242,7 @@ def test_a_rank_that_fails_is_named() -> None:
 def test_a_rank_that_is_killed_ends_the_benchmark_and_time_runs_out() -> None:
     with Ranks(2, None) as ranks:
         ranks.set_up(CommWorkload.of("1000"), [PEER], time.monotonic() + 60)
-        endless = {"rate": None, "rounds": 10**9, "seconds": 1e9}
+        endless = {"expected": {PEER: 0.0}, "rounds": 10**9, "seconds": 1e9}
         with pytest.raises(BenchError, match="time is over: give it more with --max-minutes"):
             ranks.ask([endless] * 2, time.monotonic() + 0.2)
         ranks.processes[1].kill()
@@ -329,6 +331,10 @@ def test_cells_that_would_take_minutes_or_all_memory_are_left_out(monkeypatch: p
     [
         (["--rates", "5"], "--rates 5: expected a rate such as 100mbit or 1gbit, none (links that are not shaped) or "
          "loopback"),
+        (["--rates", "10mbit/50"], "--rates 10mbit/50: expected a rate and the latency of a round trip, such as "
+         "10mbit/50ms, none (links that are not shaped) or loopback"),
+        (["--rates", "none/50ms"], "--rates none: expected a rate such as 100mbit or 1gbit, none (links that are not "
+         "shaped) or loopback"),
         (["--ranks", "1"], "--ranks 1: expected from 2 to 250"),
         (["--ranks"], "--ranks: expected at least one"),
         (["--methods", "best"], f"--methods best: expected some of {', '.join(REDUCTIONS)}"),

@@ -19,8 +19,8 @@ class BenchComm:
     """
 
     rates: tuple[str, ...] = ()
-    """Of the links: 10mbit, 1gbit, ...; none: not shaped; loopback: without namespaces. Default: 10mbit 100mbit 1gbit
-    none as root on Linux, else loopback."""
+    """Of the links: 10mbit, 1gbit, ...; with the latency of a round trip, half of it each way: 10mbit/50ms; none: not
+    shaped; loopback: without namespaces. Default: 10mbit 100mbit 1gbit none as root on Linux, else loopback."""
     ranks: tuple[int, ...] = (2, 4, 8)
     """Numbers of processes."""
     methods: tuple[str, ...] = ()

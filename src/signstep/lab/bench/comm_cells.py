@@ -1,9 +1,9 @@
 """How `signstep bench comm` measures a step over the network, with each way to reduce gradients in turn.
 
 Each rank is a process of its own, as root in a network namespace of its own whose link has the rate of the cell (see
-`netns`), else on the loopback interface. The model's forward and backward cost next to nothing, so a step is
-communication, hook and optimizer. In every round each method takes a window of steps in turn, in a shuffled order; a
-ratio is taken within a round, because two times of one round met the same machine.
+`netns`) and the latency (see `delayed`), else on the loopback interface. The model's forward and backward cost next to
+nothing, so a step is communication, hook and optimizer. In every round each method takes a window of steps in turn, in
+a shuffled order; a ratio is taken within a round, because two times of one round met the same machine.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from signstep.distributed.plan import Cost, bits_per_second, predict
+from signstep.distributed.plan import Cost, Link, predict
 from signstep.distributed.reductions import REDUCTIONS, Gradients
 from signstep.lab.arguments import parse_count
-from signstep.lab.bench import netns
+from signstep.lab.bench import delayed, netns
 from signstep.lab.bench.comm_methods import PEER
 from signstep.lab.bench.comm_rank import LEAST_ROUNDS, CommWindow
 from signstep.lab.bench.spread import BenchError, Spread
@@ -143,7 +143,7 @@ class CommPlan:
             if not getattr(self, option):
                 raise BadInput(f"--{option.replace('workloads', 'params')}: expected at least one")
         for rate in self.rates:
-            self.bits(rate)
+            self.link(rate)
         for method in self.methods:
             if method not in REDUCTIONS:
                 raise BadInput(f"--methods {method}: expected some of {', '.join(REDUCTIONS)}")
@@ -154,12 +154,12 @@ class CommPlan:
             raise BadInput(f"--rounds {self.rounds}: expected at least {LEAST_ROUNDS}")
 
     @staticmethod
-    def bits(rate: str) -> float | None:
-        """A cell's rate in bits per second; None where links are not shaped."""
+    def link(rate: str) -> Link | None:
+        """A cell's rate and latency; None where links are not shaped."""
         if rate in (LOOPBACK, UNSHAPED):
             return None
         try:
-            return bits_per_second(rate)
+            return Link.of(rate)
         except ValueError as error:
             raise BadInput(f"--rates {error}, {UNSHAPED} (links that are not shaped) or {LOOPBACK}") from error
 
@@ -199,7 +199,7 @@ class Ranks:
                         env=os.environ | {"OMP_NUM_THREADS": "1"},
                         start_new_session=True,
                     )
-                self._stack.callback(_end, process)
+                self._stack.callback(netns.end, process)
                 self.processes.append(process)
             self._stack = self._stack.pop_all()
         return self
@@ -267,11 +267,6 @@ class Ranks:
         return BenchError(f"rank {rank} of {self._count} has ended: {said}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.communicate()
-
-
 def _loopback() -> str:
     return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
@@ -304,10 +299,8 @@ def measure_cells(
                 f"{workload.title}, {count} ranks, {rate}: {reason}" for rate, reason in reasons.items() if reason
             ]
             rates = [rate for rate, reason in reasons.items() if reason is None]
-            for inside in (True, False):
-                chosen = [rate for rate in rates if (rate != LOOPBACK) == inside]
-                if chosen:
-                    _run_group(plan, result, workload, count, chosen, deadline, done, say)
+            for chosen in _by_network(rates):
+                _run_group(plan, result, workload, count, chosen, deadline, done, say)
     return result
 
 
@@ -321,12 +314,27 @@ def _reason_against(plan: CommPlan, workload: CommWorkload, ranks: int, rate: st
             f"{len(plan.methods)} methods take about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free: name "
             "fewer with --methods"
         )
-    bits = plan.bits(rate)
-    if bits is not None and PEER in plan.methods:
-        seconds = predict(REDUCTIONS[PEER], workload.gradients, Cost(ranks, bits, step=0.0)).communication
+    if PEER in plan.methods:
+        seconds = _communication(PEER, workload, ranks, plan.link(rate))
         if seconds > _SLOWEST_SECONDS:
             return f"a step of {REDUCTIONS[PEER].label} would take {seconds:.0f} s"
     return None
+
+
+def _communication(key: str, workload: CommWorkload, ranks: int, link: Link | None) -> float:
+    """Seconds that a step of a method communicates, as predicted."""
+    if link is None:
+        return 0.0
+    return predict(REDUCTIONS[key], workload.gradients, Cost(ranks, link, step=0.0)).communication
+
+
+def _by_network(rates: Sequence[str]) -> list[list[str]]:
+    """The cells that can share one network: those on the loopback interface, those with latency, and the others."""
+    groups: dict[tuple[bool, bool], list[str]] = {}
+    for rate in rates:
+        link = CommPlan.link(rate)
+        groups.setdefault((rate == LOOPBACK, link is not None and link.latency > 0), []).append(rate)
+    return list(groups.values())
 
 
 def free_memory() -> int | None:
@@ -349,15 +357,20 @@ def _run_group(
 ) -> None:
     """The cells that the same processes can measure."""
     with ExitStack() as stack:
-        network = None if rates[0] == LOOPBACK else stack.enter_context(netns.Network(count))
+        network = None
+        if rates[0] != LOOPBACK:
+            first = plan.link(rates[0])
+            network = stack.enter_context(delayed.network(count, latency=first is not None and first.latency > 0))
         ranks = stack.enter_context(Ranks(count, network))
         say(f"{workload.title}, {count} ranks: setting up {', '.join(plan.methods)}")
         ranks.set_up(workload, plan.methods, deadline)
         for rate in rates:
+            link = plan.link(rate)
             if network:
-                network.shape(plan.bits(rate))
+                network.shape(link)
             say(f"{workload.title}, {count} ranks, {rate}: timing")
-            command = {"rate": plan.bits(rate), "rounds": plan.rounds, "seconds": plan.seconds}
+            expected = {key: _communication(key, workload, count, link) for key in plan.methods}
+            command = {"expected": expected, "rounds": plan.rounds, "seconds": plan.seconds}
             answer = ranks.ask([command] * count, deadline)
             rounds = [{key: CommWindow(**sample) for key, sample in each.items()} for each in answer["rounds"]]
             result.cells.append(CommCell(workload.key, count, rate, answer["steps"], rounds))

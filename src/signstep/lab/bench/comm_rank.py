@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from signstep.distributed.plan import FRAMING
 from signstep.lab.bench.comm_methods import prepare
 from signstep.lab.bench.netns import bytes_sent
 
@@ -151,15 +150,12 @@ def _without_collector() -> Iterator[None]:
 
 
 class Timing:
-    """Rounds of every method at one `rate` of the links, in bits per second; None: not limited."""
+    """Rounds of every method over links of one kind, with the seconds that each is `expected` to communicate."""
 
-    def __init__(self, runners: dict[str, CommRunner], rate: float | None) -> None:
+    def __init__(self, runners: dict[str, CommRunner], expected: dict[str, float]) -> None:
         self._runners = runners
         self._shuffle = random.Random(_SEED)
-        self._expected = {
-            key: max(r.sample.seconds, 0.0 if rate is None else r.sample.sent * FRAMING * 8 / rate)
-            for key, r in runners.items()
-        }
+        self._expected = {key: max(r.sample.seconds, expected[key]) for key, r in runners.items()}
         self.steps = {
             key: min(_MOST_STEPS, max(1, round(_WINDOW_SECONDS / each))) for key, each in self._expected.items()
         }
@@ -225,7 +221,7 @@ def main() -> None:
     answer({"trial": {key: asdict(runner.sample) for key, runner in runners.items()}})
     while True:
         command = commands.get()
-        timing = Timing(runners, command["rate"])
+        timing = Timing(runners, command["expected"])
         timing.run(command["rounds"], command["seconds"])
         rounds = [{key: asdict(sample) for key, sample in each.items()} for each in timing.rounds]
         answer({"steps": timing.steps, "rounds": rounds})

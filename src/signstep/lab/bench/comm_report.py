@@ -43,6 +43,9 @@ def notes(result: CommResult) -> list[str]:
         "payload: bytes per parameter by the formula of signstep.distributed.plan, without padding, flags and headers",
         "links are shaped at both ends by tc's token bucket, which adds no latency: a real network of that rate is "
         "slower for methods with several small collectives",
+        "where a time follows the rate, as in 10mbit/50ms, links have that latency too: of a round trip, half each "
+        "way, as ping shows it; a process delays packets of at most 1500 bytes, and drops what would wait more than "
+        "100 ms for the receiver's link",
         "the counter sees packets of up to 64 KiB with one header, as a network card with segmentation offload does; "
         "the shaped rate is that of the frames of 1500 bytes they become, of which headers are 4.4 %",
     ]
@@ -69,7 +72,18 @@ def row(cell: CommCell, workload: CommWorkload, key: str) -> tuple[str, ...]:
 def _place(cell: CommCell) -> str:
     if cell.rate == LOOPBACK:
         return f"{cell.ranks} ranks, loopback interface"
-    return f"{cell.ranks} ranks, links " + ("not shaped" if cell.rate == UNSHAPED else f"of {cell.rate}")
+    if cell.rate == UNSHAPED:
+        return f"{cell.ranks} ranks, links not shaped"
+    rate, slash, latency = cell.rate.partition("/")
+    return f"{cell.ranks} ranks, links of {rate}" + (f" and {latency} for a round trip" if slash else "")
+
+
+def _latency(result: CommResult) -> str:
+    """What a figure says of the latency of its links."""
+    with_latency = ["/" in cell.rate for cell in result.cells]
+    if not any(with_latency):
+        return "links without added latency"
+    return "after a slash: a round trip" + ("" if all(with_latency) else "; else no added latency")
 
 
 def _size(workload: CommWorkload) -> str:
@@ -99,13 +113,14 @@ def _cell(result: CommResult, cell: CommCell) -> dict[str, Any]:
             "payload": REDUCTIONS[key].payload(gradients, cell.ranks),
             "steps_per_window": cell.steps[key],
         }
-    rate = CommPlan.bits(cell.rate)
+    link = CommPlan.link(cell.rate)
     return {
         "workload": cell.workload,
         "ranks": cell.ranks,
         "rate": cell.rate,
-        "bits_per_second": rate,
-        "burst_bytes": None if rate is None else netns.burst(rate),
+        "bits_per_second": None if link is None else link.rate,
+        "latency_seconds": 0.0 if link is None else link.latency,
+        "burst_bytes": None if link is None else netns.burst(link.rate),
         "methods": methods,
         "rounds": [{key: asdict(sample) for key, sample in each.items()} for each in cell.rounds],
     }
@@ -194,7 +209,7 @@ def write(result: CommResult, out: Path, command: str) -> list[Path]:
     for workload in result.workloads.values():
         if any(cell.workload == workload.key for cell in result.cells):
             title = f"A step over the network: {workload.title}, milliseconds"
-            subtitle = f"{made['cpu']}, {made['cores']} cores; median, 10 to 90 %; gloo, links without added latency"
+            subtitle = f"{made['cpu']}, {made['cores']} cores; median, 10 to 90 %; gloo, {_latency(result)}"
             drawn = draw(result, workload, (title, subtitle))
             name = f"{NAME}-{workload.key}"
             contents[f"{name}.png"] = figures.png(drawn)

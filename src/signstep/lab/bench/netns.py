@@ -4,7 +4,8 @@ Every namespace is held open by a `cat` whose input is a pipe from this process.
 ends, `cat` reads the end of its input and the kernel takes the namespaces apart with all that is in them. Nothing has a
 name, so two networks never collide, and nothing touches the machine's own interfaces.
 
-Links are shaped at both ends by tc's token bucket, `tbf`. It holds packets back but adds no latency of its own.
+Links are shaped at both ends by tc's token bucket, `tbf`. It holds packets back but adds no latency of its own; links
+with latency are in `delayed`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from signstep.distributed.plan import Link
 from signstep.lab.errors import UserError
 
 DEVICE = "wire"
@@ -85,15 +87,10 @@ class Network:
         if reason is not None:
             raise NetworkError(f"{reason}; --rates loopback measures without them")
         with self._stack:
-            hub = self._hold()
-            self._ip(hub, "link add hub type bridge", "link set hub up")
-            for rank in range(self.ranks):
-                own = self._hold()
-                self._ip(
-                    hub,
-                    f"link add port{rank} type veth peer name {DEVICE} netns {own}",
-                    f"link set port{rank} master hub up",
-                )
+            for _ in range(1 + self.ranks):
+                self._hold()
+            self._connect()
+            for rank, own in enumerate(self.holders[1:]):
                 self._ip(own, f"addr add {self.address(rank)}/24 dev {DEVICE}", f"link set {DEVICE} up",
                          "link set lo up")  # fmt: skip
             self._stack = self._stack.pop_all()
@@ -117,19 +114,36 @@ class Network:
         counters = subprocess.run(words, capture_output=True, text=True, check=True).stdout
         return _tx_bytes(counters.splitlines(), DEVICE)
 
-    def shape(self, rate: float | None) -> None:
-        """Limit both directions of every link to `rate` bits per second; None lifts the limit."""
+    def _connect(self) -> None:
+        """Make every rank's `DEVICE`, and what lies between them."""
         hub = self.holders[0]
-        ends = [(hub, f"port{rank}") for rank in range(self.ranks)]
-        ends += [(own, DEVICE) for own in self.holders[1:]]
+        self._ip(hub, "link add hub type bridge", "link set hub up")
+        for rank, own in enumerate(self.holders[1:]):
+            self._ip(
+                hub,
+                f"link add port{rank} type veth peer name {DEVICE} netns {own}",
+                f"link set port{rank} master hub up",
+            )
+
+    def shape(self, link: Link | None) -> None:
+        """Limit both directions of every link to a rate; None lifts the limit. These links take no latency."""
+        assert link is None or link.latency == 0
+        hub = self.holders[0]
+        self._shape([(hub, f"port{rank}") for rank in range(self.ranks)] + self._own_ends(), link)
+
+    def _own_ends(self) -> list[tuple[int, str]]:
+        return [(own, DEVICE) for own in self.holders[1:]]
+
+    def _shape(self, ends: Sequence[tuple[int, str]], link: Link | None) -> None:
+        """Limit what the devices send, each given with its namespace's holder."""
         for holder, device in ends:
             words = ["qdisc", "replace", "dev", device, "root"]
-            if rate is not None:
-                limits = f"tbf rate {rate:.0f}bit burst {burst(rate)} latency 100ms"
+            if link is not None:
+                limits = f"tbf rate {link.rate:.0f}bit burst {burst(link.rate)} latency 100ms"
                 self._run([*self._inside(holder), _tool("tc"), *words, *limits.split()])
             elif self._shaped:
                 self._run([*self._inside(holder), _tool("tc"), "qdisc", "del", *words[2:]])
-        self._shaped = rate is not None
+        self._shaped = link is not None
 
     def _inside(self, holder: int) -> list[str]:
         return [_tool("nsenter"), f"--net=/proc/{holder}/ns/net"]
@@ -143,7 +157,7 @@ class Network:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        self._stack.callback(_end, holder)
+        self._stack.callback(end, holder)
         assert holder.stdout is not None
         assert holder.stderr is not None
         if holder.stdout.readline() != b"\n":
@@ -164,9 +178,10 @@ class Network:
             raise NetworkError(f"setting up the network failed at {Path(words[2]).name} {wanted!r}: {said}")
 
 
-def _end(holder: subprocess.Popen[bytes]) -> None:
-    holder.kill()
-    holder.communicate()
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and wait until it is gone."""
+    process.kill()
+    process.communicate()
 
 
 def bytes_sent(device: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from signstep.distributed.plan import Cost, Prediction, outside, predict
+from signstep.distributed.plan import Cost, Link, Prediction, outside, predict
 from signstep.distributed.reductions import REDUCTIONS, Gradients
 from signstep.lab.bench.report import print_table
 from signstep.lab.errors import BadInput
@@ -43,7 +43,7 @@ def show_costs(console: Console, gradients: Gradients, cost: Cost) -> None:
         )
         for key, each in found.items()
     ]
-    title = f"{count:,} parameters, {cost.workers} workers, {cost.bandwidth / 1e6:g} Mbit/s each way"
+    title = f"{count:,} parameters, {cost.workers} workers, {cost.link.rate / 1e6:g} Mbit/s each way"
     head = ("method", "bytes per step", "per parameter", "communication ms", "best ms", "worst ms", "times faster")
     print_table(console, title, head, rows, width=_WIDTH)
 
@@ -132,11 +132,13 @@ def _checked(record: dict[str, Any]) -> Iterator[Checked]:
         place = (cell["workload"], cell["ranks"])
         if cell["bits_per_second"] is None or place not in free:
             continue
+        # Records from before 29 November 2026 have no latency.
+        link = Link(cell["bits_per_second"], cell.get("latency_seconds", 0.0))
         workload = record["workloads"][cell["workload"]]
         gradients = Gradients(tuple(map(tuple, workload["shapes"])))
         for key, measured in cell["methods"].items():
             step = free[place]["methods"][key]["seconds"]["median"]
-            predicted = predict(REDUCTIONS[key], gradients, Cost(cell["ranks"], cell["bits_per_second"], step))
+            predicted = predict(REDUCTIONS[key], gradients, Cost(cell["ranks"], link, step))
             yield Checked(
                 cell["workload"],
                 cell["ranks"],

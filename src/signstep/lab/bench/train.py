@@ -1,9 +1,10 @@
 """`signstep bench train`: ResNet-8 on CIFAR-10 over a slow network, with each way to reduce gradients.
 
-Every rank trains in a network namespace of its own whose link has the given rate (see `netns`), by the same
-`signstep train` that anyone calls. Seconds are those of training, without start-up and evaluation; bytes are the
-interface's own count of all of it: of training, of the weights that DDP sends at the start, of evaluation, and of the
-last checkpoint, for which the first rank gathers what the others keep. A finished run is kept and not trained again.
+Every rank trains in a network namespace of its own whose link has the given rate (see `netns`) and latency (see
+`delayed`), by the same `signstep train` that anyone calls. Seconds are those of training, without start-up and
+evaluation; bytes are the interface's own count of all of it: of training, of the weights that DDP sends at the start,
+of evaluation, and of the last checkpoint, for which the first rank gathers what the others keep. A finished run is kept
+and not trained again.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from signstep.distributed.plan import bits_per_second
+from signstep.distributed.plan import Link
 from signstep.lab.arguments import check_folder
-from signstep.lab.bench import netns
+from signstep.lab.bench import delayed, netns
 from signstep.lab.bench.spread import BenchError
 from signstep.lab.errors import BadInput
 from signstep.lab.output import stats
@@ -87,7 +88,7 @@ class BenchTrain:
     methods: tuple[str, ...] = ()
     """Which ones; default: all."""
     rate: str = "100mbit"
-    """The rate of the links."""
+    """The rate of the links; with the latency of a round trip: 10mbit/50ms."""
     ranks: int = 4
     """Processes that train a run together."""
     seeds: int = 3
@@ -106,7 +107,7 @@ class BenchTrain:
     @property
     def runs(self) -> Path:
         """Folder of the runs at this rate and number of ranks."""
-        return self.out / "runs" / f"{self.rate}-{self.ranks}"
+        return self.out / "runs" / f"{self.rate.replace('/', '-')}-{self.ranks}"
 
     def run(self) -> int:
         check_folder(self.data)
@@ -199,13 +200,13 @@ def train_all(options: BenchTrain) -> list[TrainSample]:
     if unknown := [key for key in options.methods if key not in TRAIN_METHODS]:
         raise BadInput(f"--methods {unknown[0]}: expected some of {', '.join(TRAIN_METHODS)}")
     try:
-        bits = bits_per_second(options.rate)
+        link = Link.of(options.rate)
     except ValueError as error:
         raise BadInput(f"--rate {error}") from error
     make_folder(options.runs)
     samples = []
-    with netns.Network(options.ranks) as network:
-        network.shape(bits)
+    with delayed.network(options.ranks, latency=link.latency > 0) as network:
+        network.shape(link)
         for seed in range(options.seeds):
             for key in options.methods:
                 config = config_of(key, seed, options)
@@ -264,8 +265,9 @@ def write(samples: Sequence[TrainSample], options: BenchTrain) -> list[Path]:
         f"    {command}",
         "",
         f"Target: {options.target:g} % test accuracy. Means over {len({s.seed for s in samples})} seeds, the accuracy "
-        "with its 95 % interval. Seconds are of training, with all ranks on the cores of one machine, and the links "
-        "have no latency but their own. MB sent per rank.",
+        "with its 95 % interval. Seconds are of training, with all ranks on the cores of one machine, and links "
+        + ("have the latency of a round trip that follows their rate" if "/" in options.rate else "add no latency")
+        + ". MB sent per rank.",
         "",
         *markdown_table(_HEAD, rows(samples)),
         "",

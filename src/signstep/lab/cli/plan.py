@@ -22,14 +22,14 @@ class Plan:
     step_ms: float = 80.0
     """Milliseconds of a step without communication."""
     latency_ms: float = 0.0
-    """Latency of one collective, in milliseconds."""
+    """Latency of a round trip between two workers, in milliseconds."""
     check: Path | None = None
     """Instead, compare the model with this bench-comm.json of signstep bench comm."""
 
     def run(self) -> int:
         from rich.console import Console
 
-        from signstep.distributed.plan import Cost, bits_per_second
+        from signstep.distributed.plan import Cost, Link, bits_per_second
         from signstep.distributed.reductions import Gradients
         from signstep.lab.bench import plan_report
 
@@ -53,7 +53,7 @@ class Plan:
             bandwidth = bits_per_second(self.bandwidth)
         except ValueError as error:
             raise BadInput(f"--bandwidth {error}") from error
-        cost = Cost(self.workers, bandwidth, self.step_ms / 1e3, self.latency_ms / 1e3)
+        cost = Cost(self.workers, Link(bandwidth, self.latency_ms / 1e3), self.step_ms / 1e3)
         plan_report.show_costs(console, Gradients.square(params), cost)
         plan_report.show_votes(console, self.workers)
         for note in plan_report.NOTES:

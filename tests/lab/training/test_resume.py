@@ -392,11 +392,14 @@ def codes(workers: list[ForkServerProcess]) -> list[int | None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "reduce", ["vote", "ef-sign-two-sided", *(pytest.param(x, marks=pytest.mark.long) for x in ("mean", "qsgd"))]
+    "reduce",
+    ["vote", "local-vote", *(pytest.param(x, marks=pytest.mark.long) for x in ("mean", "qsgd", "ef-sign-two-sided"))],
 )
 def test_two_workers(reduce: Any, tmp_path: Path) -> None:
     workers = None if reduce == "mean" else 2
-    config, said = tiny(subset=480, epochs=3, **HYBRID, reduce=reduce, workers=workers), tmp_path / "said"
+    every = 4 if reduce == "local-vote" else None
+    options = HYBRID | {"reduce": reduce, "workers": workers, "every": every}
+    config, said = tiny(subset=480, epochs=3, **options), tmp_path / "said"
     assert codes(two_workers(config, tmp_path / "whole", said)) == [0, 0], said.read_text()
     run = runs.read_run(tmp_path / "whole" / f"{config.hash}.jsonl")
     assert run.config == config

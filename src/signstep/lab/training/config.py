@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from signstep.distributed.local_methods import LOCAL_METHODS
 from signstep.distributed.reductions import TRAINED
 from signstep.lab.errors import BadInput
 from signstep.lab.training.optimizers import OPTIMIZERS, OptimizerName, known_optimizer
@@ -23,7 +24,7 @@ Dataset = Literal["cifar10", "cifar100", "fashion-mnist", "mnist", "digits", "bi
 if TYPE_CHECKING:
     Reduce = str
 else:
-    Reduce = Literal[TRAINED]
+    Reduce = Literal[(*TRAINED, *LOCAL_METHODS)]
 
 
 OF_IMAGES = ("crop", "flip", "cutout", "stem")
@@ -111,7 +112,14 @@ class RunConfig:
 
     # workers
     reduce: Reduce = "mean"
-    """How the workers' gradients become one: their mean, in fewer bits, or the majority vote of a sign method."""
+    """How the workers' gradients become one: their mean, in fewer bits, or the majority vote of a sign method; or how
+    workers that train by themselves agree after --every steps: local-vote, and others."""
+    every: int | None = None
+    """Steps that each worker takes by itself before all agree, of local-vote and its like; an epoch ends a round."""
+    outer_lr: float | None = None
+    """How far these go along what they have agreed on; None: the method's own."""
+    outer_momentum: float | None = None
+    """Decay of the momentum of what workers say after their own steps; None: the method's own."""
     workers: int | None = None
     """Number of workers, on which the result of a reduction other than mean depends; set from torchrun's."""
 
@@ -183,6 +191,14 @@ class RunConfig:
             raise BadInput(
                 f"reduce={self.reduce!r}: start the run's workers with torchrun --nproc-per-node N -m signstep"
             )
+        local = self.reduce in LOCAL_METHODS
+        if local != (self.every is not None) or (local and self.every < 1):  # type: ignore[operator]
+            methods = " or ".join(LOCAL_METHODS)
+            raise BadInput(
+                f"every={self.every!r}, reduce={self.reduce!r}: --reduce {methods} needs --every, at least 1"
+            )
+        if not local and (self.outer_lr is not None or self.outer_momentum is not None):
+            raise BadInput(f"outer_lr or outer_momentum with reduce={self.reduce!r}: it has no such option")
         if "switch" in known.options and (self.switch is None) == (self.switch_tolerance is None):
             raise BadInput(
                 f"switch={self.switch!r}, switch_tolerance={self.switch_tolerance!r}: optimizer {self.optimizer} needs "

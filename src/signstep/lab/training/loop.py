@@ -68,6 +68,8 @@ def train(
         CheckpointError: the checkpoint is damaged.
         BadInput: the configuration does not fit the images, the workers or this machine.
     """
+    if watching is not None and config.every is not None:
+        raise BadInput(f"a monitor watches workers that have the same weights; with every={config.every} they have not")
     started = last_save = time.monotonic()
     if tensorboard:
         importlib.import_module("torch.utils.tensorboard")  # where its package is missing, say so before the run begins

@@ -17,11 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from signstep.distributed import CollectiveError, reductions
+from signstep.distributed.local_methods import LOCAL_METHODS
+from signstep.distributed.rounds import LocalSteps
 from signstep.lab.errors import BadInput
 from signstep.lab.training import checkpoint, models, own, records
 from signstep.lab.training.batches import batches_of
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.objective import Objective
+from signstep.lab.training.own_state import OwnState
 from signstep.lab.training.recipe import (
     build_model,
     build_optimizer,
@@ -70,13 +73,19 @@ class TrainingRun:
             require_compiler(device.type)
             torch.compiler.reset()  # else many runs in one process reach the limit on recompilations
         self.network: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
-        self.reduction = None
+        self.reduction: reductions.Stateful | None = None
+        self.local: LocalSteps | None = None
         if config.workers is not None and (config.workers != workers.size or not dist.is_initialized()):
             raise BadInput(
                 f"workers={config.workers}: there are {workers.size}, and the result of reduce={config.reduce!r} "
                 "depends on it; start as many with torchrun"
             )
-        if workers.size > 1 or config.workers is not None:
+        if config.every is not None:
+            self.local = LOCAL_METHODS[config.reduce].start(
+                self.model, self.optimizer, config.every, config.outer_lr, config.outer_momentum
+            )
+            self.reduction = OwnState(self.model, self.optimizer, self.local)
+        elif workers.size > 1 or config.workers is not None:
             self.network = wrapped = workers.wrap(self.network)
             self.reduction = reductions.attach(config.reduce, wrapped, self.optimizer)
 
@@ -108,9 +117,11 @@ class TrainingRun:
         self.optimizer.zero_grad()
         try:
             loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            if self.local is not None:
+                self.local.step()
         except CollectiveError as error:  # on all workers
             raise NotFinite(f"step {self.step + 1} (of {self.total_steps}): {error}") from error
-        self.optimizer.step()
         self.scheduler.step()
         self.history[0, index] = loss.detach() / self.workers.size
         with torch.no_grad():
@@ -185,6 +196,11 @@ class TrainingRun:
 
     def end_epoch(self, losses: Tensor, accuracies: Tensor) -> dict[str, Any]:
         """Evaluate where that is due, add the epoch's line to the record, and return it; NotFinite."""
+        if self.local is not None:
+            try:
+                self.local.hold_round()
+            except CollectiveError as error:
+                raise NotFinite(f"step {self.step} (of {self.total_steps}): {error}") from error
         trained = time.perf_counter() - self.began
         epoch = self.step // self.steps_per_epoch
         train_score = accuracies.mean().item()

@@ -179,7 +179,7 @@ def _compressed(offer: Offer) -> Reduction:
 
     return Reduction(
         offer.label,
-        lambda gradients, workers: gradients.parameters * compressor.bytes_per_parameter(workers),
+        lambda gradients, workers: compressor.payload(gradients.shapes, workers),
         (lambda workers: workers) if compressor.two_sided else (lambda workers: workers - 1),
         attach_compressor,
     )

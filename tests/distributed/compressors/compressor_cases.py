@@ -3,9 +3,10 @@
 The loss is linear in the parameters, so what a rank's backward leaves is what the test chose.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +53,39 @@ def top_k(x: np.ndarray, ratio: float) -> np.ndarray:
     out = np.zeros_like(x)
     out[kept] = x[kept]
     return out
+
+
+@functools.cache
+def cosine_basis(n: int) -> np.ndarray:
+    """The orthonormal DCT-II, as it is defined: [component, place]."""
+    return np.array(
+        [
+            [math.sqrt((1 if k == 0 else 2) / n) * math.cos(math.pi * (2 * i + 1) * k / (2 * n)) for i in range(n)]
+            for k in range(n)
+        ]
+    )
+
+
+def demo_chunk(x: np.ndarray, k: int) -> np.ndarray:
+    """What one chunk of a momentum becomes."""
+    down, across = cosine_basis(x.shape[0]), cosine_basis(x.shape[1])
+    components = (down @ x @ across.T).reshape(-1)
+    kept = np.argsort(-np.abs(components), kind="stable")[:k]
+    sent = np.zeros(x.size)
+    sent[kept] = torch.tensor(components[kept]).bfloat16().double().numpy()
+    return down.T @ sent.reshape(x.shape) @ across
+
+
+def demo(x: np.ndarray, shape: tuple[int, ...], k: int = 32, chunk: int = 64) -> np.ndarray:
+    """A matrix in chunks whose sides are the largest divisors of its sides up to `chunk`; x is in memory's order."""
+    matrix = x.reshape(shape[0], -1) if len(shape) > 1 else x.reshape(1, -1)
+    rows, columns = (max(n for n in range(1, chunk + 1) if side % n == 0) for side in matrix.shape)
+    out = np.zeros_like(matrix)
+    for i in range(0, matrix.shape[0], rows):
+        for j in range(0, matrix.shape[1], columns):
+            where = np.s_[i : i + rows, j : j + columns]
+            out[where] = demo_chunk(matrix[where], k)
+    return out.reshape(-1)
 
 
 def blockwise(x: np.ndarray, compress: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -105,34 +139,45 @@ def means(model: nn.Module, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.module.named_parameters() if p.grad is not None}
 
 
+class Method(NamedTuple):
+    """A compressor as its paper has it."""
+
+    compress: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+    """What a parameter becomes, in the order of its memory, with its shape."""
+    two_sided: bool = False
+    decay: float = 1.0
+    """Of what was not sent."""
+
+
 class Simulated:
     """M workers in numpy, parameter by parameter, as the papers have it."""
 
-    def __init__(self, workers: int, compress: Callable[[np.ndarray], np.ndarray], two_sided: bool) -> None:
+    def __init__(self, workers: int, method: Method) -> None:
         self.residuals: list[dict[str, Any]] = [dict.fromkeys(SHAPES, 0.0) for _ in range(workers)]
         self.server: dict[str, Any] = dict.fromkeys(SHAPES, 0.0)
-        self.compress, self.two_sided = compress, two_sided
+        self.method = method
 
     def step(self, gradients: Sequence[dict[str, Tensor]]) -> dict[str, np.ndarray]:
         out = {}
-        for name in SHAPES:
+        for name, shape in SHAPES.items():
             sent = []
             for e, g in zip(self.residuals, gradients, strict=True):
-                p = in_memory(g[name]) + e[name]
-                sent.append(self.compress(p))
+                p = in_memory(g[name]).astype(np.float64) + self.method.decay * e[name]
+                sent.append(self.method.compress(p, shape))
                 e[name] = p - sent[-1]
             mean = np.mean(sent, axis=0)
-            if self.two_sided:
+            if self.method.two_sided:
                 p = mean + self.server[name]
-                mean = self.compress(p)
+                mean = self.method.compress(p, shape)
                 self.server[name] = p - mean
             out[name] = mean
         return out
 
 
-SIMULATED: dict[str, tuple[Callable[[np.ndarray], np.ndarray], bool]] = {
-    "ef-sign": (lambda x: blockwise(x, ef_sign), False),
-    "ef-sign-two-sided": (lambda x: blockwise(x, ef_sign), True),
-    "one-bit-sgd": (lambda x: blockwise(x, one_bit_sgd), True),
-    "top-k": (lambda x: top_k(x, 0.01), False),
+SIMULATED: dict[str, Method] = {
+    "ef-sign": Method(lambda x, _: blockwise(x, ef_sign)),
+    "ef-sign-two-sided": Method(lambda x, _: blockwise(x, ef_sign), two_sided=True),
+    "one-bit-sgd": Method(lambda x, _: blockwise(x, one_bit_sgd), two_sided=True),
+    "top-k": Method(lambda x, _: top_k(x, 0.01)),
+    "demo": Method(demo, decay=0.999),
 }

@@ -54,7 +54,7 @@ def test_all_ranks_get_the_mean_of_the_papers(workers: int) -> None:
             assert all(torch.equal(a[name], b[name]) for a, b in zip(grads, other, strict=True) for name in SHAPES)
         given_ = [[gradients_of(step, rank) for rank in range(workers)] for step in range(steps)]
         if key in SIMULATED:
-            simulated = Simulated(workers, *SIMULATED[key])
+            simulated = Simulated(workers, SIMULATED[key])
             for step in range(steps):
                 for name, expected in simulated.step(given_[step]).items():
                     np.testing.assert_allclose(in_memory(grads[step][name]), expected, rtol=2e-5, atol=2e-6)
@@ -62,7 +62,8 @@ def test_all_ranks_get_the_mean_of_the_papers(workers: int) -> None:
                 for rank in range(workers):
                     mine = ranks[rank][key][1]["worker"][name]
                     np.testing.assert_allclose(in_memory(mine), simulated.residuals[rank][name], rtol=1e-4, atol=3e-6)
-            check_nothing_is_lost(key, ranks, given_)
+            if SIMULATED[key].decay == 1:
+                check_nothing_is_lost(key, ranks, given_)
         else:
             assert not state["worker"]
             check_rounding(key, grads, given_)
@@ -298,7 +299,7 @@ def test_a_rank_that_has_joined_sends_zeros() -> None:
 
 
 def count_bytes() -> dict[str, tuple[float, float]]:
-    """Bytes per parameter sent to others in a step, counted at the collectives, and as the compressor says."""
+    """Bytes sent to others in a step, counted at the collectives, and as the compressor says."""
     size = dist.get_world_size()
     sent = 0
     all_to_all, all_gather = dist.all_to_all_single, base.all_gather
@@ -321,7 +322,7 @@ def count_bytes() -> dict[str, tuple[float, float]]:
             hook = CompressedGradients(model, offer.make())
             sent = 0
             model(torch.randn(2, 512)).sum().backward()
-            out[key] = (sent / (512 * 513), offer.make().bytes_per_parameter(size))
+            out[key] = (sent, offer.make().payload([(513, 512)], size))
             hook.close()
     finally:
         dist.all_to_all_single, base.all_gather = all_to_all, all_gather
@@ -348,7 +349,7 @@ def test_bytes_are_those_of_the_formula_and_of_the_page() -> None:
     assert rows.keys() >= COMPRESSORS.keys()
     for key, (counted, promised) in gang(4).run(count_bytes)[0].items():
         assert counted == pytest.approx(promised, rel=0.015)
-        assert f"{promised:.3f}" == rows[key]
+        assert f"{COMPRESSORS[key].make().bytes_per_parameter(4):.3f}" == rows[key]
 
 
 def descend(hook_needed: bool) -> float:

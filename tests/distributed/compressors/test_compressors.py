@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from compressor_cases import CPU, blockwise, decoded, ef_sign, one_bit_sgd, qsgd
+from compressor_cases import CPU, blockwise, cosine_basis, decoded, ef_sign, one_bit_sgd, qsgd
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from signstep.distributed.compressors import QSGD, DitheredSign, EFSign, OneBitSGD, TernGrad, TopK
+from signstep.distributed.compressors import QSGD, DeMo, DitheredSign, EFSign, OneBitSGD, TernGrad, TopK, demo
 from signstep.distributed.compressors.blocks import BLOCK, Blocks
+from signstep.distributed.compressors.demo import Grid, cosines, from_components
 from signstep.distributed.compressors.noise import SERVER, WORKER, random_integers, round_stochastically
 from signstep.distributed.compressors.top_k import largest
 
@@ -143,7 +144,14 @@ def test_largest_are_the_largest(size: int, share: float, seed: int, kind: str) 
 
 def test_options_out_of_range_are_refused() -> None:
     makers: tuple[Any, ...] = (lambda: QSGD(0), lambda: QSGD(128), lambda: TopK(0.0), lambda: TopK(1.5))
-    for make in (*makers, lambda: TernGrad(0.0), lambda: DitheredSign(clip=-1.0)):
+    for make in (
+        *makers,
+        lambda: TernGrad(0.0),
+        lambda: DitheredSign(clip=-1.0),
+        lambda: DeMo(k=0),
+        lambda: DeMo(chunk=182),
+        lambda: DeMo(beta=1.1),
+    ):
         with pytest.raises(ValueError, match=r"^Invalid \w+: .*, expected "):
             make()
 
@@ -170,3 +178,58 @@ def test_noise_is_of_seed_rank_step_parameter_and_side() -> None:
     # Uniform on 2^16 integers: mean -1/2, standard deviation 2^16 / sqrt(12); within 5 standard errors.
     assert abs(x.mean() + 0.5) < 5 * 2**16 / math.sqrt(12 * len(x))
     assert round_stochastically(torch.zeros(1, 8), torch.zeros(1, 1), 7, draw()[:1, :8]).eq(7).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 41, 64, 181])
+def test_the_cosine_transform_is_orthonormal(size: int) -> None:
+    basis = cosines(size, CPU)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-13)
+    np.testing.assert_allclose(basis.numpy(), cosine_basis(size), atol=1e-13)
+
+
+@given(rows=st.integers(1, 70), columns=st.integers(1, 70), scale=magnitudes, seed=st.integers(0, 99))
+def test_the_inverse_cosine_transform_is_exact_to_float_error(rows: int, columns: int, scale: float, seed: int) -> None:
+    chunks = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(seed)) * scale
+    expected = [cosine_basis(rows).T @ chunk @ cosine_basis(columns) for chunk in chunks.double().numpy()]
+    np.testing.assert_allclose(
+        from_components(chunks).numpy(), np.array(expected), atol=1e-5 * float(chunks.abs().max()) + 1e-44
+    )
+
+
+def test_the_inverse_cosine_transform_does_not_depend_on_the_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every order of the places of a chunk gives the same bits, as all sums are exact."""
+    chunks = torch.randn(5, 64, 48, generator=torch.Generator().manual_seed(0))
+    down, across = torch.randperm(64), torch.randperm(48)
+    expected = from_components(chunks)
+    bases = {64: cosines(64, CPU)[down], 48: cosines(48, CPU)[across]}
+    monkeypatch.setattr(demo, "cosines", lambda size, device: bases[size])
+    assert torch.equal(from_components(chunks[:, down][:, :, across]), expected)
+
+
+@given(
+    shape=st.lists(st.integers(1, 70), min_size=1, max_size=4).filter(lambda shape: math.prod(shape) < 50_000),
+    chunk=st.integers(1, 64),
+)
+def test_chunks_hold_every_element_once(shape: list[int], chunk: int) -> None:
+    grid = Grid.of(shape, chunk)
+    assert max(grid.rows, grid.columns) <= chunk
+    flat = torch.arange(float(math.prod(shape)))
+    cut = grid.cut(flat)
+    assert cut.shape == (grid.count, grid.rows, grid.columns)
+    assert torch.equal(grid.join(cut), flat)
+    sides = [n for n in shape if n > 1]
+    if len(sides) > 1:
+        assert torch.equal(cut[0], flat.view(sides[0], -1)[: grid.rows, : grid.columns])
+
+
+@pytest.mark.parametrize("k", [1, 5, 64 * 64])
+def test_demo_sends_the_largest_components(k: int) -> None:
+    compressor = DeMo(k=k)
+    momentum = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(3))
+    got = Grid.of((128, 64), 64).components(compressor._largest(momentum))
+    for chunk, sent in zip(momentum.double().numpy(), got.double().numpy(), strict=True):
+        components = cosine_basis(64) @ chunk @ cosine_basis(64).T
+        kept = sent != 0
+        assert kept.sum() == k
+        assert np.abs(components[kept]).min() >= np.abs(components[~kept]).max(initial=0)
+        np.testing.assert_allclose(sent[kept], components[kept], rtol=2**-8)

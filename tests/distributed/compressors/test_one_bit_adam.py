@@ -57,7 +57,7 @@ def test_one_bit_adam_takes_the_steps_of_the_paper() -> None:
     beta1, beta2, lr, eps, warm = 0.9, 0.99, 0.01, 1e-8, 3
     model = DistributedDataParallel(Given(SHAPES), bucket_cap_mb=0.004)
     optimizer = OneBitAdam(model, lr=lr, betas=(beta1, beta2), eps=eps, warmup_steps=warm)
-    simulated = Simulated(size, *SIMULATED["ef-sign-two-sided"])
+    simulated = Simulated(size, SIMULATED["ef-sign-two-sided"])
     x, m, v = ({name: np.zeros(math.prod(shape)) for name, shape in SHAPES.items()} for _ in range(3))
     for step in range(6):
         everyone = [gradients_of(step, r) for r in range(size)]

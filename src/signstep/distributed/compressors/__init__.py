@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from signstep.distributed.compressors.base import BlockCompressor, Compressor, Offer
+from signstep.distributed.compressors.demo import DeMo
 from signstep.distributed.compressors.dithered_sign import DitheredSign
 from signstep.distributed.compressors.ef_sign import EFSign
 from signstep.distributed.compressors.exact import Exact
@@ -23,6 +24,7 @@ __all__ = [
     "CompressedGradients",
     "CompressedMean",
     "Compressor",
+    "DeMo",
     "DitheredSign",
     "EFSign",
     "Exact",
@@ -33,7 +35,7 @@ __all__ = [
     "TopK",
 ]
 
-_FILES = ("dithered_sign", "ef_sign", "one_bit_sgd", "qsgd", "terngrad", "top_k")
+_FILES = ("dithered_sign", "ef_sign", "one_bit_sgd", "qsgd", "terngrad", "top_k", "demo")
 """Where compressors are, each with its `OFFERS`: a new file is named here and nowhere else."""
 
 COMPRESSORS: dict[str, Offer] = {

@@ -7,6 +7,7 @@ that loses nothing a second time, and costs M / 2 times as much. Each compressor
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -34,6 +35,11 @@ class Compressor(ABC):
     two_sided: bool
     """Whether its owner compresses the mean again, with error feedback of its own."""
 
+    @property
+    def decay(self) -> float:
+        """What was not sent is multiplied by this before it is added to what comes next."""
+        return 1.0
+
     @abstractmethod
     def exchange(self, x: Tensor, message: Message) -> Tensor:
         """The mean of what all workers make of their x.
@@ -49,6 +55,10 @@ class Compressor(ABC):
     @abstractmethod
     def bytes_per_parameter(self, world_size: int) -> float:
         """What a worker sends per step, in bytes; short blocks and one flag byte per parameter come on top."""
+
+    def payload(self, shapes: Sequence[tuple[int, ...]], world_size: int) -> float:
+        """What a worker sends per step for parameters of these shapes, in bytes, with the same left out."""
+        return sum(map(math.prod, shapes)) * self.bytes_per_parameter(world_size)
 
 
 class Page(NamedTuple):
@@ -77,6 +87,8 @@ class Part(NamedTuple):
     """One parameter's part of a message."""
 
     name: str
+    shape: tuple[int, ...]
+    """In the order of its memory, the outermost dimension first."""
     flag: int
     """Of this worker: `PRESENT` and `NOT_FINITE`, or neither."""
 
@@ -104,6 +116,8 @@ class Message:
         self.anyone: list[bool] = []
         """Whether any rank's backward has reached the parameter; known after the first collective."""
         self._group, self._noise, self._server = group, noise, server
+        self.shapes = [part.shape for part in parts]
+        """Of the parameters, in the order of their memory, the outermost dimension first."""
         self._names = [part.name for part in parts]
         flags = [part.flag for part in parts]
         self._flags = torch.tensor([*flags, *[0] * (-len(flags) % 4)], dtype=torch.uint8, device="cpu").view(

@@ -34,7 +34,7 @@ class CompressedMean:
     .. math::
         \bar x = \frac 1 M \sum_w C(x_w + e_w), \qquad e_w \leftarrow x_w + e_w - C(x_w + e_w)
 
-    in two phases :math:`C(\bar x + e)`, where the owner of each block keeps e.
+    in two phases :math:`C(\bar x + e)`, where the owner of each block keeps e. A compressor may let e_w decay first.
 
     Args:
         params: by name, in the same order on all ranks: what has the shapes of the tensors, on one device.
@@ -105,11 +105,11 @@ class CompressedMean:
             sends.append(fill(entry, place))
             flags.append(PRESENT if entry.present else 0)
             if sends[-1] and entry.name in self._worker:
-                place.add_(self._worker[entry.name])
+                place.add_(self._worker[entry.name], alpha=self.compressor.decay)
         for row in x.sum(dim=1).isfinite().logical_not_().nonzero().view(-1).tolist():
             flags[layout.parameter_of(row)] |= NOT_FINITE
 
-        parts = [Part(entry.name, flag) for entry, flag in zip(entries, flags, strict=True)]
+        parts = [Part(e.name, _in_memory(self.params[e.name]), flag) for e, flag in zip(entries, flags, strict=True)]
         message = Message(self.group, self._noise, self._server, layout, parts)
         mean = self.compressor.exchange(x, message)
         for i, (entry, rest, result) in enumerate(zip(entries, layout.places(x), layout.places(mean), strict=True)):
@@ -173,3 +173,9 @@ def in_shape(flat: Tensor, param: Tensor) -> Tensor:
     """Elements in the order of a parameter's memory as a tensor of its shape, a view."""
     strides = torch.empty_like(param, device="meta").stride()
     return flat.as_strided(param.shape, strides, flat.storage_offset())
+
+
+def _in_memory(param: Tensor) -> tuple[int, ...]:
+    """A parameter's shape in the order of its memory, the outermost dimension first."""
+    strides = torch.empty_like(param, device="meta").stride()
+    return tuple(param.shape[i] for i in sorted(range(param.dim()), key=lambda i: -strides[i]))

@@ -18,6 +18,7 @@ from signstep.distributed.compressors import (
     TopK,
 )
 from signstep.distributed.ddp import MajorityVote
+from signstep.distributed.diloco import DiLoCo
 from signstep.distributed.hooks import Bucket, Entry, GradientHook
 from signstep.distributed.local import LocalVote
 from signstep.distributed.simulation import SimulatedLocalVote, SimulatedVote
@@ -34,6 +35,7 @@ __all__ = [
     "CompressedMean",
     "Compressor",
     "DeMo",
+    "DiLoCo",
     "DitheredSign",
     "EFSign",
     "Entry",

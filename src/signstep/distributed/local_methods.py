@@ -4,12 +4,15 @@ studies take theirs. What reduces gradients in every step is in reductions.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 from torch.optim import Optimizer
 
+from signstep.distributed.compressors import QSGD, Compressor, Exact
+from signstep.distributed.diloco import DiLoCo
 from signstep.distributed.local import LocalVote
 from signstep.distributed.reductions import Gradients, Payload
 from signstep.distributed.rounds import LocalSteps
@@ -39,16 +42,28 @@ class LocalMethod:
         return self.make(model, optimizer, every=every, **given)
 
 
-def _out_and_back(bits: float) -> Payload:
-    """All coordinates there and back but for one's own M-th part, `bits` each, and 4 bytes of each parameter to all."""
+def _said(gradients: Gradients, workers: int) -> float:
+    """4 bytes to all for each parameter, and for whether a worker takes part."""
+    return 4 * (workers - 1) * (1 + len(gradients.shapes))
 
-    def payload(gradients: Gradients, workers: int) -> float:
-        return (workers - 1) * (2 * gradients.parameters * bits / 8 / workers + 4 * (1 + len(gradients.shapes)))
 
-    return payload
+def _vote(gradients: Gradients, workers: int) -> float:
+    """A bit of each coordinate there and back but for one's own M-th part."""
+    return gradients.parameters * (workers - 1) / (4 * workers) + _said(gradients, workers)
+
+
+def _mean(label: str, compressor: Compressor) -> LocalMethod:
+    return LocalMethod(
+        label,
+        lambda gradients, workers: compressor.payload(gradients.shapes, workers) + _said(gradients, workers),
+        functools.partial(DiLoCo, compressor=compressor),
+        origin="Douillard et al. 2023",
+    )
 
 
 LOCAL_METHODS: dict[str, LocalMethod] = {
-    "local-vote": LocalMethod("local vote", _out_and_back(1), LocalVote),
+    "local-vote": LocalMethod("local vote", _vote, LocalVote),
+    "diloco": _mean("DiLoCo, fp32", Exact()),
+    "diloco-int8": _mean("DiLoCo, int8", QSGD(levels=127)),
 }
 """By key."""

@@ -102,6 +102,7 @@ class Message:
         server: by parameter, what has been left of the means of the blocks that this rank owns.
         layout: of the parameters' blocks.
         parts: one for each parameter.
+        what: the tensors are of a parameter, for messages.
     """
 
     def __init__(
@@ -111,11 +112,12 @@ class Message:
         server: Mapping[str, Tensor],
         layout: Layout,
         parts: Sequence[Part],
+        what: str,
     ) -> None:
         self.layout = layout
-        self.anyone: list[bool] = []
-        """Whether any rank's backward has reached the parameter; known after the first collective."""
-        self._group, self._noise, self._server = group, noise, server
+        self.present: list[int] = []
+        """On how many ranks each parameter is present; known after the first collective."""
+        self._group, self._noise, self._server, self._what = group, noise, server, what
         self.shapes = [part.shape for part in parts]
         """Of the parameters, in the order of their memory, the outermost dimension first."""
         self._names = [part.name for part in parts]
@@ -153,8 +155,8 @@ class Message:
     def own_residuals(self) -> Iterator[tuple[slice, Tensor]]:
         """What has been left of the means of the rows that this rank owns: which of them, and the residual."""
         begin = 0
-        for name, rows, anyone in zip(self._names, self.layout.own_counts, self.anyone, strict=True):
-            if anyone and name in self._server:
+        for name, rows, present in zip(self._names, self.layout.own_counts, self.present, strict=True):
+            if present and name in self._server:
                 yield slice(begin, begin + rows), self._server[name]
             begin += rows
 
@@ -166,10 +168,10 @@ class Message:
         if len(found):
             rank, parameter = found[0].tolist()
             raise CollectiveError(
-                f"rank {rank}: the gradient of {self._names[parameter]} is not finite, or too large for float32 sums; "
-                "nothing was sent: lower the learning rate, or use bfloat16 instead of float16 with a GradScaler"
+                f"rank {rank}: the {self._what} of {self._names[parameter]} is not finite, or too large for float32 "
+                "sums; nothing was sent: lower the learning rate, or use bfloat16 instead of float16 with a GradScaler"
             )
-        self.anyone = (flags & PRESENT).any(dim=0).tolist()
+        self.present = (flags & PRESENT).sum(dim=0).tolist()
         return received[:, width:]
 
 

@@ -41,6 +41,7 @@ class CompressedMean:
         group: the workers.
         compressor: see `signstep.distributed.compressors`.
         seed: of stochastic rounding, the same on all ranks, in [0, 2^64). (default: 0)
+        what: the tensors are of a parameter, for messages. (default: "gradient")
 
     Attributes:
         step: how many times all tensors have been averaged. The caller counts it, because it may come in parts.
@@ -51,14 +52,20 @@ class CompressedMean:
     """
 
     def __init__(
-        self, params: Mapping[str, Tensor], group: dist.ProcessGroup, compressor: Compressor, *, seed: int = 0
+        self,
+        params: Mapping[str, Tensor],
+        group: dist.ProcessGroup,
+        compressor: Compressor,
+        *,
+        seed: int = 0,
+        what: str = "gradient",
     ) -> None:
         for name, p in params.items():
             if p.is_complex():
                 raise TypeError(f"{name} is complex, which no compressor can be given: use it as two real parameters")
         if not 0 <= seed < 2**64:
             raise ValueError(f"Invalid seed: {seed}, expected 0 <= seed < 2^64")
-        self.params, self.group, self.compressor = dict(params), group, compressor
+        self.params, self.group, self.compressor, self._what = dict(params), group, compressor, what
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.device = next(iter(params.values())).device
         self._noise = Noise(seed, self.rank, self.device, {name: i for i, name in enumerate(params)})
@@ -86,7 +93,7 @@ class CompressedMean:
     def step(self, step: int) -> None:
         self._noise.step = step
 
-    def average(self, entries: Sequence[Entry], fill: Callable[[Entry, Tensor], bool] = _fill) -> None:
+    def average(self, entries: Sequence[Entry], fill: Callable[[Entry, Tensor], bool] = _fill) -> list[int]:
         """Replace the entries' `flat` by the mean of what the compressor makes of all workers'. A collective.
 
         Args:
@@ -94,6 +101,9 @@ class CompressedMean:
                 counts as zeros from it and keeps its residual there; one that is present nowhere keeps all residuals.
             fill: writes what this worker has to send of an entry, before the residual, into zeros, float32
                 [elements]; False: nothing. (default: `flat`, if present)
+
+        Returns:
+            On how many ranks each entry is present.
 
         Raises:
             CollectiveError: on all ranks: something is not finite, with rank and parameter; nothing was sent then.
@@ -110,13 +120,14 @@ class CompressedMean:
             flags[layout.parameter_of(row)] |= NOT_FINITE
 
         parts = [Part(e.name, _in_memory(self.params[e.name]), flag) for e, flag in zip(entries, flags, strict=True)]
-        message = Message(self.group, self._noise, self._server, layout, parts)
+        message = Message(self.group, self._noise, self._server, layout, parts, self._what)
         mean = self.compressor.exchange(x, message)
         for i, (entry, rest, result) in enumerate(zip(entries, layout.places(x), layout.places(mean), strict=True)):
             # What nobody's backward has reached is not applied by DDP: it must not count as sent.
-            if entry.name in self._worker and sends[i] and message.anyone[i]:
+            if entry.name in self._worker and sends[i] and message.present[i]:
                 self._worker[entry.name].copy_(rest)
             entry.flat.copy_(result)
+        return message.present
 
     def _layout(self, entries: Sequence[Entry]) -> Layout:
         # DDP rebuilds its buckets after the first backward.

@@ -55,3 +55,15 @@ def local_step(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, st
 
 def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def small(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Linear(6, 4)
+
+
+def small_step(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, step: int) -> None:
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1000 * rank + step))
+    optimizer.zero_grad()
+    (model(x) - x[:, :4].sin()).square().mean().backward()
+    optimizer.step()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ddp_cases import equal_everywhere
-from local_cases import OPTIMIZERS, local_step, network
+from local_cases import OPTIMIZERS, local_step, network, small, small_step
 from torch import Tensor, nn
 
 from gang import gang, on_ranks
@@ -26,18 +26,6 @@ def _one_thread() -> Any:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def small(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Linear(6, 4)
-
-
-def small_step(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, step: int) -> None:
-    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1000 * rank + step))
-    optimizer.zero_grad()
-    (model(x) - x[:, :4].sin()).square().mean().backward()
-    optimizer.step()
 
 
 MODELS: dict[str, tuple[Callable[[int], nn.Module], Callable[..., None]]] = {

@@ -16,6 +16,7 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from signstep.distributed.compressors.base import Page
 from signstep.distributed.hooks import Bucket, Entry, GradientHook
 from signstep.distributed.nodes import Node
 from signstep.distributed.power_sgd import PowerSGD
@@ -234,3 +235,23 @@ class MajorityVote(GradientHook):
         self.worker.load_state_dict(state)
         if self._node is not None:
             self._node.keep_own(self.worker)
+
+
+PAGES = {
+    "SignSGD": Page(
+        paper="Bernstein et al. 2019, [1810.05291](https://arxiv.org/abs/1810.05291)",
+        bytes="1/4 (M-1)/M",
+        biased="yes: the sign alone",
+        state="none: each worker's momentum is the optimizer's",
+        good_for="slow links, any M; a minority of attackers",
+        not_for="optimizers that need magnitudes",
+    ),
+    "Lion": Page(
+        paper="Distributed Lion: Liu et al. 2024, [2404.00438](https://arxiv.org/abs/2404.00438)",
+        bytes="1/4 (M-1)/M",
+        biased="yes: the sign alone",
+        state="none: each worker's momentum is the optimizer's",
+        good_for="as above, where Lion is the better optimizer",
+        not_for="as above",
+    ),
+}

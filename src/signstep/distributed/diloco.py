@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
 from signstep.distributed.compressors import CompressedMean, Compressor, Exact
+from signstep.distributed.compressors.base import Page
 from signstep.distributed.hooks import Entry
 from signstep.distributed.rounds import LocalSteps, Schedule
 from signstep.distributed.worker import check_choice
@@ -140,3 +141,23 @@ class DiLoCo(LocalSteps):
         super().load_state_dict(state)
         start = self.rounds.start
         self.momenta = {name: m.to(start[name], copy=True) for name, m in state["momenta"].items()}
+
+
+PAGES = {
+    "diloco": Page(
+        paper="Douillard et al. 2023, [2311.08105](https://arxiv.org/abs/2311.08105)",
+        bytes="8 (M-1)/(M H)",
+        biased="no",
+        state="8n bytes: common point and momentum",
+        good_for="H of 100 and more",
+        not_for="the slowest links, where 8 bits or a vote send less",
+    ),
+    "diloco-int8": Page(
+        paper="the same, with QSGD's rounding",
+        bytes="257/128 (M-1)/(M H)",
+        biased="no",
+        state="8n bytes: common point and momentum",
+        good_for="a quarter of the bytes, without bias",
+        not_for="where a bit is enough",
+    ),
+}

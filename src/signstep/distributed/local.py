@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from signstep.distributed.compressors.base import Page
 from signstep.distributed.hooks import Entry
 from signstep.distributed.rounds import LocalSteps, Rounds, Schedule
 from signstep.distributed.vote import Vote, cast_entries, in_parts, in_turns, nonfinite_rule
@@ -210,3 +211,13 @@ class LocalVote(LocalSteps):
         for group, taken in zip(self.outer.optimizer.param_groups, state["steps"], strict=True):
             group["step"].fill_(taken)
         super().load_state_dict(state)
+
+
+PAGE = Page(
+    paper="this library",
+    bytes="(M-1)/(4 M H)",
+    biased="yes: a sign, of a length",
+    state="8n bytes: common point and momentum",
+    good_for="slow links: H times less than a vote at every step",
+    not_for="embeddings with rare rows",
+)

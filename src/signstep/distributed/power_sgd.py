@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from signstep.distributed.compressors.base import Page
 from signstep.distributed.hooks import Bucket, GradientHook
 
 __all__ = ["RANK", "PowerSGD", "PowerSGDHook"]
@@ -49,3 +50,13 @@ class PowerSGDHook(GradientHook):
     def reduce(self, bucket: Bucket) -> None:
         """The mean of low-rank approximations."""
         self._power.average(bucket)
+
+
+PAGE = Page(
+    paper="Vogels et al. 2019, [1905.13727](https://arxiv.org/abs/1905.13727)",
+    bytes="8 r (a + b)/(a b) (M-1)/M for a x b, r = 2",
+    biased="yes, fed back",
+    state="4n bytes and the factors, which torch's hook cannot save",
+    good_for="large matrices whose gradients have few strong directions",
+    not_for="convolutions of few channels, vectors: what would not shrink by half is sent as it is",
+)

@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gang import gang, on_ranks
-from signstep.distributed import CollectiveError
+from signstep.distributed import CollectiveError, ddp, diloco, local, power_sgd
 from signstep.distributed.compressors import COMPRESSORS, CompressedGradients, EFSign, OneBitSGD, base, one_bit_adam
 from signstep.distributed.compressors.blocks import BLOCK, own_blocks
+from signstep.distributed.local_methods import LOCAL_METHODS
+from signstep.distributed.reductions import REDUCTIONS, Gradients, Payload
 from signstep.lab.output.tables import markdown_table
 
 
@@ -330,15 +332,31 @@ def count_bytes() -> dict[str, tuple[float, float]]:
 
 
 def page_table() -> str:
-    """The table of docs/compressors.md, from what the compressors say of themselves."""
-    head = ["Key", "Compressor", "Paper", "Bytes", "M = 4", "Biased", "State per worker", "Good for", "Not for"]
-    two_sided = EFSign(two_sided=True)
-    entries = [(f"`{key}`", repr(offer.make()), offer.make(), "", offer.page) for key, offer in COMPRESSORS.items()]
-    entries.append(("", "OneBitAdam", two_sided, ", 6.0", one_bit_adam.PAGE))
+    """The table of docs/compressors.md, from what the methods say of themselves."""
+    head = ["Key", "Made by", "Paper", "Bytes", "M = 4", "Biased", "State per worker", "Good for", "Not for"]
+    many = Gradients.square(4_000_000)
+
+    def each(payload: Payload) -> str:
+        return f"{payload(many, 4) / many.parameters:.3f}"
+
     rows = []
-    for key, name, compressor, more, (paper, formula, *rest) in entries:
-        rows.append([key, f"`{name}`", paper, formula, f"{compressor.bytes_per_parameter(4):.3f}{more}", *rest])
-    return "\n".join(markdown_table(head, rows, left=range(len(head))))
+    for key, offer in COMPRESSORS.items():
+        made = offer.make()
+        rows.append((f"`{key}`", f"`{made}`", f"{made.bytes_per_parameter(4):.3f}", offer.page))
+    two_sided = EFSign(two_sided=True).bytes_per_parameter(4)
+    rows.append(("", "`OneBitAdam`", f"{two_sided:.3f}, 6.0", one_bit_adam.PAGE))
+    rows.append(("`powersgd`", "torch's PowerSGD hook", each(REDUCTIONS["powersgd"].payload), power_sgd.PAGE))
+    for name, page in ddp.PAGES.items():
+        rows.append(("`vote`", f"`MajorityVote` with `{name}`", each(REDUCTIONS["vote"].payload), page))
+    makes = {
+        "local-vote": ("`LocalVote`", local.PAGE),
+        "diloco": ("`DiLoCo`", diloco.PAGES["diloco"]),
+        "diloco-int8": ("`DiLoCo(compressor=QSGD(levels=127))`", diloco.PAGES["diloco-int8"]),
+    }
+    for key, (made_by, page) in makes.items():
+        rows.append((f"`{key}`", made_by, each(LOCAL_METHODS[key].payload) + " / H", page))
+    lines = [[key, by, page.paper, page.bytes, four, *page[2:]] for key, by, four, page in rows]
+    return "\n".join(markdown_table(head, lines, left=range(len(head))))
 
 
 def test_bytes_are_those_of_the_formula_and_of_the_page() -> None:
@@ -346,6 +364,7 @@ def test_bytes_are_those_of_the_formula_and_of_the_page() -> None:
     table = page_table()
     assert table in page, f"docs/compressors.md: put this table under The family:\n{table}"
     rows = dict(re.findall(r"^\| `([\w-]+)` .*\| (0\.\d+) \|", page, re.MULTILINE))
+    assert set(LOCAL_METHODS) <= set(re.findall(r"^\| `([\w-]+)`", page, re.MULTILINE))
     assert rows.keys() >= COMPRESSORS.keys()
     for key, (counted, promised) in gang(4).run(count_bytes)[0].items():
         assert counted == pytest.approx(promised, rel=0.015)

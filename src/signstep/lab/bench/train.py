@@ -144,13 +144,27 @@ def _sent(network: netns.Network, ranks: int) -> int:
     return sum(network.bytes_sent(rank) for rank in range(ranks))
 
 
-def _train(network: netns.Network, config: RunConfig, options: BenchTrain, minutes: float) -> float:
-    """Train a run to its end, and return the bytes that a rank has sent, on average."""
-    ranks, folder = options.ranks, options.runs
+def train_over(network: netns.Network, config: RunConfig, folder: Path, data: Path | None, minutes: float) -> float:
+    """Train a run to its end over a network, each rank in its namespace.
+
+    Args:
+        network: as it has been shaped.
+        config: the run.
+        folder: of its files.
+        data: folder to look for the data in first.
+        minutes: after which it is given up.
+
+    Returns:
+        The bytes that a rank has sent, on average.
+
+    Raises:
+        BenchError: the run fails, or is not done in time.
+    """
+    ranks = network.ranks
     before = _sent(network, ranks)
     command = [sys.executable, "-m", "signstep", "train", *option_words(config)]
     command += ["--out", str(folder), "--device", "cpu"]
-    command += [] if options.data is None else ["--data", str(options.data)]
+    command += [] if data is None else ["--data", str(data)]
     processes = []
     try:
         for rank in range(ranks):
@@ -217,7 +231,7 @@ def train_all(options: BenchTrain) -> list[TrainSample]:
                     # A run that was cut short has lost the count of its bytes.
                     for old in options.runs.glob(f"{config.hash}.*"):
                         old.unlink()
-                    sent = _train(network, config, options, minutes=30)
+                    sent = train_over(network, config, options.runs, options.data, minutes=30)
                     write_json(kept, {"bytes_per_rank": sent})
                     record.with_suffix(".pt").unlink()
                 sent = read_json(kept)["bytes_per_rank"]

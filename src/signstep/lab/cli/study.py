@@ -7,7 +7,8 @@ from signstep.lab.cli.commands import Commands
 STUDIES = Commands(
     "signstep study",
     "Measure what a vote is worth, against Byzantine workers (byzantine) and by dither (vote-curve), how far\n"
-    "signs can be trusted in the paper's trainings (monitor), and where dither helps (dither).",
+    "signs can be trusted in the paper's trainings (monitor), where dither helps (dither), and what ways to train\n"
+    "over slow links reach (frontier).",
     {
         "byzantine": (
             "signstep.lab.studies.byzantine:ByzantineStudy",
@@ -16,6 +17,10 @@ STUDIES = Commands(
         "dither": (
             "signstep.lab.studies.dither_map:DitherStudy",
             "Map accuracy over the noise's size and the learning rate, under what the paper leaves open.",
+        ),
+        "frontier": (
+            "signstep.lab.studies.frontier:FrontierStudy",
+            "Compare ways to train over slow links: final loss, bytes sent, and time.",
         ),
         "monitor": (
             "signstep.lab.studies.monitored:MonitorStudy",

@@ -45,13 +45,21 @@ def _outer(*pairs: tuple[float, float, float]) -> tuple[Mapping[str, float], ...
 
 
 FAMILIES: dict[str, Family] = {
-    "AdamW, mean": Family("mean", "adamw", _rates(1e-3, 3.16e-3, 1e-2, 3.16e-2), _DECAY),
-    "SignSGD, vote": Family("vote", "signsgd", _rates(3.16e-4, 1e-3, 3.16e-3, 1e-2), _DECAY),
-    "Lion, vote": Family("vote", "lion", _rates(1e-4, 3.16e-4, 1e-3, 3.16e-3), _DECAY),
+    "AdamW, mean": Family("mean", "adamw", _rates(1e-3, 3.16e-3, 1e-2), _DECAY),
+    "SignSGD, vote": Family("vote", "signsgd", _rates(3.16e-4, 1e-3, 3.16e-3), _DECAY),
+    "Lion, vote": Family("vote", "lion", _rates(1e-4, 3.16e-4, 1e-3), _DECAY),
+    # DeMo keeps the momentum, and takes the sign of what comes of it.
+    "DeMo": Family("demo", "signsgd", _rates(3.16e-4, 1e-3, 3.16e-3), {**_DECAY, "momentum": 0.0}),
     "local vote": Family(
         "local-vote",
         "adamw",
-        _outer((3.16e-3, 0.5, 0.5), (3.16e-3, 1.0, 0.5), (1e-2, 0.5, 0.5), (1e-2, 1.0, 0.5)),
+        _outer((3.16e-3, 0.5, 0.5), (3.16e-3, 1.0, 0.5), (1e-2, 0.5, 0.5)),
+        {**_DECAY, "every": 32},
+    ),
+    "DiLoCo": Family(
+        "diloco",
+        "adamw",
+        _outer((3.16e-3, 0.7, 0.9), (3.16e-3, 1.0, 0.0), (1e-2, 0.7, 0.9)),
         {**_DECAY, "every": 32},
     ),
 }
@@ -82,9 +90,10 @@ WAYS: dict[str, Way] = {
     "powersgd": Way("PowerSGD", "AdamW, mean", "powersgd"),
     "vote": Way("SignSGD, vote", "SignSGD, vote", "vote"),
     "vote-lion": Way("Lion, vote", "Lion, vote", "vote"),
+    "demo": Way("DeMo", "DeMo", "demo"),
     **{
         f"{reduce}-{every}": Way(f"{LOCAL_METHODS[reduce].label}, H = {every}", family, reduce, every)
-        for reduce, family in (("local-vote", "local vote"),)
+        for reduce, family in (("local-vote", "local vote"), ("diloco", "DiLoCo"), ("diloco-int8", "DiLoCo"))
         for every in (8, 32, 128)
     },
 }

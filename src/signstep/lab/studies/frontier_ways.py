@@ -13,7 +13,7 @@ from signstep.lab.training import gpt
 from signstep.lab.training.config import Dataset, RunConfig
 from signstep.lab.training.optimizers import OptimizerName
 
-_CONTEXT, _WIDTH = 32, 1.0
+_CONTEXT, _WIDTH = 32, 0.5
 _BATCH = 16
 """Sequences per step, of all workers."""
 PEER = "ddp"

@@ -53,7 +53,7 @@ def train(name: str, steps: int, every: int, options: dict[str, Any], kind: str 
 def plain_loop(
     name: str, workers: int, steps: int, every: int, lr: float, momentum: float, kind: str = "net"
 ) -> nn.Module:
-    """As the paper has it: an outer optimizer on the mean of what the workers have gone."""
+    """As the paper has it: an outer optimizer on the mean of what the workers have gone; buffers take the median."""
     make, advance = MODELS[kind]
     models = [make(0) for _ in range(workers)]
     optimizers = [OPTIMIZERS[name](model.parameters()) for model in models]
@@ -72,7 +72,7 @@ def plain_loop(
                 p.grad /= workers
             outer.step()
             for b, *others in zip(outer_model.buffers(), *(model.buffers() for model in models), strict=True):
-                b.copy_(sum(x.double() for x in others) / workers if b.is_floating_point() else others[0])
+                b.copy_(torch.stack(others).quantile(0.5, dim=0) if b.is_floating_point() else others[0])
             for model in models:
                 model.load_state_dict(outer_model.state_dict())
     return outer_model

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import statistics
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gang import gang
 from signstep.distributed import CollectiveError, LocalVote, SimulatedLocalVote, resplit
+from signstep.distributed.attacks import Attack, Collude, SignFlip
 from signstep.distributed.rounds import Schedule
 
 
@@ -107,7 +109,7 @@ def test_a_round_is_a_vote_on_the_way_back(
         ways = [[s - p.detach() for s, p in zip(start, model.parameters(), strict=True)] for model in models]
         simulation.vote()
         for i, (before, after) in enumerate(zip(start, models[0].parameters(), strict=True)):
-            length = sum(float(own[i].abs().mean()) for own in ways) / workers if scale == "tensor" else 1.0
+            length = statistics.median(float(own[i].abs().mean()) for own in ways) if scale == "tensor" else 1.0
             balance = torch.zeros(before.shape)
             for own, m in zip(ways, momenta, strict=True):
                 m[i] = momentum * m[i] + (1 - momentum) * own[i]
@@ -425,3 +427,41 @@ def load_wrong_states() -> bool:
     with pytest.raises(ValueError, match="Invalid every: 0"):
         LocalVote(model, local.optimizer, every=0)
     return True
+
+
+class _Huge(Attack):
+    """Sends numbers without a bound, and some that are none."""
+
+    def corrupt(self, name: str, gradient: Tensor) -> None:
+        gradient.fill_(1e30 if gradient.dim() and gradient.numel() % 2 else -3e38)
+
+
+@given(workers=st.integers(3, 9), seed=st.integers(0, 50), attack=st.sampled_from([_Huge, SignFlip, Collude]))
+def test_fewer_than_half_of_the_workers_cannot_lengthen_the_step(workers: int, seed: int, attack: type[Attack]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    models = [nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)) for _ in range(workers)]
+    attackers = range((workers - 1) // 2)
+    simulation = SimulatedLocalVote(models, attacks={rank: attack() for rank in attackers}, outer_momentum=0.0)
+    start = [p.detach().clone() for p in models[0].parameters()]
+    for rank, model in enumerate(models):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn(p.shape, generator=generator))
+            for b in model.buffers():
+                if b.is_floating_point() and rank in attackers:
+                    b.fill_(math.nan)
+    honest = models[len(attackers) :]
+    ways = [
+        max(float((s - p.detach()).abs().mean()) for p in column)
+        for s, *column in zip(start, *(model.parameters() for model in honest), strict=True)
+    ]
+    simulation.vote()
+    for before, after, longest in zip(start, models[0].parameters(), ways, strict=True):
+        assert float((before - after.detach()).abs().max()) <= longest * 1.0001
+    assert all(x.isfinite().all() for x in models[0].state_dict().values())
+
+
+def test_attackers_of_a_simulation_are_workers() -> None:
+    models = [nn.Linear(2, 2) for _ in range(3)]
+    with pytest.raises(ValueError, match="an attack on rank 3: ranks are 0 to 2"):
+        SimulatedLocalVote(models, attacks={3: SignFlip()})

@@ -32,7 +32,7 @@ class DiLoCo(LocalSteps):
         g = \frac 1 M \sum_w C(x - x_w), \qquad m \leftarrow \mu m + g, \qquad x \leftarrow x - \eta\, (g + \mu m)
 
     and all go on from there, with the same bits (with a `delay` after `hold_round`). The optimizers' states are each
-    worker's own and are not sent. Buffers of floats, such as batch norm's, become their mean over workers.
+    worker's own and are not sent. Buffers of floats, such as batch norm's, become their median over workers.
 
     Args:
         model: not wrapped, or wrapped in a DistributedDataParallel of the ranks of one machine while `group` has one
@@ -111,7 +111,7 @@ class DiLoCo(LocalSteps):
             if 0 < workers < self.world_size:
                 entry.flat.mul_(self.world_size / workers)
 
-    def move(self, fragment: int, entries: Sequence[Entry], mean: Tensor) -> None:
+    def move(self, fragment: int, entries: Sequence[Entry], median: Tensor) -> None:
         """Take an outer step."""
         names = [e.name for e in entries]
         momenta = [self.momenta.get(name) for name in names]

@@ -82,15 +82,15 @@ class OuterVote:
         ]
         self.vote = Vote(owner, self.workers, ties=options.ties, nonfinite=options.nonfinite)
 
-    def move(self, fragment: int, votes: Sequence[Entry], mean: Tensor) -> None:
+    def move(self, fragment: int, votes: Sequence[Entry], median: Tensor) -> None:
         """Move the common point by the votes, and count the round.
 
         Args:
             fragment: which part of it.
             votes: +1 and -1, or 0 for no step, in the place of the ways.
-            mean: what `Rounds.mean_of` has returned.
+            median: what `Rounds.median_of` has returned.
         """
-        for entry, length in zip(votes, mean[1 : 1 + len(votes)].tolist(), strict=True):
+        for entry, length in zip(votes, median[1 : 1 + len(votes)].tolist(), strict=True):
             rate = self.options.outer_lr * (length if self.options.scale == "tensor" else 1.0)
             self.rounds.start[entry.name].add_(entry.flat.to(self.rounds.start[entry.name].dtype), alpha=-rate)
         self.vote.count_votes([fragment], joined=True)
@@ -106,10 +106,11 @@ class LocalVote(LocalSteps):
         m_w \leftarrow \beta m_w + (1 - \beta)\, d_w, \qquad
         v = \mathrm{sign}\Big(\sum_w \mathrm{sign}(m_w + \xi_w)\Big), \qquad x \leftarrow x - \eta\, s\, v
 
-    with s of each parameter the mean over workers of :math:`\mathrm{mean}|d_w|`, 4 bytes, so that the step is as long
+    with s of each parameter the median over workers of :math:`\mathrm{mean}|d_w|`, 4 bytes, so that the step is as long
     as the workers' own ways; all workers are at the same x after a round, bit for bit (with a `delay` after
     `hold_round`). The optimizers' states are each
-    worker's own and are not sent. Buffers of floats, such as batch norm's, become their mean over workers.
+    worker's own and are not sent. Buffers of floats, such as batch norm's, become their median over workers. So
+    fewer than half of the workers, whatever they send, cannot make the step longer than the others' ways.
 
     A weight that no worker ever moves has a momentum of 0, for which each casts a coin: it wanders by :math:`\eta s` in
     every round, unless its whole parameter stands still. So do the rows of an embedding that no batch has.
@@ -195,9 +196,9 @@ class LocalVote(LocalSteps):
         election = yield from vote.hold(ballot, names, self.group)
         vote.accept(worker, ballot, election, names, [e.flat for e in entries])
 
-    def move(self, fragment: int, entries: Sequence[Entry], mean: Tensor) -> None:
+    def move(self, fragment: int, entries: Sequence[Entry], median: Tensor) -> None:
         """Move the common point by the votes."""
-        self.outer.move(fragment, entries, mean)
+        self.outer.move(fragment, entries, median)
 
     def state_dict(self) -> dict[str, Any]:
         """The rank's own state, as `LocalSteps.state_dict` has it, with one momentum per parameter."""

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from signstep.distributed.attacks import Attack
 from signstep.distributed.collectives import all_gather, own_group
 from signstep.distributed.hooks import Entry
 from signstep.distributed.worker import in_memory_order
@@ -103,7 +104,7 @@ class Schedule:
 class Departure:
     """A fragment of one worker on its way."""
 
-    entries: list[Entry]
+    entries: Sequence[Entry]
     """The ways start - x_w in place of gradients: what is agreed on is written here. Absent if some are not finite."""
     said: Tensor
     """What a worker tells beside its ways, float32: 1 if it takes part, mean |d_w| of each parameter, and with the last
@@ -130,6 +131,8 @@ class Rounds:
         self.params = [{n: p for n, p in model.named_parameters() if p.requires_grad} for model in models]
         self.buffers = [[b for b in model.buffers() if b.is_floating_point()] for model in models]
         self.abstain = abstain
+        self.attacks: dict[int, Attack] = {}
+        """For tests and studies: what workers do to their ways first, by index, see `signstep.distributed.attacks`."""
         self.fragments = _divide({name: p.numel() for name, p in self.params[0].items()}, fragments)
         """Names of the parameters of each."""
         self.start: dict[str, Tensor] = {}
@@ -145,7 +148,10 @@ class Rounds:
     def depart(self, index: int, fragment: int, *, train_on: bool) -> Departure:
         """How far a worker has gone in a fragment; `train_on`: it takes steps before the fragment arrives."""
         names, params, start = self.fragments[fragment], self.params[index], self.start
+        entries: Sequence[Entry]
         entries = [Entry(n, params[n], start[n] - in_memory_order(params[n]), True) for n in names]
+        if index in self.attacks:
+            entries = self.attacks[index](entries)
         left = {n: in_memory_order(params[n]).to(start[n].dtype, copy=True) for n in names} if train_on else None
         if self.abstain and not all(e.flat.isfinite().all() for e in entries):
             entries = [e._replace(flat=torch.zeros_like(e.flat), present=False) for e in entries]
@@ -157,20 +163,24 @@ class Rounds:
         return Departure(entries, torch.cat(said), left)
 
     @staticmethod
-    def mean_of(messages: Tensor) -> Tensor | None:
-        """The mean of what all workers have said, float32 [M, K], over those who take part; None if nobody does.
+    def median_of(messages: Tensor) -> Tensor | None:
+        """The median of what the workers have said who take part, number by number; None if nobody does.
 
-        Added up in the order of ranks, so that a simulation ends with the same bits, and in float64, so that a buffer
-        that is the same on all remains as it is.
+        Between the two in the middle it is their mean. Fewer than half of the workers cannot move it out of the range
+        of what the others say, whatever they say.
+
+        Args:
+            messages: float32 [M, K], every worker's.
+
+        Returns:
+            float64 [K].
         """
-        taking_part = [said for said in messages if said[0] > 0]
-        if not taking_part:
+        said = messages[messages[:, 0] > 0]
+        if len(said) == 0:
             return None
-        mean: Tensor = taking_part[0].double()
-        for said in taking_part[1:]:
-            mean += said
-        mean /= len(taking_part)
-        return mean
+        ordered = said.sort(dim=0).values  # NaN at the end
+        middle: Tensor = ordered[(len(said) - 1) // 2].double()
+        return middle.add_(ordered[len(said) // 2]).div_(2)
 
     def return_to_start(self) -> None:
         """Put all workers at the common point."""
@@ -178,13 +188,13 @@ class Rounds:
             for name, p in params.items():
                 in_memory_order(p).copy_(self.start[name])
 
-    def arrive(self, index: int, departure: Departure, mean: Tensor | None) -> None:
+    def arrive(self, index: int, departure: Departure, median: Tensor | None) -> None:
         """Move a worker by as much as the common point has moved from where it left; without a delay, to that point.
 
         Args:
             index: of the worker.
             departure: what it left with.
-            mean: what `mean_of` has returned; buffers follow it where it has them.
+            median: what `median_of` has returned; buffers follow it where it has them.
         """
         for e in departure.entries:
             here = in_memory_order(e.param)
@@ -192,11 +202,11 @@ class Rounds:
                 here.copy_(self.start[e.name])
             else:
                 here.copy_(here + (self.start[e.name] - departure.left[e.name]))
-        if mean is None or len(mean) == 1 + len(departure.entries):
+        if median is None or len(median) == 1 + len(departure.entries):
             return
         begin = 1 + len(departure.entries)
         for b in self.buffers[index]:
-            b.copy_(mean[begin : begin + b.numel()].view_as(b))
+            b.copy_(median[begin : begin + b.numel()].view_as(b))
             begin += b.numel()
 
 
@@ -259,13 +269,13 @@ class LocalSteps(ABC):
         """Replace the ways by what all agree on, with collectives of `group`; in a thread if there is a delay."""
 
     @abstractmethod
-    def move(self, fragment: int, entries: Sequence[Entry], mean: Tensor) -> None:
+    def move(self, fragment: int, entries: Sequence[Entry], median: Tensor) -> None:
         """Move the common point by what has been agreed on.
 
         Args:
             fragment: which it is.
             entries: as `agree` has left them.
-            mean: what `Rounds.mean_of` has returned.
+            median: what `Rounds.median_of` has returned.
         """
 
     @property
@@ -317,16 +327,16 @@ class LocalSteps(ABC):
         messages = departure.said.new_empty(self.world_size * len(departure.said))
         all_gather(messages, departure.said, group=self.group)
         self.agree(fragment, departure.entries)
-        return self.rounds.mean_of(messages.view(self.world_size, -1))
+        return self.rounds.median_of(messages.view(self.world_size, -1))
 
     def _arrive(self, fragment: int) -> None:
-        departure, mean = self._away.pop(fragment)
-        self._receive(fragment, departure, mean.result())
+        departure, median = self._away.pop(fragment)
+        self._receive(fragment, departure, median.result())
 
-    def _receive(self, fragment: int, departure: Departure, mean: Tensor | None) -> None:
-        if mean is not None:  # else there is nowhere to go but back
-            self.move(fragment, departure.entries, mean)
-        self.rounds.arrive(0, departure, mean)
+    def _receive(self, fragment: int, departure: Departure, median: Tensor | None) -> None:
+        if median is not None:  # else there is nowhere to go but back
+            self.move(fragment, departure.entries, median)
+        self.rounds.arrive(0, departure, median)
         if departure.lost:
             self.optimizer.state.clear()
 
@@ -340,12 +350,12 @@ class LocalSteps(ABC):
         elsewhere = self.since > 0 or any(p.dtype != start[name].dtype for name, p in params.items())
         away = {
             fragment: {
-                "mean": mean.result(),
+                "median": median.result(),
                 "agreed": {e.name: e.flat for e in departure.entries},
                 "left": dict(departure.left or {}),
                 "lost": departure.lost,
             }
-            for fragment, (departure, mean) in self._away.items()
+            for fragment, (departure, median) in self._away.items()
         }
         return {"schedule": self.schedule.state_dict(), "away": away, "start": dict(start) if elsewhere else {}}
 
@@ -376,9 +386,9 @@ class LocalSteps(ABC):
         params, like = self.rounds.params[0], self.rounds.start
         entries = [Entry(n, params[n], x.to(like[n], copy=True), not kept["lost"]) for n, x in kept["agreed"].items()]
         left = {name: x.to(like[name], copy=True) for name, x in kept["left"].items()}
-        mean: Future[Tensor | None] = Future()
-        mean.set_result(kept["mean"])
-        return Departure(entries, torch.empty(0), left), mean
+        median: Future[Tensor | None] = Future()
+        median.set_result(kept["median"])
+        return Departure(entries, torch.empty(0), left), median
 
 
 class _Courier:

@@ -33,20 +33,24 @@ Gradients = Mapping[str, Tensor | None]
 """One worker's, by parameter name, each in the parameter's shape; None, or no entry: backward has not reached it."""
 
 
+def _checked(attacks: Mapping[int, Attack], world_size: int) -> Mapping[int, Attack]:
+    outside = sorted(rank for rank in attacks if not 0 <= rank < world_size)
+    if outside:
+        raise ValueError(f"an attack on rank {outside[0]}: ranks are 0 to {world_size - 1}")
+    if len({id(attack) for attack in attacks.values()}) < len(attacks):
+        raise ValueError("two ranks share an attack, which may keep state: make an object for each")
+    return attacks
+
+
 class _Simulation:
     """Parameters, workers and attackers."""
 
     def __init__(self, model: nn.Module, world_size: int, *, attacks: Mapping[int, Attack] | None = None) -> None:
         self.model, self.world_size = model, world_size
         self.params: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.attacks = dict(attacks or {})
         if world_size < 1:
             raise ValueError(f"Invalid world_size: {world_size!r}, expected an integer >= 1")
-        outside = sorted(rank for rank in self.attacks if not 0 <= rank < world_size)
-        if outside:
-            raise ValueError(f"an attack on rank {outside[0]}: ranks are 0 to {world_size - 1}")
-        if len({id(attack) for attack in self.attacks.values()}) < len(self.attacks):
-            raise ValueError("two ranks share an attack, which may keep state: make an object for each")
+        self.attacks = _checked(attacks or {}, world_size)
 
     def _entries(self, gradients: Sequence[Gradients | None]) -> list[list[Entry]]:
         """Copies of every worker's gradients as a hook gets them, after the attacks."""
@@ -260,6 +264,7 @@ class SimulatedLocalVote:
         every: H, steps of a round, for `step`.
         delay, fragments, outer_lr, outer_momentum, scale, dither, ties, error_feedback, nonfinite, seed: as in
             `LocalVote`.
+        attacks: by rank, of workers that are not honest.
 
     Attributes:
         rounds: the common point, a `signstep.distributed.rounds.Rounds`.
@@ -278,7 +283,14 @@ class SimulatedLocalVote:
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], *, every: int = 1, delay: int = 0, fragments: int = 1, **options: Any
+        self,
+        models: Sequence[nn.Module],
+        *,
+        every: int = 1,
+        delay: int = 0,
+        fragments: int = 1,
+        attacks: Mapping[int, Attack] | None = None,
+        **options: Any,
     ) -> None:
         for model in models[1:]:
             model.load_state_dict(models[0].state_dict())
@@ -286,6 +298,7 @@ class SimulatedLocalVote:
         chosen = OuterOptions(**options)
         chosen.check()
         self.rounds = Rounds(models, fragments, abstain=chosen.nonfinite == "abstain")
+        self.rounds.attacks = dict(_checked(attacks or {}, len(models)))
         self.outer = OuterVote("SimulatedLocalVote", self.rounds, range(len(models)), len(models), chosen)
         self._away: dict[int, list[Departure]] = {}
 
@@ -321,16 +334,23 @@ class SimulatedLocalVote:
 
     def _depart(self, fragment: int, *, train_on: bool) -> list[Departure]:
         self.outer.vote.number_votes()
-        workers = range(len(self.outer.workers))
-        return [self.rounds.depart(index, fragment, train_on=train_on) for index in workers]
+        attacks = self.rounds.attacks
+        honest = [index for index in range(len(self.outer.workers)) if index not in attacks]
+        departures = {index: self.rounds.depart(index, fragment, train_on=train_on) for index in honest}
+        for attack in attacks.values():
+            if isinstance(attack, Collude) and not attack.blind:
+                columns = zip(*(departures[index].entries for index in honest), strict=True)
+                attack.honest = {c[0].name: torch.stack([e.flat for e in c]).mean(dim=0) for c in columns}
+        departures |= {index: self.rounds.depart(index, fragment, train_on=train_on) for index in attacks}
+        return [each for _, each in sorted(departures.items())]
 
     def _receive(self, fragment: int, departures: Sequence[Departure]) -> None:
-        mean = self.rounds.mean_of(torch.stack([each.said for each in departures]))
+        median = self.rounds.median_of(torch.stack([each.said for each in departures]))
         hold_among(self.outer.vote, [each.entries for each in departures])
-        if mean is not None:
-            self.outer.move(fragment, departures[0].entries, mean)
+        if median is not None:
+            self.outer.move(fragment, departures[0].entries, median)
         for index, each in enumerate(departures):
-            self.rounds.arrive(index, each, mean)
+            self.rounds.arrive(index, each, median)
 
 
 def per_worker_gradients(

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from signstep.distributed.attacks import Attack
+from signstep.distributed.attacks import Attack, Collude
 from signstep.distributed.collectives import all_gather, own_group
 from signstep.distributed.hooks import Entry
 from signstep.distributed.worker import in_memory_order
@@ -161,6 +161,17 @@ class Rounds:
         if fragment == len(self.fragments) - 1:
             said += [b.reshape(-1).float() for b in self.buffers[index]]
         return Departure(entries, torch.cat(said), left)
+
+    def depart_together(self, fragment: int, *, train_on: bool) -> list[Departure]:
+        """`depart` of all workers, which are those of a simulation: attackers who collude know the others' ways."""
+        honest = [index for index in range(len(self.params)) if index not in self.attacks]
+        found = {index: self.depart(index, fragment, train_on=train_on) for index in honest}
+        for attack in self.attacks.values():
+            if honest and isinstance(attack, Collude) and not attack.blind:
+                columns = zip(*(found[index].entries for index in honest), strict=True)
+                attack.honest = {c[0].name: torch.stack([e.flat for e in c]).mean(dim=0) for c in columns}
+        found |= {index: self.depart(index, fragment, train_on=train_on) for index in self.attacks}
+        return [each for _, each in sorted(found.items())]
 
     @staticmethod
     def median_of(messages: Tensor) -> Tensor | None:

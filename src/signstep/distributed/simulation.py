@@ -334,15 +334,7 @@ class SimulatedLocalVote:
 
     def _depart(self, fragment: int, *, train_on: bool) -> list[Departure]:
         self.outer.vote.number_votes()
-        attacks = self.rounds.attacks
-        honest = [index for index in range(len(self.outer.workers)) if index not in attacks]
-        departures = {index: self.rounds.depart(index, fragment, train_on=train_on) for index in honest}
-        for attack in attacks.values():
-            if isinstance(attack, Collude) and not attack.blind:
-                columns = zip(*(departures[index].entries for index in honest), strict=True)
-                attack.honest = {c[0].name: torch.stack([e.flat for e in c]).mean(dim=0) for c in columns}
-        departures |= {index: self.rounds.depart(index, fragment, train_on=train_on) for index in attacks}
-        return [each for _, each in sorted(departures.items())]
+        return self.rounds.depart_together(fragment, train_on=train_on)
 
     def _receive(self, fragment: int, departures: Sequence[Departure]) -> None:
         median = self.rounds.median_of(torch.stack([each.said for each in departures]))

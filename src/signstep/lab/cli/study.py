@@ -6,13 +6,17 @@ from signstep.lab.cli.commands import Commands
 
 STUDIES = Commands(
     "signstep study",
-    "Measure what a vote is worth, against Byzantine workers (byzantine) and by dither (vote-curve), how far\n"
-    "signs can be trusted in the paper's trainings (monitor), where dither helps (dither), and what ways to train\n"
-    "over slow links reach (frontier).",
+    "Measure what a vote is worth, against Byzantine workers (byzantine, byzantine-local) and by dither\n"
+    "(vote-curve), how far signs can be trusted in the paper's trainings (monitor), where dither helps (dither), and\n"
+    "what ways to train over slow links reach (frontier).",
     {
         "byzantine": (
             "signstep.lab.studies.byzantine:ByzantineStudy",
             "Measure accuracy against the share of Byzantine workers, for majority vote and for the mean.",
+        ),
+        "byzantine-local": (
+            "signstep.lab.studies.byzantine_local:LocalByzantineStudy",
+            "Measure the same where workers train by themselves between rounds, in a small simulation.",
         ),
         "dither": (
             "signstep.lab.studies.dither_map:DitherStudy",

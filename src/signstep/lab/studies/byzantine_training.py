@@ -41,12 +41,13 @@ ATTACK_TITLES = {
     "random": "random",
     "collude": "colluding",
 }
-_ATTACKS: Mapping[str, Callable[[int], Attack]] = {
+ATTACKS: Mapping[str, Callable[[int], Attack]] = {
     "flip": lambda rank: SignFlip(),
     "flip-10": lambda rank: SignFlip(scale=10),
     "random": lambda rank: Random(seed=rank),
     "collude": lambda rank: Collude(),
 }
+"""By key, of an attacker's rank."""
 _STATISTICS = 2000
 """Number of training images from which batch norm takes its mean and variance for the evaluation."""
 
@@ -143,7 +144,7 @@ class _Training:
 
 
 def _train_simulated(training: _Training, run: ByzantineRun) -> dict[str, Any]:
-    attacks = {rank: _ATTACKS[run.attack](rank) for rank in range(run.attackers)}
+    attacks = {rank: ATTACKS[run.attack](rank) for rank in range(run.attackers)}
     reduce: Callable[[Sequence[Mapping[str, Tensor | None] | None]], None]
     if isinstance(training.optimizer, SignSGD):
         reduce = SimulatedVote(training.model, training.optimizer, run.workers, attacks=attacks).vote
@@ -180,7 +181,7 @@ def _train_in_processes(training: _Training, run: ByzantineRun) -> dict[str, Any
     model, optimizer, workers = DistributedDataParallel(training.model), training.optimizer, training.workers
     hook = MajorityVote(model, optimizer) if isinstance(optimizer, SignSGD) else _AttackableMean(model)
     if run.attackers and workers.rank == workers.size - 1:
-        hook.attack = _ATTACKS[run.attack](workers.rank)
+        hook.attack = ATTACKS[run.attack](workers.rank)
 
     def set_gradients(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()

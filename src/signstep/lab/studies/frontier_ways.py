@@ -45,21 +45,21 @@ def _outer(*pairs: tuple[float, float, float]) -> tuple[Mapping[str, float], ...
 
 
 FAMILIES: dict[str, Family] = {
-    "AdamW, mean": Family("mean", "adamw", _rates(1e-3, 3.16e-3, 1e-2), _DECAY),
-    "SignSGD, vote": Family("vote", "signsgd", _rates(3.16e-4, 1e-3, 3.16e-3), _DECAY),
-    "Lion, vote": Family("vote", "lion", _rates(1e-4, 3.16e-4, 1e-3), _DECAY),
+    "AdamW, mean": Family("mean", "adamw", _rates(3.16e-4, 1e-3, 3.16e-3, 1e-2), _DECAY),
+    "SignSGD, vote": Family("vote", "signsgd", _rates(1e-4, 3.16e-4, 1e-3, 3.16e-3), _DECAY),
+    "Lion, vote": Family("vote", "lion", _rates(1e-4, 3.16e-4, 1e-3, 3.16e-3), _DECAY),
     # DeMo keeps the momentum, and takes the sign of what comes of it.
-    "DeMo": Family("demo", "signsgd", _rates(3.16e-4, 1e-3, 3.16e-3), {**_DECAY, "momentum": 0.0}),
+    "DeMo": Family("demo", "signsgd", _rates(1e-4, 3.16e-4, 1e-3, 3.16e-3), {**_DECAY, "momentum": 0.0}),
     "local vote": Family(
         "local-vote",
         "adamw",
-        _outer((3.16e-3, 0.5, 0.5), (3.16e-3, 1.0, 0.5), (1e-2, 0.5, 0.5)),
+        _outer((1e-3, 0.5, 0.0), (1e-3, 1.0, 0.0), (3.16e-3, 0.5, 0.0), (3.16e-3, 0.25, 0.0)),
         {**_DECAY, "every": 32},
     ),
     "DiLoCo": Family(
         "diloco",
         "adamw",
-        _outer((3.16e-3, 0.7, 0.9), (3.16e-3, 1.0, 0.0), (1e-2, 0.7, 0.9)),
+        _outer((1e-3, 1.0, 0.0), (1e-3, 0.7, 0.9), (3.16e-3, 1.0, 0.0), (3.16e-3, 0.7, 0.9)),
         {**_DECAY, "every": 32},
     ),
 }

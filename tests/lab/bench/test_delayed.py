@@ -207,6 +207,20 @@ def test_rates_hold_where_packets_leave_and_where_they_arrive(senders: int) -> N
 
 
 @needs_devices
+def test_the_congestion_control_does_not_depend_on_the_machine() -> None:
+    code = "import socket; s = socket.create_connection(('10.231.0.1', 9)); print(s.getsockopt(6, 13, 16))"
+    with network(2, latency=True) as net:
+        receiver = start(net, 0, _RECEIVE, "1")
+        try:
+            assert receiver.stdout is not None
+            assert receiver.stdout.readline() == "up\n"
+            assert start(net, 1, code).communicate(timeout=30)[0].startswith("b'cubic")
+        finally:
+            receiver.kill()
+            receiver.communicate()
+
+
+@needs_devices
 def test_the_relay_ends_with_the_network() -> None:
     with network(2, latency=True) as net:
         assert isinstance(net, DelayedNetwork)

@@ -23,6 +23,8 @@ from signstep.lab.errors import UserError
 
 DEVICE = "wire"
 """A rank's interface, in its namespace."""
+SUBNET = "10.231.0.0/24"
+"""Of the ranks' addresses."""
 _COUNTERS = "/proc/self/net/dev"
 _TOOLS = ("unshare", "nsenter", "ip", "tc")
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -91,8 +93,7 @@ class Network:
                 self._hold()
             self._connect()
             for rank, own in enumerate(self.holders[1:]):
-                self._ip(own, f"addr add {self.address(rank)}/24 dev {DEVICE}", f"link set {DEVICE} up",
-                         "link set lo up")  # fmt: skip
+                self._ip(own, *self._commands(rank))
             self._stack = self._stack.pop_all()
         return self
 
@@ -124,6 +125,10 @@ class Network:
                 f"link add port{rank} type veth peer name {DEVICE} netns {own}",
                 f"link set port{rank} master hub up",
             )
+
+    def _commands(self, rank: int) -> list[str]:
+        """What `ip` has to do in a rank's namespace, once there is a `DEVICE`."""
+        return [f"addr add {self.address(rank)}/24 dev {DEVICE}", f"link set {DEVICE} up", "link set lo up"]
 
     def shape(self, link: Link | None) -> None:
         """Limit both directions of every link to a rate; None lifts the limit. These links take no latency."""

@@ -130,6 +130,7 @@ class Relay:
 
 
 if __name__ == "__main__":
+    os.nice(-20)  # a link does not wait for a processor
     opened = [open_device(sys.argv[1], int(word)) for word in sys.argv[2:]]
     os.write(1, b"\n")
     Relay(opened).run()

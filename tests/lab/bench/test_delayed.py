@@ -90,7 +90,7 @@ def test_a_receivers_link_takes_packets_one_after_the_other_and_loses_what_would
     """Packets of 1000 bytes at 100 kbit/s are on the link for 0.08 s each; others' links are free meanwhile."""
     now = 0.0
     monkeypatch.setattr(relay.time, "monotonic", lambda: now)
-    devices.relay.delay, devices.relay.rate = 1.0, 100e3
+    devices.relay.delay, devices.relay.rate, devices.relay.patience = 1.0, 100e3, 0.1
     for to in (1, 1, 1, 2):
         devices.outer[0].send(packet(to, 1000))
     devices.relay.take(devices.inner[0], now)
@@ -250,3 +250,47 @@ def test_without_devices_a_network_is_refused_in_one_sentence(monkeypatch: pytes
     with pytest.raises(netns.NetworkError, match=r"^links with latency need TUN devices \(OSError: \[Errno 22\][^\n]*"):
         network(2, latency=True).__enter__()
     assert time.monotonic() - begin < 60
+
+
+_COLLECTIVES = """
+import os, sys, time, torch, torch.distributed as dist
+rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+os.environ["GLOO_SOCKET_IFNAME"] = "wire"
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+x, out, wide = torch.ones(64), torch.empty(64 * world), torch.ones(64 * world)
+def run(name):
+    if name == "all_reduce":
+        dist.all_reduce(x)
+    elif name == "all_gather":
+        dist.all_gather(list(out.chunk(world)), x)
+    else:
+        dist.all_to_all_single(out, wide)
+for name in ("all_reduce", "all_gather", "all_to_all"):
+    run(name)
+    best = float("inf")
+    for _ in range(3):
+        dist.barrier()
+        begin = time.perf_counter()
+        run(name)
+        best = min(best, time.perf_counter() - begin)
+    most = torch.tensor(best)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    if rank == 0:
+        print(name, float(most), flush=True)
+"""
+
+
+@pytest.mark.slow
+@needs_devices
+def test_collectives_wait_for_as_many_round_trips_as_the_plan_says(tmp_path: Path) -> None:
+    """Gloo's, of three ranks: a ring of 4 or 2, and 1. Ranks set out half a trip apart at most, after a barrier."""
+    latency, world = 0.1, 3
+    with network(world, latency=True) as net:
+        net.shape(Link(1e9, latency))
+        words = [str(world), str(tmp_path / "store")]
+        ranks = [start(net, rank, _COLLECTIVES, str(rank), *words) for rank in range(world)]
+        said = ranks[0].communicate(timeout=120)[0].split()
+        assert [each.wait(timeout=60) for each in ranks] == [0] * world
+    found = {name: float(seconds) / latency for name, seconds in zip(said[::2], said[1::2], strict=True)}
+    for name, trips in {"all_reduce": 4, "all_gather": 2, "all_to_all": 1}.items():
+        assert trips - 1 < found[name] < trips + 1.5, found

@@ -44,8 +44,8 @@ def notes(result: CommResult) -> list[str]:
         "links are shaped at both ends by tc's token bucket, which adds no latency: a real network of that rate is "
         "slower for methods with several small collectives",
         "where a time follows the rate, as in 10mbit/50ms, links have that latency too: of a round trip, half each "
-        "way, as ping shows it; a process delays packets of at most 1500 bytes, and drops what would wait more than "
-        "100 ms for the receiver's link",
+        "way, as ping shows it; a process delays packets of at most 1500 bytes; TCP's congestion control is cubic",
+        "what would wait for more than 100 ms and a burst, at either end of a link, is lost",
         "the counter sees packets of up to 64 KiB with one header, as a network card with segmentation offload does; "
         "the shaped rate is that of the frames of 1500 bytes they become, of which headers are 4.4 %",
     ]
@@ -83,7 +83,7 @@ def _latency(result: CommResult) -> str:
     with_latency = ["/" in cell.rate for cell in result.cells]
     if not any(with_latency):
         return "links without added latency"
-    return "after a slash: a round trip" + ("" if all(with_latency) else "; else no added latency")
+    return "after a slash the latency of a round trip" + ("" if all(with_latency) else ", else none added")
 
 
 def _size(workload: CommWorkload) -> str:

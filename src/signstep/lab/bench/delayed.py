@@ -9,6 +9,7 @@ On two cores of 2026 the relay carries 4 ranks' all-to-all at 1 Gbit/s each at 9
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -50,9 +51,10 @@ class DelayedNetwork(netns.Network):
     def shape(self, link: Link | None) -> None:
         """Give every link a rate in both directions, and half its latency each way; None: neither."""
         self._shape(self._own_ends(), link)
-        delay, rate = (link.latency / 2, link.rate) if link else (0.0, float("inf"))
+        delay, rate = (link.latency / 2, link.rate) if link else (0.0, math.inf)
+        patience = netns.patience(link.rate) if link else math.inf
         assert self._relay.stdin is not None
-        self._relay.stdin.write(f"{delay} {rate}\n".encode())
+        self._relay.stdin.write(f"{delay} {rate} {patience}\n".encode())
         self._relay.stdin.flush()
         self._await_relay()
 

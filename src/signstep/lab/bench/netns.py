@@ -32,6 +32,8 @@ SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]
 # Packets of up to 64 KiB pass whole, as they do on an unshaped link; else tbf cuts them up, and the interface counts
 # each of the parts' headers.
 _LEAST_BURST = 72_000
+# A link holds so much back, beyond its burst; what comes then is lost.
+_BUFFER_SECONDS = 0.1
 # What a link may send at once after a pause. A timer that is late by less loses no throughput.
 _BURST_SECONDS = 2e-3
 
@@ -59,6 +61,15 @@ def burst(rate: float) -> int:
     (72000, 250000)
     """
     return max(_LEAST_BURST, round(rate / 8 * _BURST_SECONDS))
+
+
+def patience(rate: float) -> float:
+    """Seconds after which a packet has its turn on a link of `rate` bits per second, or else is lost.
+
+    >>> round(patience(10e6), 4)
+    0.1576
+    """
+    return _BUFFER_SECONDS + 8 * burst(rate) / rate
 
 
 def _tool(name: str) -> str:
@@ -144,7 +155,7 @@ class Network:
         for holder, device in ends:
             words = ["qdisc", "replace", "dev", device, "root"]
             if link is not None:
-                limits = f"tbf rate {link.rate:.0f}bit burst {burst(link.rate)} latency 100ms"
+                limits = f"tbf rate {link.rate:.0f}bit burst {burst(link.rate)} latency {1e3 * _BUFFER_SECONDS:.0f}ms"
                 self._run([*self._inside(holder), _tool("tc"), *words, *limits.split()])
             elif self._shaped:
                 self._run([*self._inside(holder), _tool("tc"), "qdisc", "del", *words[2:]])

@@ -4,8 +4,9 @@ It is run as a file of its own, `python -I relay.py DEVICE HOLDER...`, and impor
 once and stays small. Each HOLDER is the id of a process in a namespace. There the relay makes a TUN device of the given
 name, and the i-th has to get the address whose last byte is i + 1. When all are made the relay writes a line of output.
 
-Every line of input, two numbers, sets the delay of a packet in seconds and the rate in bits per second at which a
-device receives; the relay answers each with a line. It ends with its input, and its devices with it.
+Every line of input, three numbers, sets the delay of a packet in seconds, the rate in bits per second at which a device
+receives, and the seconds that a packet may wait for its turn there before it is lost; the relay answers with a line. It
+ends with its input, and its devices with it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,6 @@ import sys
 import time
 from typing import NamedTuple
 
-BUFFER_SECONDS = 0.1
-"""A packet that would wait longer than this for its turn at the receiver's link is lost, as in a router with so much
-memory."""
 _CLONE_NEWNET = 0x40000000
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
 _IFF_TUN, _IFF_NO_PI, _IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
@@ -79,7 +77,7 @@ class Relay:
         self._way: list[Packet] = []
         self._count = 0
         self._free_at = [0.0] * len(devices)
-        self.delay, self.rate = 0.0, float("inf")
+        self.delay, self.rate, self.patience = 0.0, float("inf"), float("inf")
 
     def take(self, device: int, now: float) -> None:
         """Send what a device has sent on its way."""
@@ -94,7 +92,7 @@ class Relay:
                 continue
             # The receiver's link takes packets one after the other.
             begin = max(now + self.delay, self._free_at[receiver])
-            if begin - now - self.delay > BUFFER_SECONDS:
+            if begin - now - self.delay > self.patience:
                 continue
             self._free_at[receiver] = due = begin + 8 * bytes_on_link(content) / self.rate
             self._count += 1
@@ -125,7 +123,7 @@ class Relay:
                 line = os.read(0, 1000)
                 if not line:
                     return
-                self.delay, self.rate = map(float, line.split())
+                self.delay, self.rate, self.patience = map(float, line.split())
                 os.write(1, b"\n")
 
 

@@ -11,6 +11,7 @@ ends with its input, and its devices with it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import heapq
@@ -128,7 +129,9 @@ class Relay:
 
 
 if __name__ == "__main__":
-    os.nice(-20)  # a link does not wait for a processor
+    # A link does not wait for a processor, and precedence by os.nice ends at the session where Linux groups by sessions.
+    with contextlib.suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     opened = [open_device(sys.argv[1], int(word)) for word in sys.argv[2:]]
     os.write(1, b"\n")
     Relay(opened).run()

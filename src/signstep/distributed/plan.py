@@ -1,27 +1,34 @@
 """What a step over the network costs, before anything runs: `signstep plan`. What a vote is worth: theory/vote.py.
 
-Bytes follow from the collectives that each method uses, with n coordinates and M workers; the time is that of the bytes
-on the wire, and of nothing else. Work of the processor is not in it: `signstep bench comm` measures it.
+Bytes follow from the collectives that each method uses, with n coordinates and M workers. The time is that of the bytes
+on the wire, of the links' latency as often as the collectives wait for it, and of the processor's work, which is a
+machine's own and has to be given: `signstep bench comm` measures it. TCP's slow start and lost packets are not in it.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
 from signstep.distributed.reductions import Gradients, Reduction
 
 __all__ = [
+    "ROUNDS",
     "Cost",
     "Link",
     "Prediction",
     "bits_per_second",
     "outside",
     "predict",
+    "steps_under_way",
 ]
 
 FRAMING = 1514 / 1448
 """Bytes on an Ethernet link per byte of payload: TCP over IPv4, frames of 1500 bytes."""
+ROUNDS = {"LocalVote": "vote", "DiLoCo, fp32": "ddp-fp32", "DiLoCo, int8": "int8-sum"}
+"""Ways to talk once in H steps, and the key in `REDUCTIONS` of what sends as much in a step as they in a round, but for
+the lengths of LocalVote's steps, 4 bytes per parameter tensor."""
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
@@ -73,45 +80,83 @@ class Link:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step is done with; times in seconds."""
+    """What a step is done with."""
 
     workers: int
     link: Link
     step: float
-    """Time of a step without communication."""
+    """Seconds of a step without communication."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes per worker and step, and times in seconds."""
+    """Bytes per worker and step, and times in seconds; where workers talk once in H steps, a step's share of them."""
 
     payload: float
-    communication: float
+    wire: float
+    """Of the bytes, headers included, on a worker's link."""
+    waiting: float
+    """Of the links' latency, every bucket's after the other's."""
+    work: float
+    """Of the processor, for packing, sending and unpacking."""
     best: float
-    """Of a step whose communication overlaps with backward as far as it can."""
+    """Of a step whose communication overlaps with steps as far as it can, and whose buckets wait at the same time."""
     worst: float
     """Of a step that overlaps with nothing."""
 
+    @property
+    def communication(self) -> float:
+        """Of bytes and latency together."""
+        return self.wire + self.waiting
 
-def predict(reduction: Reduction, gradients: Gradients, cost: Cost) -> Prediction:
+
+def predict(reduction: Reduction, gradients: Gradients, cost: Cost, *, work: float = 0.0, every: int = 1) -> Prediction:
     """What a step costs with a way to reduce gradients.
 
+    Args:
+        reduction: what a round is, too, where workers talk once in H steps: `ROUNDS`.
+        gradients: or weights, in a round.
+        cost: the rest.
+        work: processor seconds of one reduction.
+        every: H, steps per reduction.
+
     Raises:
-        ValueError: fewer than one worker.
+        ValueError: fewer than one worker or step.
 
     Example:
         >>> from signstep.distributed.reductions import REDUCTIONS
-        >>> found = predict(REDUCTIONS["ddp-fp32"], Gradients.square(4_000_000), Cost(4, Link(100e6), step=0.08))
+        >>> model, cost = Gradients.square(4_000_000), Cost(4, Link(100e6), step=0.08)
+        >>> found = predict(REDUCTIONS["ddp-fp32"], model, cost)
         >>> found.payload, round(found.communication, 2)
         (24000000.0, 2.01)
+        >>> predict(REDUCTIONS["vote"], model, cost, every=32).payload
+        23437.5
     """
     if cost.workers < 1:
         raise ValueError(f"workers={cost.workers}: expected at least 1")
-    payload = reduction.payload(gradients, cost.workers)
-    communication = payload * FRAMING * 8 / cost.link.rate
-    if cost.workers > 1:
-        communication += reduction.delays(cost.workers) * gradients.buckets * cost.link.latency / 2
-    return Prediction(payload, communication, max(cost.step, communication), cost.step + communication)
+    if every < 1:
+        raise ValueError(f"every={every}: expected at least 1 step")
+    payload = reduction.payload(gradients, cost.workers) / every
+    wire = payload * FRAMING * 8 / cost.link.rate
+    trips = reduction.round_trips(gradients, cost.workers) if cost.workers > 1 else 0
+    waiting = trips * cost.link.latency / every
+    busy = cost.step + work / every
+    return Prediction(
+        payload, wire, waiting, work / every, max(busy, wire + waiting / gradients.buckets), busy + wire + waiting
+    )
+
+
+def steps_under_way(found: Prediction, cost: Cost, every: int) -> int:
+    """The steps that a worker takes while a round's bytes travel: the `delay` of `LocalVote`, below H.
+
+    >>> cost = Cost(4, Link(100e6), step=0.08)
+    >>> model = Gradients.square(4_000_000)
+    >>> from signstep.distributed.reductions import REDUCTIONS
+    >>> steps_under_way(predict(REDUCTIONS["vote"], model, cost, every=32), cost, every=32)
+    1
+    """
+    whole = every * found.communication
+    return min(every - 1, math.ceil(whole / cost.step) if cost.step > 0 else every - 1)
 
 
 def outside(measured: float, low: float, high: float) -> float:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from signstep.distributed import power_sgd
 from signstep.distributed.compressors import COMPRESSORS, CompressedGradients, Offer
 from signstep.distributed.ddp import MajorityVote
+from signstep.distributed.vote import LEAST_PART
 
 __all__ = ["REDUCTIONS", "TRAINED", "Gradients", "Reduction", "Stateful", "attach"]
 
@@ -40,12 +41,13 @@ class Gradients:
 
     @classmethod
     def square(cls, parameters: int) -> "Gradients":
-        """So many parameters in square matrices of at most 1000 x 1000, if no more than their number is known.
+        """So many parameters in square matrices, if no more than their number is known: of 1000 x 1000 at most, but
+        above 10^9 parameters so large that they are about a thousand.
 
         >>> Gradients.square(2_500_000).shapes
         ((1000, 1000), (1000, 1000), (500, 1000))
         """
-        side = min(_SIDE, math.isqrt(parameters))
+        side = min(max(_SIDE, math.isqrt(parameters // _SIDE)), math.isqrt(parameters))
         rows, rest = divmod(parameters, side)
         full, more = divmod(rows, side)
         shapes: list[tuple[int, ...]] = [(side, side)] * full
@@ -77,7 +79,7 @@ class Stateful(Protocol):
 
 Attach = Callable[[DistributedDataParallel, Optimizer], Stateful | None]
 Payload = Callable[[Gradients, int], float]
-Delays = Callable[[int], int]
+RoundTrips = Callable[[Gradients, int], int]
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,10 @@ class Reduction:
     """Its name in tables."""
     payload: Payload
     """Bytes that each of M workers sends in a step, without padding and headers, by `Gradients` and M."""
-    delays: Delays
-    """How many times a bucket waits for the way from one worker to another, one after the other, by M: gloo's
-    all-reduce is a ring of 2 (M - 1) ways, its all-gather of M - 1, and all-to-all goes straight there in 1."""
+    round_trips: RoundTrips
+    """How many times a step waits for the links' latency, there and back, by `Gradients` and M. Of gloo, where whoever
+    receives has to say that it is ready: an all-reduce is a ring of 2 (M - 1) round trips, an all-gather one of M - 1,
+    an all-to-all 1; buckets go one after the other."""
     attach: Attach | None
     """Makes a model reduce its gradients so, and returns what a checkpoint has to save, if anything; None for a way
     that is an optimizer of its own."""
@@ -151,14 +154,14 @@ def _all_reduce(bits: float) -> Payload:
     return lambda gradients, workers: 2 * gradients.parameters * bits / 8 * (workers - 1) / workers
 
 
-def _rings(count: int) -> Delays:
-    """So many ring all-reduces, one after the other."""
-    return lambda workers: 2 * count * (workers - 1)
+def _rings(count: int) -> RoundTrips:
+    """So many all-reduces of each bucket, one after the other."""
+    return lambda gradients, workers: 2 * count * (workers - 1) * gradients.buckets
 
 
-def _out_and_back(_: int) -> int:
-    """An all-to-all there, and another for the result."""
-    return 2
+def _out_and_back(gradients: Gradients, _: int) -> int:
+    """An all-to-all there and another for the result, in parts, of which gloo has two under way at a time."""
+    return 2 * max(gradients.buckets, math.ceil(gradients.parameters / (2 * LEAST_PART)))
 
 
 def _power_sgd_payload(gradients: Gradients, workers: int) -> float:
@@ -180,7 +183,8 @@ def _compressed(offer: Offer) -> Reduction:
     return Reduction(
         offer.label,
         lambda gradients, workers: compressor.payload(gradients.shapes, workers),
-        (lambda workers: workers) if compressor.two_sided else (lambda workers: workers - 1),
+        # All-to-all and all-gather, or an all-gather alone.
+        lambda gradients, workers: gradients.buckets * (workers if compressor.two_sided else workers - 1),
         attach_compressor,
     )
 
@@ -205,7 +209,7 @@ REDUCTIONS: dict[str, Reduction] = {
         "vote, error feedback", _all_reduce(1), _out_and_back, _vote(error_feedback=True), trained=False
     ),
     **{key: _compressed(offer) for key, offer in COMPRESSORS.items()},
-    "one-bit-adam": Reduction("1-bit Adam", _TWO_SIDED.payload, _TWO_SIDED.delays, None, trained=False),
+    "one-bit-adam": Reduction("1-bit Adam", _TWO_SIDED.payload, _TWO_SIDED.round_trips, None, trained=False),
 }
 """By key."""
 

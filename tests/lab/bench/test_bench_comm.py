@@ -22,9 +22,17 @@ from signstep.distributed import Bucket, GradientHook
 from signstep.distributed.plan import FRAMING, Link
 from signstep.distributed.reductions import REDUCTIONS
 from signstep.lab.bench import comm_cells, comm_report, netns, plan_report
-from signstep.lab.bench.comm_cells import CommPlan, CommResult, CommWorkload, Ranks, default_rates, measure_cells
+from signstep.lab.bench.comm_cells import (
+    CommCell,
+    CommPlan,
+    CommResult,
+    CommWorkload,
+    Ranks,
+    default_rates,
+    measure_cells,
+)
 from signstep.lab.bench.comm_methods import PEER
-from signstep.lab.bench.comm_rank import CommRunner
+from signstep.lab.bench.comm_rank import CommRunner, CommWindow
 from signstep.lab.bench.spread import BenchError
 from signstep.lab.cli import main
 
@@ -140,6 +148,26 @@ def test_namespaces_limit_rates(tmp_path: Path) -> None:
     peer = checked[0]
     assert peer.predicted.communication == pytest.approx(8 * 400_000 * FRAMING / 20e6)
     assert 0 <= peer.bytes_error < 0.05
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        (["10mbit", "none"], "gloo, links without added latency"),
+        (["10mbit/50ms"], "gloo, after a slash the latency of a round trip"),
+        (["10mbit", "10mbit/50ms"], "gloo, after a slash the latency of a round trip, else none added"),
+    ],
+)
+def test_reports_name_the_latency(rates: list[str], said: str, tmp_path: Path) -> None:
+    workload, window = CommWorkload.of("1e4"), CommWindow(1.0, 41_000.0, 0.1)
+    cells = [CommCell("1e4", 2, rate, {PEER: 1}, [{PEER: window}] * 3) for rate in rates]
+    comm_report.write(CommResult({"1e4": workload}, [PEER], cells), tmp_path, "signstep bench comm")
+    record = json.loads((tmp_path / "bench-comm.json").read_text())
+    assert [each["latency_seconds"] for each in record["cells"]] == [0.05 if "/" in rate else 0.0 for rate in rates]
+    assert [each["bits_per_second"] for each in record["cells"]] == [None if rate == "none" else 1e7 for rate in rates]
+    written = (tmp_path / "bench-comm.md").read_text()
+    assert ("links of 10mbit and 50ms for a round trip" in written) == ("10mbit/50ms" in rates)
+    assert f"{said}<" in (tmp_path / "bench-comm-1e4.svg").read_text()
 
 
 @needs_namespaces

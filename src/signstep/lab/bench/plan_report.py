@@ -2,56 +2,148 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from signstep.distributed.plan import Cost, Link, Prediction, outside, predict
+from signstep.distributed.plan import ROUNDS, Cost, Link, Prediction, outside, predict, steps_under_way
 from signstep.distributed.reductions import REDUCTIONS, Gradients
+from signstep.lab.bench.comm_cells import LOOPBACK
 from signstep.lab.bench.report import print_table
+from signstep.lab.bench.work import measured_work, read_record, workload_gradients
 from signstep.lab.errors import BadInput
 from signstep.theory.vote import accuracy, colluders_survived, expected_vote, linear_slope
 
 _SNRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, math.inf)
-_WIDTH = 110
+_WIDTH = 130
 
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:,.{1 if seconds < 0.1 else 0}f}"
 
 
-def show_costs(console: Console, gradients: Gradients, cost: Cost) -> None:
-    """Print bytes and predicted times of every method."""
-    count = gradients.parameters
-    found = {key: predict(method, gradients, cost) for key, method in REDUCTIONS.items()}
-    peer = next(iter(found.values()))
-    rows = [
-        (
-            REDUCTIONS[key].label,
-            f"{each.payload:,.0f}",
-            f"{each.payload / count:.3f}",
-            _ms(each.communication),
-            _ms(each.best),
-            _ms(each.worst),
-            f"{peer.best / each.best:.1f}–{peer.worst / each.worst:.1f}",
+def _digits(number: float) -> str:
+    """Three digits that count.
+
+    >>> [_digits(each) for each in (0.01234, 2.0, 45.678, 12_345)]
+    ['0.0123', '2.00', '45.7', '12,300']
+    """
+    if number == 0:
+        return "0"
+    places = 2 - math.floor(math.log10(abs(float(f"{number:.2e}"))))
+    return f"{round(number, places):,.{max(0, places)}f}"
+
+
+def _time(seconds: float) -> str:
+    """With the unit that suits it.
+
+    >>> [_time(each) for each in (0.0123, 3.14159, 1000, 1e7)]
+    ['12.3 ms', '3.14 s', '16.7 min', '2,780 h']
+    """
+    for limit, unit, name in ((0.9995, 1e-3, "ms"), (100.0, 1.0, "s"), (5999.0, 60.0, "min")):
+        if seconds < limit:
+            return f"{_digits(seconds / unit)} {name}"
+    return f"{_digits(seconds / 3600)} h"
+
+
+def _size(count: float) -> str:
+    """Bytes, with the unit that suits them.
+
+    >>> [_size(each) for each in (12.3, 45_678, 82_133_333, 7e9)]
+    ['12.3 B', '45.7 kB', '82.1 MB', '7.00 GB']
+    """
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{_digits(count / unit)} {name}"
+    return f"{_digits(count)} B"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of the table of costs."""
+
+    label: str
+    every: int
+    """Steps per reduction."""
+    votes: bool
+    """Whether a majority decides; else the mean of what workers send."""
+    found: Prediction
+    worked: bool
+    """Whether the processor's work is in it."""
+
+
+def cost_rows(gradients: Gradients, cost: Cost, every: Sequence[int], work: Mapping[str, float]) -> list[Row]:
+    """Every method, then every method of rounds with so many steps in each.
+
+    Args:
+        gradients: the model's.
+        cost: what a step is done with.
+        every: H, for each of `ROUNDS`.
+        work: processor seconds per parameter by method, where they are known.
+    """
+
+    def row(label: str, key: str, steps: int, votes: bool) -> Row:
+        seconds = work.get(key, 0.0) * gradients.parameters
+        found = predict(REDUCTIONS[key], gradients, cost, work=seconds, every=steps)
+        return Row(label, steps, votes, found, key in work)
+
+    # The sign of a sum of signs is a vote too.
+    rows = [row(each.label, key, 1, key.startswith("vote") or key == "int8-sum") for key, each in REDUCTIONS.items()]
+    rows += [row(f"{each}, H = {h}", key, h, key == "vote") for each, key in ROUNDS.items() for h in every]
+    return rows
+
+
+def show_costs(console: Console, gradients: Gradients, cost: Cost, rows: Sequence[Row], snr: float) -> None:
+    """Print bytes and predicted times of every method, what its vote is worth and how many attackers it survives."""
+    peer = rows[0].found
+    lines = []
+    for row in rows:
+        found, at_once = row.found, snr * math.sqrt(row.every)
+        under_way = steps_under_way(found, cost, row.every)
+        lines.append(
+            (
+                row.label,
+                _size(found.payload),
+                _time(found.wire),
+                _time(found.waiting),
+                _time(found.work) if row.worked else "?",
+                f"{_time(found.best)} – {_time(found.worst)}",
+                # One worker whose steps take no time waits for nothing.
+                f"{_digits(peer.best / found.best)}–{_digits(peer.worst / found.worst)}" if found.best else "",
+                f"{row.every}" + (f" + {under_way}" if under_way else ""),
+                f"{expected_vote(at_once, cost.workers):.2f}" if row.votes else "mean",
+                f"{100 * colluders_survived(at_once, cost.workers)[1] / cost.workers:.0f} %" if row.votes else "0 %",
+            )
         )
-        for key, each in found.items()
-    ]
-    title = f"{count:,} parameters, {cost.workers} workers, {cost.link.rate / 1e6:g} Mbit/s each way"
-    head = ("method", "bytes per step", "per parameter", "communication ms", "best ms", "worst ms", "times faster")
-    print_table(console, title, head, rows, width=_WIDTH)
+    link = cost.link
+    title = (
+        f"{gradients.parameters:,} parameters, {cost.workers} workers, {link.rate / 1e6:g} Mbit/s each way, "
+        f"round trip {1e3 * link.latency:g} ms, step {1e3 * cost.step:g} ms"
+    )
+    head = ("method", "bytes", "wire", "latency", "work", "a step takes", "times faster", "stale", "vote", "attackers")
+    print_table(console, title, head, lines, width=_WIDTH)
 
 
 NOTES = (
-    "bytes: sent by each worker in a step, without padding; PowerSGD's as if all were in square matrices",
-    "best: communication overlaps with the step as far as it can, max(step, communication); worst: not at all, their "
-    "sum; the work of compressing is in neither, signstep bench comm measures it",
+    "all columns are per step, and of one worker; where workers talk once in H steps, a step's share",
+    "bytes: sent, without padding; PowerSGD's as if all were in square matrices",
+    "wire: of the bytes and their headers; latency: of the links, as often as the collectives wait for it, one "
+    "bucket after the other; TCP's slow start and lost packets are not in it",
+    "work: of one processor core for packing, sending and unpacking, measured by signstep bench comm; ?: not measured",
+    "a step takes: from communication that overlaps with steps as far as it can, max(step + work, wire + one bucket's "
+    "latency), to none that does, the sum of all",
+    "stale: after how many steps the other workers have what a step has found; + so many while a round travels, if "
+    "training goes on meanwhile",
+    "vote: the expected sign of a vote, from -1 to 1, where m / sigma of a worker's step is --snr, and sqrt(H) times "
+    "that of H steps that go the same way; attackers: the largest share of workers that may all cast the wrong sign; "
+    "a mean survives none, since one worker can move it anywhere",
+)
+VOTE_NOTES = (
     "q: the chance that one worker's sign is right, Phi(m / sigma); one worker, vote: the expected sign, from -1 to 1, "
     "where a tie is a coin; scaled: with dither_workers='scaled', sigma sqrt(M)",
     "flipping: workers that cast the opposite of their own sign; any share below half, (1 - a) q + a (1 - q) > 1/2",
@@ -106,45 +198,51 @@ class Checked:
         return self.sent / self.predicted.payload - 1
 
 
-def check(path: Path) -> list[Checked]:
-    """Predictions for every shaped cell of a benchmark, from the same method's time where links are not shaped.
+def check(path: Path, measured: Path | None = None) -> list[Checked]:
+    """Predictions for every cell of a benchmark in network namespaces, from the work that its methods do.
+
+    Args:
+        path: bench-comm.json.
+        measured: another, which says how much work that is; None: the same, where links are not shaped.
 
     Raises:
         BadInput: not the record of `signstep bench comm`, or one without cells to compare.
     """
+    record = read_record("--check", path)
+    source = record if measured is None else read_record("--measured", measured)
     try:
-        record = json.loads(path.read_text())
-        found = list(_checked(record))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        found = list(_checked(record, source))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"--check {path}: not what signstep bench comm writes ({error!r})") from error
     if not found:
         raise BadInput(
-            f"--check {path}: a prediction needs the same workload and ranks at a rate and at the rate none; measure "
-            "with signstep bench comm --rates 100mbit none"
+            f"--check {path}: a prediction needs the same methods at a rate and at the rate none; measure with "
+            "signstep bench comm --rates 100mbit none, or name a file with the rate none as --measured"
         )
     return found
 
 
-def _checked(record: dict[str, Any]) -> Iterator[Checked]:
-    cells = record["cells"]
-    free = {(cell["workload"], cell["ranks"]): cell for cell in cells if cell["rate"] == "none"}
-    for cell in cells:
-        place = (cell["workload"], cell["ranks"])
-        if cell["bits_per_second"] is None or place not in free:
+def _checked(record: dict[str, Any], source: dict[str, Any]) -> Iterator[Checked]:
+    for cell in record["cells"]:
+        if cell["rate"] == LOOPBACK:
             continue
         # Records from before 29 November 2026 have no latency.
-        link = Link(cell["bits_per_second"], cell.get("latency_seconds", 0.0))
-        workload = record["workloads"][cell["workload"]]
-        gradients = Gradients(tuple(map(tuple, workload["shapes"])))
+        rate, latency = cell["bits_per_second"], cell.get("latency_seconds", 0.0)
+        cost = Cost(cell["ranks"], Link(math.inf if rate is None else rate, latency), step=0.0)
+        gradients = workload_gradients(record["workloads"][cell["workload"]])
+        work = measured_work(source, cell["ranks"])
+        # Ranks take turns on the cores that there are.
+        turns = max(1.0, cell["ranks"] / record["machine"]["cores"])
         for key, measured in cell["methods"].items():
-            step = free[place]["methods"][key]["seconds"]["median"]
-            predicted = predict(REDUCTIONS[key], gradients, Cost(cell["ranks"], link, step))
+            if key not in work:
+                continue
+            seconds = turns * work[key] * gradients.parameters
             yield Checked(
                 cell["workload"],
                 cell["ranks"],
                 cell["rate"],
                 REDUCTIONS[key].label,
-                predicted,
+                predict(REDUCTIONS[key], gradients, cost, work=seconds),
                 measured["seconds"]["median"],
                 measured["bytes_sent"],
             )
@@ -167,7 +265,7 @@ def show_check(console: Console, checked: Sequence[Checked]) -> None:
     ]
     head = ("params", "ranks", "rate", "method", "predicted ms", "measured ms", "error", "bytes")
     title = (
-        "Predicted: best and worst from the time of the method where links are not shaped\n"
+        "Predicted: best and worst from bytes, latency, and the work that the method does where links are not shaped\n"
         "error: distance of the measured time from the nearer of them; bytes: sent beyond the payload"
     )
     print_table(console, title, head, rows, width=_WIDTH)

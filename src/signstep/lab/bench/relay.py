@@ -129,7 +129,7 @@ class Relay:
 
 
 if __name__ == "__main__":
-    # A link does not wait for a processor, and precedence by os.nice ends at the session where Linux groups by sessions.
+    # A link does not wait for a processor. Niceness would not do: Linux may compare it within a session alone.
     with contextlib.suppress(PermissionError):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     opened = [open_device(sys.argv[1], int(word)) for word in sys.argv[2:]]

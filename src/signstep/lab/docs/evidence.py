@@ -52,6 +52,8 @@ _NAMES = (
 """Of the methods below, those that an expression may call."""
 NETWORK = "bench-comm-amd-epyc/bench-comm.json"
 """What a step over the network costs, as the pages have it."""
+LATENCY = "bench-comm-latency/bench-comm.json"
+"""The same over links with latency."""
 PAPERS_DITHER = ("pre-0.5", "pre-0.1", "pre-0.01")
 
 

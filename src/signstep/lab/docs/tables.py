@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from signstep.lab.bench.step_table import read_records, step_table
-from signstep.lab.docs.evidence import NETWORK, Evidence
+from signstep.lab.docs.evidence import LATENCY, NETWORK, Evidence
 from signstep.lab.output import stats
 from signstep.lab.output.tables import markdown_table
 from signstep.lab.paper.experiments import dataset_title
@@ -24,6 +24,7 @@ _NETWORK_ROWS = {
     "top-k": "Top-K, 1 %",
 }
 _RATES = {"10mbit": "10 Mbit", "100mbit": "100 Mbit", "1gbit": "1 Gbit", "none": "not shaped"}
+_LATE_RATES = {"100mbit/20ms": "100 Mbit, 20 ms", "10mbit/50ms": "10 Mbit, 50 ms"}
 
 
 def tables(evidence: Evidence) -> Mapping[str, Callable[[], Lines]]:
@@ -34,7 +35,8 @@ def tables(evidence: Evidence) -> Mapping[str, Callable[[], Lines]]:
         "verdict": lambda: _gains(evidence, "verdict", "cifar100", {"sgd": "SGD", "signsgd": "SignSGD-M"}, "cpu2"),
         "language": lambda: _gains(evidence, "language", "bible", {"sgd": "SGD", "adam": "AdamW"}),
         "step": lambda: step_table(read_records(evidence.folder / "bench-cpu")),
-        "network": lambda: _network(evidence),
+        "network": lambda: _network(evidence, NETWORK, _RATES),
+        "latency": lambda: _network(evidence, LATENCY, _LATE_RATES),
         "dither": lambda: _dither(evidence),
     }
 
@@ -76,16 +78,17 @@ def _gains(evidence: Evidence, experiment: str, dataset: str, bases: Mapping[str
     return markdown_table(["method", dataset_title(dataset), *head], lines)
 
 
-def _network(evidence: Evidence) -> Lines:
+def _network(evidence: Evidence, name: str, rates: Mapping[str, str]) -> Lines:
     """Bytes, and times faster than DDP's fp32 mean, of four ranks."""
-    cells = {c["rate"]: c["methods"] for c in evidence.file(NETWORK)["cells"] if c["ranks"] == 4}
-    parameters = evidence.file(NETWORK)["workloads"]["4e6"]["parameters"]
+    cells = {c["rate"]: c["methods"] for c in evidence.file(name)["cells"] if c["ranks"] == 4}
+    parameters = evidence.file(name)["workloads"]["4e6"]["parameters"]
+    counted = next(rate for rate in rates if rate.startswith("100mbit"))
     lines = []
     for key, label in _NETWORK_ROWS.items():
-        faster = [cells[rate][key]["times_faster"]["median"] for rate in _RATES]
-        sent = cells["100mbit"][key]["bytes_sent"] / parameters
+        faster = [cells[rate][key]["times_faster"]["median"] for rate in rates]
+        sent = cells[counted][key]["bytes_sent"] / parameters
         lines.append([label, stats.number(sent, 3), *("1" if key == "ddp-fp32" else f"{x:.1f}" for x in faster)])
-    return markdown_table(["4 M parameters", "bytes", *_RATES.values()], lines)
+    return markdown_table(["4 M parameters", "bytes", *rates.values()], lines)
 
 
 def _dither(evidence: Evidence) -> Lines:

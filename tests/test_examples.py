@@ -91,6 +91,15 @@ def test_torchrun_vote() -> None:
 
 
 @pytest.mark.slow
+def test_elastic() -> None:
+    printed = run("elastic.py", "sklearn")
+    rounds, workers, accuracy = found(rf"rounds {NUMBER}, workers {NUMBER}, test accuracy {NUMBER}%", printed)
+    assert (rounds, workers) == (30, 2)
+    assert accuracy > 93
+    assert printed.endswith("the same bits on all ranks: True\n")
+
+
+@pytest.mark.slow
 def test_fsdp2() -> None:
     printed = run("fsdp2.py", "sklearn")
     _, held, whole = found(rf"ranks {NUMBER}, rank 0 holds {NUMBER} of {NUMBER} elements of the momentum", printed)

@@ -19,6 +19,7 @@ from signstep.distributed.compressors import (
 )
 from signstep.distributed.ddp import MajorityVote
 from signstep.distributed.diloco import DiLoCo
+from signstep.distributed.elastic import RoundCheckpoint
 from signstep.distributed.hooks import Bucket, Entry, GradientHook
 from signstep.distributed.local import LocalVote
 from signstep.distributed.simulation import SimulatedLocalVote, SimulatedVote
@@ -46,6 +47,7 @@ __all__ = [
     "MajorityVote",
     "OneBitAdam",
     "OneBitSGD",
+    "RoundCheckpoint",
     "SimulatedLocalVote",
     "SimulatedVote",
     "TernGrad",

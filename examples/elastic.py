@@ -66,7 +66,7 @@ def main() -> None:
     """`train` as a process of torchrun."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, help="shared by all machines, or one on each; default: for this run")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

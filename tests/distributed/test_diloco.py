@@ -72,7 +72,9 @@ def plain_loop(
                 p.grad /= workers
             outer.step()
             for b, *others in zip(outer_model.buffers(), *(model.buffers() for model in models), strict=True):
-                b.copy_(torch.stack(others).quantile(0.5, dim=0) if b.is_floating_point() else others[0])
+                ordered = torch.stack(others).sort(dim=0).values.double()
+                middle = (ordered[(workers - 1) // 2] + ordered[workers // 2]) / 2
+                b.copy_(middle if b.is_floating_point() else others[0])
             for model in models:
                 model.load_state_dict(outer_model.state_dict())
     return outer_model

@@ -7,8 +7,8 @@ from signstep.lab.cli.commands import Commands
 STUDIES = Commands(
     "signstep study",
     "Measure what a vote is worth, against Byzantine workers (byzantine, byzantine-local) and by dither\n"
-    "(vote-curve), how far signs can be trusted in the paper's trainings (monitor), where dither helps (dither), and\n"
-    "what ways to train over slow links reach (frontier).",
+    "(vote-curve), how far signs can be trusted in the paper's trainings (monitor), where dither helps (dither),\n"
+    "what ways to train over slow links reach (frontier), and how far workers' momenta come apart (momenta).",
     {
         "byzantine": (
             "signstep.lab.studies.byzantine:ByzantineStudy",
@@ -25,6 +25,10 @@ STUDIES = Commands(
         "frontier": (
             "signstep.lab.studies.frontier:FrontierStudy",
             "Compare ways to train over slow links: final loss, bytes sent, and time.",
+        ),
+        "momenta": (
+            "signstep.lab.studies.momenta:MomentaStudy",
+            "Measure how far workers' momenta come apart under a vote, and what averaging them brings.",
         ),
         "monitor": (
             "signstep.lab.studies.monitored:MonitorStudy",

@@ -121,7 +121,7 @@ class MomentaStudy:
             "",
             f"{record['date']}, {made['cpu']}, one thread, torch {made['torch']}. {self.workers} simulated workers "
             f"vote on a GPT over {self.subset:,} bytes of the King James Bible; {self.seeds} seeds, mean ± half the "
-            "95 % interval, paired differences without a correction. The cosine is that of two workers' momenta, the mean "
+            "95 % interval, paired differences without a correction. The cosine is that of two workers' momenta, mean "
             "over pairs and votes just before an average, or over every 50th vote where there is none.",
             "",
             *markdown_table(head, rows, left=(0, 1)),

@@ -62,12 +62,12 @@ def _one_thread() -> Any:
 
 
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "plain": ("sgd", 3, {}),
+    "momentum": ("sgd", 3, {"outer_momentum": 0.9}),
     "a length of its own": ("signsgd", 3, {"scale": "none", "outer_lr": 1e-2, "outer_momentum": 0.0}),
     "dither": ("adamw", 4, {"dither": 1.0, "seed": 5}),
     "error feedback": ("lion", 3, {"error_feedback": True}),
     "ties abstain": ("adamw", 4, {"ties": "abstain", "outer_lr": 0.7}),
-    "delayed": ("adamw", 3, {"delay": 3, "outer_lr": 0.7}),
+    "delayed": ("adamw", 3, {"delay": 3, "outer_lr": 0.7, "outer_momentum": 0.5}),
     "fragments": ("signsgd", 3, {"fragments": 3, "error_feedback": True}),
     "delayed fragments": ("lion", 4, {"delay": 7, "fragments": 3, "dither": 0.5, "ties": "abstain"}),
 }

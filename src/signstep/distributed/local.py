@@ -29,7 +29,7 @@ class OuterOptions(NamedTuple):
     """How workers vote on where they went, the same on all; see `LocalVote`."""
 
     outer_lr: float = 1.0
-    outer_momentum: float = 0.9
+    outer_momentum: float = 0.0
     scale: str = "tensor"
     dither: float = 0.0
     ties: str = "random"
@@ -125,7 +125,8 @@ class LocalVote(LocalSteps):
         fragments: parts of the model that vote at different steps of a round, so that less is sent at a time.
             (default: 1)
         outer_lr: :math:`\eta`. (default: 1)
-        outer_momentum: :math:`\beta`, in [0, 1). (default: 0.9)
+        outer_momentum: :math:`\beta`, in [0, 1). It delays the vote by some rounds, so it needs hundreds of them.
+            (default: 0)
         scale: "tensor": s as above; "none": s = 1, and outer_lr is how far every weight moves. (default: "tensor")
         dither: standard deviation of each worker's noise :math:`\xi_w`, in units of the rms of its :math:`m_w` in the
             parameter. (default: 0)
@@ -166,7 +167,7 @@ class LocalVote(LocalSteps):
         delay: int = 0,
         fragments: int = 1,
         outer_lr: float = 1.0,
-        outer_momentum: float = 0.9,
+        outer_momentum: float = 0.0,
         scale: str = "tensor",
         dither: float = 0.0,
         ties: str = "random",
@@ -201,7 +202,7 @@ class LocalVote(LocalSteps):
         self.outer.move(fragment, entries, median)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rank's own state, as `LocalSteps.state_dict` has it, with one momentum per parameter."""
+        """The rank's own state, as `LocalSteps.state_dict` has it, with one momentum per parameter if it has any."""
         # First what waits for the thread that may be voting.
         own = super().state_dict()
         return {**self.outer.workers[0].state_dict(), **own}
@@ -218,7 +219,7 @@ PAGE = Page(
     paper="this library",
     bytes="(M-1)/(4 M H)",
     biased="yes: a sign, of a length",
-    state="8n bytes: common point and momentum",
+    state="4n bytes: common point; 8n with a momentum",
     good_for="slow links: H times less than a vote at every step",
     not_for="embeddings with rare rows",
 )

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from signstep.distributed.attacks import Attack, Collude
-from signstep.distributed.collectives import all_gather, own_group
+from signstep.distributed.collectives import own_group, start_all_gather
 from signstep.distributed.hooks import Entry
 from signstep.distributed.worker import in_memory_order
 
@@ -336,7 +336,7 @@ class LocalSteps(ABC):
 
     def _travel(self, fragment: int, departure: Departure) -> Tensor | None:
         messages = departure.said.new_empty(self.world_size * len(departure.said))
-        all_gather(messages, departure.said, group=self.group)
+        start_all_gather(messages, departure.said, self.group).wait()
         self.agree(fragment, departure.entries)
         return self.rounds.median_of(messages.view(self.world_size, -1))
 

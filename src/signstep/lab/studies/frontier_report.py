@@ -164,15 +164,17 @@ def _markdown(found: Sequence[Point], record: Mapping[str, Any], first: Run) -> 
     )
     peer = next((p for p in found if p.key == PEER), None)
     links = sorted({link for p in found for link in p.seconds})
-    head = ["way", unit, "seeds", "less DDP, fp32", "p, Holm", "bytes per step", "times fewer"]
-    head += [f"ms per step, {link}" for link in links]
+    head = ["way", unit, "seeds", "less DDP, fp32", "p, Holm", "MB in all", "times fewer"]
+    head += [f"{what}, {link}" for link in links for what in ("ms per step", "seconds in all")]
     rows = []
     for p in found:
-        d, fewer = differences[p.key], "" if peer is None else f"{peer.bytes_per_step / p.bytes_per_step:,.0f}"
+        d, fewer = differences[p.key], "" if peer is None else f"{peer.megabytes / p.megabytes:,.0f}"
         row = [p.label, stats.with_interval(p.estimate, digits=3), str(len(p.results))]
         row += ["" if d is None else stats.with_interval(d, sign=True, digits=3)]
-        row += ["" if (q := corrected[p.key]) is None else stats.probability(q), f"{p.bytes_per_step:,.0f}", fewer]
-        row += [f"{1e3 * p.seconds[link]:.0f}" if link in p.seconds else "" for link in links]
+        row += ["" if (q := corrected[p.key]) is None else stats.probability(q), f"{p.megabytes:,.2f}", fewer]
+        for link in links:
+            known = link in p.seconds
+            row += [f"{1e3 * p.seconds[link]:.0f}", f"{p.seconds[link] * p.steps:,.0f}"] if known else ["", ""]
         rows.append(tuple(row))
     load = record["workload"]
     text = [
@@ -184,9 +186,10 @@ def _markdown(found: Sequence[Point], record: Mapping[str, Any], first: Run) -> 
         f"{record['date']}, {made['cpu']}, one thread for each of {load['workers']} processes, torch {made['torch']}.",
         "",
         f"A GPT of {load['parameters']:,} parameters reads {load['subset']:,} bytes of {load['dataset']} once, in "
-        f"{found[0].steps} steps; {unit} of the test part, lower is better, mean over seeds ± half the 95 % interval. "
+        f"{found[0].steps} steps (or two and four times, where a row says so); {unit} of the test part, lower is better, mean over seeds ± half the 95 % interval. "
         "Bytes are what each worker sends, by the formulas that `signstep bench comm` checks. Milliseconds are those "
-        "of a real training over links of that rate and latency, all processes on one machine.",
+        "of a few steps or two rounds of a real training over links of that rate and latency, all processes on the "
+        "cores of one machine; seconds in all are as many times as there are steps.",
         "",
         *markdown_table(tuple(head), rows),
         "",

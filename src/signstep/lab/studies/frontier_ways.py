@@ -96,6 +96,9 @@ WAYS: dict[str, Way] = {
         for reduce, family in (("local-vote", "local vote"), ("diloco", "DiLoCo"), ("diloco-int8", "DiLoCo"))
         for every in (8, 32, 128)
     },
+    # As many bytes as local-vote-32 in a run, and more steps.
+    "local-vote-64-twice": Way("local vote, H = 64, twice the steps", "local vote", "local-vote", 64, epochs=2),
+    "local-vote-128-4x": Way("local vote, H = 128, 4 times the steps", "local vote", "local-vote", 128, epochs=4),
 }
 """By key."""
 

@@ -186,7 +186,8 @@ def _markdown(found: Sequence[Point], record: Mapping[str, Any], first: Run) -> 
         f"{record['date']}, {made['cpu']}, one thread for each of {load['workers']} processes, torch {made['torch']}.",
         "",
         f"A GPT of {load['parameters']:,} parameters reads {load['subset']:,} bytes of {load['dataset']} once, in "
-        f"{found[0].steps} steps (or two and four times, where a row says so); {unit} of the test part, lower is better, mean over seeds ± half the 95 % interval. "
+        f"{found[0].steps} steps (or two and four times, where a row says so); {unit} of the test part, lower is "
+        "better, mean over seeds ± half the 95 % interval. "
         "Bytes are what each worker sends, by the formulas that `signstep bench comm` checks. Milliseconds are those "
         "of a few steps or two rounds of a real training over links of that rate and latency, all processes on the "
         "cores of one machine; seconds in all are as many times as there are steps.",

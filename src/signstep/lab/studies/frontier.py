@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from signstep.lab.arguments import check_folder, check_minutes
+from signstep.lab.arguments import check_minutes, check_place
 from signstep.lab.errors import BadInput
 from signstep.lab.output.command import command_line
 from signstep.lab.output.files import make_folder
@@ -34,7 +34,7 @@ class FrontierStudy:
     out: Path = Path("results/frontier")
     """Folder of the results."""
     data: Path | None = None
-    """Folder to look for the text in first."""
+    """Folder to look for the text in first, or the file of --dataset text."""
     dataset: Dataset = "bible"
     """The text."""
     ways: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class FrontierStudy:
             BadInput: an unknown way or link, another number of processes, or trials that are not finished.
         """
         check_minutes(self.max_minutes)
-        check_folder(self.data)
+        check_place(self.data, [self.dataset])
         ways = tuple(dict.fromkeys(self.ways)) or tuple(WAYS)
         if unknown := [key for key in ways if key not in WAYS]:
             raise BadInput(f"--ways {unknown[0]}: expected some of {', '.join(WAYS)}")

@@ -9,6 +9,8 @@ taken just before.
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,13 +23,14 @@ from torch import Tensor
 from signstep.distributed.reductions import REDUCTIONS, Gradients
 from signstep.distributed.simulation import SimulatedVote, per_worker_gradients
 from signstep.distributed.worker import Worker
-from signstep.lab.arguments import check_minutes
+from signstep.lab.arguments import check_minutes, check_place
+from signstep.lab.errors import BadInput
 from signstep.lab.output import stats
 from signstep.lab.output.command import command_line
 from signstep.lab.output.files import make_folder, read_json, write_all, write_json
 from signstep.lab.output.machine import environment, now
 from signstep.lab.output.tables import markdown_table
-from signstep.lab.training.config import RunConfig
+from signstep.lab.training.config import Dataset, RunConfig
 from signstep.lab.training.optimizers import OptimizerName
 from signstep.lab.training.run import TrainingRun
 from signstep.lab.training.workers import Workers
@@ -45,7 +48,9 @@ class MomentaStudy:
     out: Path = Path("results/momenta")
     """Folder of the results."""
     data: Path | None = None
-    """Folder to look for the text in first."""
+    """Folder to look for the text in first, or the file of --dataset text."""
+    dataset: Dataset = "bible"
+    """The text."""
     workers: int = 4
     """Simulated workers."""
     periods: tuple[int, ...] = (0, 10, 50)
@@ -60,20 +65,26 @@ class MomentaStudy:
     def run(self) -> int:
         """Do the runs that are missing, and write momenta.json and .md into `out`; the exit code, 0."""
         check_minutes(self.max_minutes)
+        check_place(self.data, [self.dataset])
+        end = math.inf if self.max_minutes is None else time.monotonic() + 60 * self.max_minutes
         make_folder(self.out / "runs")
         command = command_line(["study", "momenta"], self, omit=("out", "data", "max_minutes"))
         found: dict[tuple[str, int], list[dict[str, Any]]] = {}
         for seed, (optimizer, lr), period in itertools.product(range(self.seeds), _RATES.items(), self.periods):
             config = RunConfig(
-                dataset="bible", model="gpt", width=0.5, context=32, subset=self.subset, batch_size=16, epochs=1,
+                dataset=self.dataset, model="gpt", width=0.5, context=32, subset=self.subset, batch_size=16, epochs=1,
                 warmup=0.05, optimizer=optimizer, lr=lr, weight_decay=0.1, seed=seed,
             )  # fmt: skip
             path = self.out / "runs" / f"{config.hash}-{self.workers}-{period}.json"
+            if not path.exists() and time.monotonic() > end:
+                break
             if not path.exists():
                 record = _train(config, self.workers, period, self.data)
                 write_json(path, record | {"environment": environment(torch.device("cpu"), 1)})
                 print(f"{optimizer}, period {period}, seed {seed}: {record['result']:.3f}", flush=True)
             found.setdefault((optimizer, period), []).append(read_json(path))
+        if not found:
+            raise BadInput(f"no run has ended in {self.out}: give it more minutes")
         for written in write_all(self.out, self._report(found, command)):
             print(f"written: {written}")
         return 0
@@ -120,7 +131,7 @@ class MomentaStudy:
             f"    {command}",
             "",
             f"{record['date']}, {made['cpu']}, one thread, torch {made['torch']}. {self.workers} simulated workers "
-            f"vote on a GPT over {self.subset:,} bytes of the King James Bible; {self.seeds} seeds, mean ± half the "
+            f"vote on a GPT over {self.subset:,} bytes of {self.dataset}; {self.seeds} seeds, mean ± half the "
             "95 % interval, paired differences without a correction. The cosine is that of two workers' momenta, mean "
             "over pairs and votes just before an average, or over every 50th vote where there is none.",
             "",

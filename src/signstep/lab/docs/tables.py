@@ -9,6 +9,7 @@ from signstep.lab.docs.evidence import LATENCY, NETWORK, Evidence
 from signstep.lab.output import stats
 from signstep.lab.output.tables import markdown_table
 from signstep.lab.paper.experiments import dataset_title
+from signstep.lab.studies import frontier_report
 from signstep.lab.training.tasks import task
 
 Lines = Sequence[str]
@@ -38,6 +39,9 @@ def tables(evidence: Evidence) -> Mapping[str, Callable[[], Lines]]:
         "network": lambda: _network(evidence, NETWORK, _RATES),
         "latency": lambda: _network(evidence, LATENCY, _LATE_RATES),
         "dither": lambda: _dither(evidence),
+        "frontier": lambda: frontier_report.table(
+            frontier_report.read_points(evidence.file("frontier/frontier.json")), "bits per byte"
+        ),
     }
 
 

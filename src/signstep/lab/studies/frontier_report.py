@@ -156,12 +156,11 @@ def _draw(pairs: Sequence[tuple[Point, float]], across: str, unit: str, workload
     return figure
 
 
-def _markdown(found: Sequence[Point], record: Mapping[str, Any], first: Run) -> str:
-    made, unit = record["environment"], first.metric.name
+def table(found: Sequence[Point], unit: str) -> list[str]:
+    """All ways, as Markdown."""
     differences = _differences(found)
-    corrected = dict(
-        zip(differences, stats.holm([None if d is None else d.p_value() for d in differences.values()]), strict=True)
-    )
+    p_values = [None if d is None else d.p_value() for d in differences.values()]
+    corrected = dict(zip(differences, stats.holm(p_values), strict=True))
     peer = next((p for p in found if p.key == PEER), None)
     links = sorted({link for p in found for link in p.seconds})
     head = ["way", unit, "seeds", "less DDP, fp32", "p, Holm", "MB in all", "times fewer"]
@@ -176,6 +175,20 @@ def _markdown(found: Sequence[Point], record: Mapping[str, Any], first: Run) -> 
             known = link in p.seconds
             row += [f"{1e3 * p.seconds[link]:.0f}", f"{p.seconds[link] * p.steps:,.0f}"] if known else ["", ""]
         rows.append(tuple(row))
+    return list(markdown_table(tuple(head), rows))
+
+
+def read_points(record: Mapping[str, Any]) -> list[Point]:
+    """The points of a frontier.json."""
+    fields = [f.name for f in dataclasses.fields(Point)]
+    return [
+        Point(**{name: p[name] for name in fields} | {"results": {int(s): r for s, r in p["results"].items()}})
+        for p in record["points"]
+    ]
+
+
+def _markdown(found: Sequence[Point], record: Mapping[str, Any], first: Run) -> str:
+    made, unit = record["environment"], first.metric.name
     load = record["workload"]
     text = [
         "# What ways to train over slow links reach",
@@ -192,7 +205,7 @@ def _markdown(found: Sequence[Point], record: Mapping[str, Any], first: Run) -> 
         "of a few steps or two rounds of a real training over links of that rate and latency, all processes on the "
         "cores of one machine; seconds in all are as many times as there are steps.",
         "",
-        *markdown_table(tuple(head), rows),
+        *table(found, unit),
         "",
         "Options were chosen on held-out text, by runs as long as these:",
         "",

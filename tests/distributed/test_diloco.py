@@ -13,7 +13,7 @@ from local_cases import OPTIMIZERS, local_step, network, small, small_step
 from torch import Tensor, nn
 
 from gang import gang, on_ranks
-from signstep.distributed import QSGD, CollectiveError, DiLoCo, EFSign, TopK, rounds
+from signstep.distributed import QSGD, CollectiveError, DiLoCo, EFSign, TopK
 from signstep.distributed.compressors import base
 from signstep.distributed.local_methods import LOCAL_METHODS
 from signstep.distributed.reductions import Gradients
@@ -259,12 +259,12 @@ def test_a_worker_whose_weights_are_not_finite_is_left_out_of_the_mean() -> None
 def count_bytes(key: str) -> int:
     """Bytes sent to others in a round, counted at the collectives."""
     size, sent = dist.get_world_size(), 0
-    originals = dist.all_to_all_single, base.all_gather, rounds.all_gather
+    originals = dist.all_to_all_single, base.all_gather
 
-    def counting_all_to_all(out: Tensor, x: Tensor, group: Any) -> Any:
+    def counting_all_to_all(out: Tensor, x: Tensor, **options: Any) -> Any:
         nonlocal sent
         sent += x.nbytes * (size - 1) // size
-        return originals[0](out, x, group=group)
+        return originals[0](out, x, **options)
 
     def counting_all_gather(out: Tensor, x: Tensor, group: Any) -> Any:
         nonlocal sent
@@ -272,16 +272,12 @@ def count_bytes(key: str) -> int:
         return originals[1](out, x, group=group)
 
     model = nn.Linear(512, 513)
-    local = LOCAL_METHODS[key].start(model, torch.optim.SGD(model.parameters(), lr=0.1), 1, None, None)
-    dist.all_to_all_single, base.all_gather, rounds.all_gather = (
-        counting_all_to_all,
-        counting_all_gather,
-        counting_all_gather,
-    )
+    local = LOCAL_METHODS[key].start(model, torch.optim.SGD(model.parameters(), lr=0.1), 1, None, None, 0)
+    dist.all_to_all_single, base.all_gather = counting_all_to_all, counting_all_gather
     try:
         local.step()
     finally:
-        dist.all_to_all_single, base.all_gather, rounds.all_gather = originals
+        dist.all_to_all_single, base.all_gather = originals
     return sent
 
 

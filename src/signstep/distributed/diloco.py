@@ -5,6 +5,7 @@ It is here to be compared with `LocalVote`, which has the same rounds, see round
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,8 +91,8 @@ class DiLoCo(LocalSteps):
     ) -> None:
         schedule = Schedule(every, delay, fragments)
         check_choice("nonfinite", nonfinite, ("raise", "abstain"))
-        if not outer_lr > 0:
-            raise ValueError(f"Invalid outer_lr: {outer_lr}, expected outer_lr > 0")
+        if not 0 < outer_lr < math.inf:
+            raise ValueError(f"Invalid outer_lr: {outer_lr}, expected a finite outer_lr > 0")
         if not 0 <= outer_momentum < 1:
             raise ValueError(f"Invalid outer_momentum: {outer_momentum}, expected 0 <= outer_momentum < 1")
         super().__init__(model, optimizer, schedule, abstain=nonfinite == "abstain", group=group)
@@ -137,6 +138,7 @@ class DiLoCo(LocalSteps):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` of the same rank gave; see `LocalSteps`."""
+        self.check_state(state)
         self.mean.load_state_dict(state["mean"])
         super().load_state_dict(state)
         start = self.rounds.start

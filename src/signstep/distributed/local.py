@@ -42,8 +42,8 @@ class OuterOptions(NamedTuple):
         check_choice("scale", self.scale, ("tensor", "none"))
         check_choice("ties", self.ties, ("random", "abstain"))
         nonfinite_rule(self.nonfinite, scaled=False)
-        if not self.outer_lr > 0:
-            raise ValueError(f"Invalid outer_lr: {self.outer_lr}, expected outer_lr > 0")
+        if not 0 < self.outer_lr < math.inf:
+            raise ValueError(f"Invalid outer_lr: {self.outer_lr}, expected a finite outer_lr > 0")
         if not 0 <= self.outer_momentum < 1:
             raise ValueError(f"Invalid outer_momentum: {self.outer_momentum}, expected 0 <= outer_momentum < 1")
         if not 0 <= self.dither < math.inf:
@@ -80,7 +80,10 @@ class OuterVote:
         self.workers = [
             Worker(self.optimizer, names, rank, world_size, error_feedback=options.error_feedback) for rank in ranks
         ]
-        self.vote = Vote(owner, self.workers, ties=options.ties, nonfinite=options.nonfinite)
+        self.vote = Vote(
+            owner, self.workers, ties=options.ties, nonfinite=options.nonfinite, what="change",
+            advice='pass nonfinite="abstain" to leave such a worker out',
+        )  # fmt: skip
 
     def move(self, fragment: int, votes: Sequence[Entry], median: Tensor) -> None:
         """Move the common point by the votes, and count the round.
@@ -90,7 +93,7 @@ class OuterVote:
             votes: +1 and -1, or 0 for no step, in the place of the ways.
             median: what `Rounds.median_of` has returned.
         """
-        for entry, length in zip(votes, median[1 : 1 + len(votes)].tolist(), strict=True):
+        for entry, length in zip(votes, median[2 : 2 + len(votes)].tolist(), strict=True):
             rate = self.options.outer_lr * (length if self.options.scale == "tensor" else 1.0)
             self.rounds.start[entry.name].add_(entry.flat.to(self.rounds.start[entry.name].dtype), alpha=-rate)
         self.vote.count_votes([fragment], joined=True)
@@ -209,6 +212,7 @@ class LocalVote(LocalSteps):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` of the same rank gave, or a part of `resplit`; see `LocalSteps`."""
+        self.check_state(state)
         self.outer.workers[0].load_state_dict(state)
         for group, taken in zip(self.outer.optimizer.param_groups, state["steps"], strict=True):
             group["step"].fill_(taken)

@@ -34,17 +34,23 @@ class LocalMethod:
     """Whose it is: signstep, or after a paper of others."""
 
     def start(
-        self, model: nn.Module, optimizer: Optimizer, every: int, outer_lr: float | None, outer_momentum: float | None
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        every: int,
+        outer_lr: float | None,
+        outer_momentum: float | None,
+        seed: int,
     ) -> LocalSteps:
         """Make it; an option that is None has the method's own default."""
         options = {"outer_lr": outer_lr, "outer_momentum": outer_momentum}
         given = {name: value for name, value in options.items() if value is not None}
-        return self.make(model, optimizer, every=every, **given)
+        return self.make(model, optimizer, every=every, seed=seed, **given)
 
 
 def _said(gradients: Gradients, workers: int) -> float:
-    """4 bytes to all for each parameter, and for whether a worker takes part."""
-    return 4 * (workers - 1) * (1 + len(gradients.shapes))
+    """4 bytes to all for each parameter, for the steps taken, and for whether a worker takes part."""
+    return 4 * (workers - 1) * (2 + len(gradients.shapes))
 
 
 def _vote(gradients: Gradients, workers: int) -> float:

@@ -14,6 +14,7 @@ so every step of every worker is in exactly one way. Without a delay :math:`y_w 
 from __future__ import annotations
 
 import functools
+import math
 import queue
 import threading
 import weakref
@@ -30,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from signstep.distributed.attacks import Attack, Collude
-from signstep.distributed.collectives import own_group, start_all_gather
+from signstep.distributed.collectives import CollectiveError, own_group, start_all_gather
 from signstep.distributed.hooks import Entry
 from signstep.distributed.worker import in_memory_order
 
@@ -57,13 +58,17 @@ class Schedule:
     """
 
     def __init__(self, every: int, delay: int = 0, fragments: int = 1) -> None:
-        if every < 1:
-            raise ValueError(f"Invalid every: {every}, expected an integer >= 1")
-        if not 0 <= delay < every:
-            raise ValueError(f"Invalid delay: {delay}, expected 0 <= delay < every, which is {every}")
-        if not 1 <= fragments <= every:
-            raise ValueError(f"Invalid fragments: {fragments}, expected 1 <= fragments <= every, which is {every}")
+        for name, value, least, most in (
+            ("every", every, 1, math.inf),
+            ("delay", delay, 0, every - 1),
+            ("fragments", fragments, 1, every),
+        ):
+            if not isinstance(value, int) or not least <= value <= most:
+                limit = "" if most == math.inf else f" and <= {most}, as every is {every}"
+                raise ValueError(f"Invalid {name}: {value}, expected an integer >= {least}{limit}")
         self.every, self.delay, self.fragments = every, delay, fragments
+        self.total = 0
+        """Steps in all."""
         self.taken = 0
         """Steps since the last time that all fragments arrived together."""
         self.since = [0] * fragments
@@ -73,6 +78,7 @@ class Schedule:
 
     def step(self) -> tuple[list[int], list[int]]:
         """Count a step: which of the fragments that are away arrive after it, and which depart then."""
+        self.total += 1
         self.taken += 1
         self.since = [since + 1 for since in self.since]
         arriving = [f for f in self.away if self.since[f] == self.delay]
@@ -92,12 +98,26 @@ class Schedule:
         return (fragment + 1) * self.every // self.fragments
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been counted."""
-        return {"taken": self.taken, "since": list(self.since), "away": list(self.away)}
+        """What has been counted, and the options that it belongs to."""
+        options = {"every": self.every, "delay": self.delay, "fragments": self.fragments}
+        return options | {
+            "total": self.total, "taken": self.taken, "since": list(self.since), "away": list(self.away)
+        }  # fmt: skip
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise a ValueError if a state is that of a schedule with other options."""
+        for name in ("every", "delay", "fragments"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"this state was saved with {name}={state[name]}, and here it is {getattr(self, name)}: go on with "
+                    "the same, or call hold_round() before saving and load the model's and the optimizer's state alone"
+                )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        self.taken, self.since, self.away = state["taken"], list(state["since"]), list(state["away"])
+        """Take over what `state_dict` of a schedule with the same options gave."""
+        self.check(state)
+        self.total, self.taken = state["total"], state["taken"]
+        self.since, self.away = list(state["since"]), list(state["away"])
 
 
 @dataclass
@@ -107,8 +127,8 @@ class Departure:
     entries: Sequence[Entry]
     """The ways start - x_w in place of gradients: what is agreed on is written here. Absent if some are not finite."""
     said: Tensor
-    """What a worker tells beside its ways, float32: 1 if it takes part, mean |d_w| of each parameter, and with the last
-    fragment its buffers."""
+    """What a worker tells beside its ways, float32 or wider: 1 if it takes part, the steps that it has taken, the mean
+    |d_w| of each parameter, and with the last fragment its buffers."""
     left: dict[str, Tensor] | None
     """x_w; None without a delay."""
 
@@ -130,6 +150,9 @@ class Rounds:
     def __init__(self, models: Sequence[nn.Module], fragments: int = 1, *, abstain: bool = False) -> None:
         self.params = [{n: p for n, p in model.named_parameters() if p.requires_grad} for model in models]
         self.buffers = [[b for b in model.buffers() if b.is_floating_point()] for model in models]
+        if not self.params or not self.params[0]:
+            raise ValueError("local steps need at least one model, with a parameter that requires a gradient")
+        self._models = models
         self.abstain = abstain
         self.attacks: dict[int, Attack] = {}
         """For tests and studies: what workers do to their ways first, by index, see `signstep.distributed.attacks`."""
@@ -145,8 +168,13 @@ class Rounds:
             wide = torch.promote_types(p.dtype, torch.float32)
             self.start[name] = in_memory_order(p).to(wide, copy=True)
 
-    def depart(self, index: int, fragment: int, *, train_on: bool) -> Departure:
+    def depart(self, index: int, fragment: int, *, train_on: bool, steps: int = 0) -> Departure:
         """How far a worker has gone in a fragment; `train_on`: it takes steps before the fragment arrives."""
+        for name, p in self._models[index].named_parameters():
+            if p.requires_grad and name not in self.params[index]:
+                raise RuntimeError(
+                    f"{name} has been unfrozen since its rounds began: unfreeze it before, or begin anew"
+                )
         names, params, start = self.fragments[fragment], self.params[index], self.start
         entries: Sequence[Entry]
         entries = [Entry(n, params[n], start[n] - in_memory_order(params[n]), True) for n in names]
@@ -155,11 +183,12 @@ class Rounds:
         left = {n: in_memory_order(params[n]).to(start[n].dtype, copy=True) for n in names} if train_on else None
         if self.abstain and not all(e.flat.isfinite().all() for e in entries):
             entries = [e._replace(flat=torch.zeros_like(e.flat), present=False) for e in entries]
-        here = float(entries[0].present)
-        said = [torch.full((1,), here, dtype=torch.float32, device=entries[0].flat.device)]
-        said += [e.flat.abs().mean().float().view(1) if e.flat.numel() else said[0] for e in entries]
-        if fragment == len(self.fragments) - 1:
-            said += [b.reshape(-1).float() for b in self.buffers[index]]
+        buffers = self.buffers[index] if fragment == len(self.fragments) - 1 else []
+        dtype = functools.reduce(torch.promote_types, (b.dtype for b in buffers), torch.float32)
+        numbers = [float(entries[0].present), float(steps)]
+        said = [torch.tensor(numbers, dtype=dtype).to(entries[0].flat.device)]
+        said += [e.flat.abs().mean().to(dtype).view(1) if e.flat.numel() else said[0][:1] for e in entries]
+        said += [b.reshape(-1).to(dtype) for b in buffers]
         return Departure(entries, torch.cat(said), left)
 
     def depart_together(self, fragment: int, *, train_on: bool) -> list[Departure]:
@@ -177,11 +206,11 @@ class Rounds:
     def median_of(messages: Tensor) -> Tensor | None:
         """The median of what the workers have said who take part, number by number; None if nobody does.
 
-        Between the two in the middle it is their mean. Fewer than half of the workers cannot move it out of the range
-        of what the others say, whatever they say.
+        Between the two in the middle it is their mean, and NaN is as if nothing was said. Fewer than half of the
+        workers cannot move it out of the range of what the others say, whatever they say.
 
         Args:
-            messages: float32 [M, K], every worker's.
+            messages: [M, K], every worker's.
 
         Returns:
             float64 [K].
@@ -190,8 +219,9 @@ class Rounds:
         if len(said) == 0:
             return None
         ordered = said.sort(dim=0).values  # NaN at the end
-        middle: Tensor = ordered[(len(said) - 1) // 2].double()
-        return middle.add_(ordered[len(said) // 2]).div_(2)
+        count = said.isnan().logical_not_().sum(dim=0, keepdim=True).clamp_(min=1)
+        low, high = (ordered.gather(0, index).double()[0] for index in ((count - 1) // 2, count // 2))
+        return torch.where(low == high, low, (low + high) / 2)  # also where both are infinite
 
     def return_to_start(self) -> None:
         """Put all workers at the common point."""
@@ -213,9 +243,13 @@ class Rounds:
                 here.copy_(self.start[e.name])
             else:
                 here.copy_(here + (self.start[e.name] - departure.left[e.name]))
-        if median is None or len(median) == 1 + len(departure.entries):
+        if departure.lost:  # what else is not finite would spoil these again
+            for name, p in self.params[index].items():
+                if not p.isfinite().all():
+                    in_memory_order(p).copy_(self.start[name])
+        begin = 2 + len(departure.entries)
+        if median is None or len(median) == begin:
             return
-        begin = 1 + len(departure.entries)
         for b in self.buffers[index]:
             b.copy_(median[begin : begin + b.numel()].view_as(b))
             begin += b.numel()
@@ -259,7 +293,7 @@ class LocalSteps(ABC):
         group: dist.ProcessGroup | None,
     ) -> None:
         module = model.module if isinstance(model, DistributedDataParallel) else model
-        device = next(module.parameters()).device
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.optimizer, self.schedule = optimizer, schedule
         self.group = own_group(group, device)
         self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -327,7 +361,7 @@ class LocalSteps(ABC):
 
     def _depart(self, fragment: int, *, train_on: bool) -> None:
         self.begin(fragment)
-        departure = self.rounds.depart(0, fragment, train_on=train_on)
+        departure = self.rounds.depart(0, fragment, train_on=train_on, steps=self.schedule.total)
         travel = functools.partial(self._travel, fragment, departure)
         if self._courier is not None and train_on:
             self._away[fragment] = departure, self._courier.send(travel)
@@ -337,8 +371,15 @@ class LocalSteps(ABC):
     def _travel(self, fragment: int, departure: Departure) -> Tensor | None:
         messages = departure.said.new_empty(self.world_size * len(departure.said))
         start_all_gather(messages, departure.said, self.group).wait()
+        said = messages.view(self.world_size, -1)
+        steps = said[:, 1].long().tolist()
+        if len(set(steps)) > 1:
+            raise CollectiveError(
+                f"the workers end a round after {', '.join(map(str, steps))} steps: let all ranks take as many steps, "
+                "and call hold_round() on all of them"
+            )
         self.agree(fragment, departure.entries)
-        return self.rounds.median_of(messages.view(self.world_size, -1))
+        return self.rounds.median_of(said)
 
     def _arrive(self, fragment: int) -> None:
         departure, median = self._away.pop(fragment)
@@ -368,7 +409,23 @@ class LocalSteps(ABC):
             }
             for fragment, (departure, median) in self._away.items()
         }
-        return {"schedule": self.schedule.state_dict(), "away": away, "start": dict(start) if elsewhere else {}}
+        return {
+            "method": type(self).__name__,
+            "schedule": self.schedule.state_dict(),
+            "away": away,
+            "start": dict(start) if elsewhere else {},
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise a ValueError for a state that `load_state_dict` cannot take over, before anything is changed."""
+        if state.get("method") != type(self).__name__:
+            raise ValueError(
+                f"this is no state of {type(self).__name__}, but of {state.get('method', 'something else')}"
+            )
+        self.schedule.check(state["schedule"])
+        sizes = {name: len(x) for name, x in self.rounds.start.items()}
+        if state["start"] and {name: len(x) for name, x in state["start"].items()} != sizes:
+            raise ValueError("this state was saved of a model with other parameters: load the state of this model")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` of the same rank gave.
@@ -379,19 +436,19 @@ class LocalSteps(ABC):
         Raises:
             ValueError: it is another rank's, of another number of workers, or of another model.
         """
-        rounds, start = self.rounds, state["start"]
-        if start and {name: len(x) for name, x in start.items()} != {n: len(x) for n, x in rounds.start.items()}:
-            raise ValueError("this state was saved of a model with other parameters: load the state of this model")
-        fragments = len(state["schedule"]["since"])
-        if fragments != self.schedule.fragments:
-            raise ValueError(
-                f"this state was saved with fragments={fragments}, not {self.schedule.fragments}: go on with as many"
-            )
+        self.check_state(state)
+        rounds = self.rounds
         self.schedule.load_state_dict(state["schedule"])
         rounds.set_out()
-        for name, x in start.items():
+        for name, x in state["start"].items():
             rounds.start[name].copy_(x)
         self._away = {fragment: self._unpack(kept) for fragment, kept in state["away"].items()}
+
+    def close(self) -> None:
+        """End the process group that the rounds use, once the model is not trained any more. A collective."""
+        if self._courier is not None:
+            self._courier.close()
+        dist.destroy_process_group(self.group)
 
     def _unpack(self, kept: Mapping[str, Any]) -> tuple[Departure, Future[Tensor | None]]:
         params, like = self.rounds.params[0], self.rounds.start
@@ -411,7 +468,7 @@ class _Courier:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         thread = threading.Thread(target=_work, args=(self._jobs,), daemon=True)
         thread.start()
-        weakref.finalize(self, _end, self._jobs, thread)
+        self.close = weakref.finalize(self, _end, self._jobs, thread)
 
     def send(self, call: Callable[[], Tensor | None]) -> Future[Tensor | None]:
         """What the call returns or raises, once it is done."""

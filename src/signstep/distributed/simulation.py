@@ -278,7 +278,7 @@ class SimulatedLocalVote:
         ...     for model, way in zip(models, (1.0, 3.0, -2.0)):
         ...         model.weight -= way  # three workers go 1, 3 and 2 far, the last the other way
         >>> sim.vote()
-        >>> models[2].weight.tolist()  # half of the mean way, where two of three went
+        >>> models[2].weight.tolist()  # half of the median way, where two of three went
         [[-1.0, -1.0]]
     """
 

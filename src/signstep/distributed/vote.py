@@ -91,14 +91,24 @@ class Vote:
         workers: those of this process, which share an optimizer and have the same parameters.
         ties: "random" or "abstain".
         nonfinite: "raise", "abstain" or "skip", see `nonfinite_rule`.
+        what, advice: what is voted on, and what to do where it is not finite, for messages.
         counted: `count_votes` is called after every round, so that `Worker.steps` are numbers of votes; else they are
             the numbers of the steps that were last voted on.
     """
 
     def __init__(
-        self, owner: str, workers: Sequence[Worker], *, ties: str, nonfinite: str, counted: bool = True
+        self,
+        owner: str,
+        workers: Sequence[Worker],
+        *,
+        ties: str,
+        nonfinite: str,
+        counted: bool = True,
+        what: str = "gradient",
+        advice: str = 'pass nonfinite="abstain" to leave such a worker out, or grad_scaler for float16',
     ) -> None:
         self.owner, self.workers, self.nonfinite, self.counted = owner, workers, nonfinite, counted
+        self._what, self._advice = what, advice
         self.keep_ties = ties == "abstain"
         self.first, self.optimizer = workers[0], workers[0].optimizer
         self._owned = [len(group["params"]) for group in self.optimizer.param_groups]
@@ -223,7 +233,7 @@ class Vote:
         Raises:
             CollectiveError: a gradient of some worker is not finite, under "raise".
         """
-        found = _nonfinite_found(election.flags, names) if self.nonfinite != "abstain" else None
+        found = self._nonfinite_found(election.flags, names) if self.nonfinite != "abstain" else None
         if found is not None and self.nonfinite == "raise":
             raise CollectiveError(found)
         groups, device = self.optimizer.param_groups, outs[0].device
@@ -253,6 +263,18 @@ class Vote:
             for out in outs:
                 out.fill_(torch.nan)
         return Outcome(voted, by_parameter, spoiled)
+
+    def _nonfinite_found(self, flags: Sequence[bytes], names: Sequence[str]) -> str | None:
+        """Whose part in the vote is not finite, as a sentence; None if all are."""
+        count = sum(row.count(NOT_FINITE) for row in flags)
+        if count == 0:
+            return None
+        rank = next(rank for rank, row in enumerate(flags) if NOT_FINITE in row)
+        more = f" (and {count - 1} more)" if count > 1 else ""
+        name = names[flags[rank].index(NOT_FINITE)]
+        return (
+            f"the {self._what} of {name} on rank {rank} is not finite{more}: lower the learning rate, or {self._advice}"
+        )
 
     def receive_means(self, means: Tensor) -> None:
         """Give the optimizer what it calibrates on: the mean over all workers of their `Outcome.sums` in a step."""
@@ -429,16 +451,3 @@ def _cuts(slots: tuple[Slot, ...], first: int, share: int) -> tuple[list[int], l
     """Which of the slots have a part in words [first, first + share), and the parts; the same in every step."""
     found = [(i, cut) for i, slot in enumerate(slots) if (cut := _cut(slot, first, share)) is not None]
     return [i for i, _ in found], [cut for _, cut in found]
-
-
-def _nonfinite_found(flags: Sequence[bytes], names: Sequence[str]) -> str | None:
-    """Whose gradient is not finite, as a sentence; None if all are."""
-    count = sum(row.count(NOT_FINITE) for row in flags)
-    if count == 0:
-        return None
-    rank = next(rank for rank, row in enumerate(flags) if NOT_FINITE in row)
-    more = f" (and {count - 1} more)" if count > 1 else ""
-    return (
-        f"the gradient of {names[flags[rank].index(NOT_FINITE)]} on rank {rank} is not finite{more}: lower the "
-        'learning rate, or pass nonfinite="abstain" to leave such a worker out, or grad_scaler for float16'
-    )

@@ -390,6 +390,8 @@ def resplit(states: Sequence[Mapping[str, Any]], world_size: int) -> list[dict[s
         >>> len(new), new[2]["state"]["w"]["exp_avg"].tolist()
         (3, [0.5, 0.5, 0.5])
     """
+    if any("rank" not in state for state in states):
+        raise ValueError("resplit takes states of votes and of LocalVote: go on with as many workers as were saved")
     ranks = sorted(state["rank"] for state in states)
     expected = states[0]["world_size"] if states else 0
     parts = _part_of(states[0])[1] if states else 1
@@ -407,7 +409,7 @@ def resplit(states: Sequence[Mapping[str, Any]], world_size: int) -> list[dict[s
             merged[name][key] = total.to(entries[0][key].dtype)
     if any(state.get("away") for state in states):
         raise ValueError("a round of LocalVote was under way as these states were saved: call hold_round() before")
-    common = {key: states[0][key] for key in ("schedule", "away", "start") if key in states[0]}
+    common = {key: states[0][key] for key in ("method", "schedule", "away", "start") if key in states[0]}
     return [
         {
             **common,

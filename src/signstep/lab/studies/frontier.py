@@ -11,6 +11,9 @@ frontier_report.py the tables and the figure.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ from signstep.lab.errors import BadInput
 from signstep.lab.output.command import command_line
 from signstep.lab.output.files import make_folder
 from signstep.lab.studies import frontier_links, frontier_report
+from signstep.lab.studies.frontier_report import best_trial
 from signstep.lab.studies.frontier_ways import FAMILIES, WAYS, Workload
 from signstep.lab.training.config import Dataset, RunConfig
 from signstep.lab.training.loop import train
@@ -71,7 +75,7 @@ class FrontierStudy:
         if workers.size > 1:
             if workers.size != self.workers:
                 raise BadInput(f"--workers {self.workers}, and torchrun has started {workers.size}: give both the same")
-            self._train(ways)
+            self._train(ways, workers)
             return 0
         for link in dict.fromkeys(self.links):
             frontier_links.time_ways(link, self.workload, ways, self.out, self.data)
@@ -80,31 +84,31 @@ class FrontierStudy:
             print(f"written: {path}")
         return 0
 
-    def _train(self, ways: tuple[str, ...]) -> None:
-        began = time.monotonic()
-        folder = self.out / "runs"
+    def _train(self, ways: tuple[str, ...], workers: Workers) -> None:
+        end = math.inf if self.max_minutes is None else time.monotonic() + 60 * self.max_minutes
+        folder, workload = self.out / "runs", self.workload
 
         def finish(config: RunConfig, what: str) -> bool:
-            """Whether the run has ended."""
+            """Train a run to its end, and whether it has ended; all ranks are told the same."""
             path = folder / f"{config.hash}.jsonl"
-            if is_done(path):
+            if workers.from_first(lambda: is_done(path)):
                 return True
-            if self.max_minutes is not None and time.monotonic() - began > 60 * self.max_minutes:
+            if workers.any(time.monotonic() > end)[0]:
                 return False
             ended = train(config, folder, data=self.data, device="cpu", progress=False) in ("done", "diverged")
-            if ended and Workers.join("cpu").rank == 0:
+            if ended and workers.rank == 0:
                 path.with_suffix(".pt").unlink(missing_ok=True)
                 run = read_run(path)
                 print(f"{what}: {'diverged' if run.diverged else run.metric.text(run.result)}", flush=True)
             return ended
 
-        workload = self.workload
+        chosen = {}
         for family in dict.fromkeys(WAYS[key].family for key in ways):
-            trials = [(trial, workload.trial(family, trial)) for trial in FAMILIES[family].trials]
-            if not all(finish(config, f"{family} {trial}, held-out text") for trial, config in trials):
-                return
-        for seed in range(self.seeds):
-            for key in ways:
-                chosen = frontier_report.best_trial(folder, workload, WAYS[key].family)
-                if not finish(workload.final(key, chosen, seed), f"{WAYS[key].label}, seed {seed}"):
+            for trial in FAMILIES[family].trials:
+                if not finish(workload.trial(family, trial), f"{family} {trial}, held-out text"):
                     return
+            chosen[family] = workers.from_first(functools.partial(best_trial, folder, workload, family))
+        for seed, key in itertools.product(range(self.seeds), ways):
+            config = workload.final(key, chosen[WAYS[key].family], seed)
+            if not finish(config, f"{WAYS[key].label}, seed {seed}"):
+                return

@@ -124,27 +124,28 @@ class Workload:
     def trial(self, family: str, trial: Mapping[str, float]) -> RunConfig:
         """The run of a trial, on held-out text."""
         tuned = FAMILIES[family]
-        return self._config(tuned, tuned.reduce, {**tuned.options, **trial}, split="tune")
+        return self.config(tuned.optimizer, tuned.reduce, {**tuned.options, **trial, "split": "tune"})
 
     def final(self, key: str, trial: Mapping[str, float], seed: int) -> RunConfig:
         """The run of a way with the options that were chosen for its family."""
         way = WAYS[key]
         tuned = FAMILIES[way.family]
         own = {**tuned.options, **trial} | ({} if way.every is None else {"every": way.every})
-        return self._config(tuned, way.reduce, own, seed=seed, epochs=way.epochs)
+        return self.config(tuned.optimizer, way.reduce, {**own, "seed": seed, "epochs": way.epochs})
 
-    def _config(self, family: Family, reduce: str, options: Mapping[str, Any], **more: Any) -> RunConfig:
-        return RunConfig(
-            dataset=self.dataset,
-            model="gpt",
-            width=_WIDTH,
-            context=_CONTEXT,
-            subset=self.subset,
-            batch_size=_BATCH,
-            warmup=0.05,
-            optimizer=family.optimizer,
-            reduce=reduce,
-            workers=None if reduce == "mean" else self.workers,
-            **{"epochs": 1, **more},
-            **options,
-        )
+    def config(self, optimizer: OptimizerName, reduce: str, options: Mapping[str, Any]) -> RunConfig:
+        """A run with other fields as given."""
+        common: dict[str, Any] = {
+            "dataset": self.dataset,
+            "model": "gpt",
+            "width": _WIDTH,
+            "context": _CONTEXT,
+            "subset": self.subset,
+            "batch_size": _BATCH,
+            "epochs": 1,
+            "warmup": 0.05,
+            "optimizer": optimizer,
+            "reduce": reduce,
+            "workers": None if reduce == "mean" else self.workers,
+        }
+        return RunConfig(**common | dict(options))

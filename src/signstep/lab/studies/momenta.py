@@ -30,6 +30,7 @@ from signstep.lab.output.command import command_line
 from signstep.lab.output.files import make_folder, read_json, write_all, write_json
 from signstep.lab.output.machine import environment, now
 from signstep.lab.output.tables import markdown_table
+from signstep.lab.studies.frontier_ways import Workload
 from signstep.lab.training.config import Dataset, RunConfig
 from signstep.lab.training.optimizers import OptimizerName
 from signstep.lab.training.run import TrainingRun
@@ -71,10 +72,9 @@ class MomentaStudy:
         command = command_line(["study", "momenta"], self, omit=("out", "data", "max_minutes"))
         found: dict[tuple[str, int], list[dict[str, Any]]] = {}
         for seed, (optimizer, lr), period in itertools.product(range(self.seeds), _RATES.items(), self.periods):
-            config = RunConfig(
-                dataset=self.dataset, model="gpt", width=0.5, context=32, subset=self.subset, batch_size=16, epochs=1,
-                warmup=0.05, optimizer=optimizer, lr=lr, weight_decay=0.1, seed=seed,
-            )  # fmt: skip
+            config = Workload(self.dataset, self.subset, 1).config(
+                optimizer, "mean", {"lr": lr, "weight_decay": 0.1, "seed": seed}
+            )
             path = self.out / "runs" / f"{config.hash}-{self.workers}-{period}.json"
             if not path.exists() and time.monotonic() > end:
                 break

@@ -197,6 +197,10 @@ class RunConfig:
             raise BadInput(
                 f"every={self.every!r}, reduce={self.reduce!r}: --reduce {methods} needs --every, at least 1"
             )
+        if self.outer_lr is not None and not 0 < self.outer_lr < math.inf:
+            raise BadInput(f"outer_lr={self.outer_lr!r}: expected a finite value > 0")
+        if self.outer_momentum is not None and not 0 <= self.outer_momentum < 1:
+            raise BadInput(f"outer_momentum={self.outer_momentum!r}: expected a value in [0, 1)")
         if not local and (self.outer_lr is not None or self.outer_momentum is not None):
             raise BadInput(f"outer_lr or outer_momentum with reduce={self.reduce!r}: it has no such option")
         if "switch" in known.options and (self.switch is None) == (self.switch_tolerance is None):

@@ -8,6 +8,7 @@ When to step, evaluate, write and stop is here; what each of these does is in ru
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import time
@@ -104,7 +105,7 @@ def train(
         shown = Display(
             config, run.step, run.total_steps, show=progress, quiet=not first, board=board if first else None
         )
-        with StopRequest() as stop, shown as display:
+        with contextlib.closing(run), StopRequest() as stop, shown as display:
             if state is not None:
                 epoch = math.ceil(run.step / run.steps_per_epoch)
                 where = f"step {run.step} of {run.total_steps}, in epoch {epoch} of {config.epochs}"

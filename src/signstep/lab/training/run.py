@@ -82,7 +82,7 @@ class TrainingRun:
             )
         if config.every is not None:
             self.local = LOCAL_METHODS[config.reduce].start(
-                self.model, self.optimizer, config.every, config.outer_lr, config.outer_momentum
+                self.model, self.optimizer, config.every, config.outer_lr, config.outer_momentum, config.seed
             )
             self.reduction = OwnState(self.model, self.optimizer, self.local)
         elif workers.size > 1 or config.workers is not None:
@@ -236,6 +236,11 @@ class TrainingRun:
         line = {"event": "end", "status": status, "epoch": epoch, "step": self.step, name: score}
         self.events.append(line if reason is None else line | {"reason": reason})
 
+    def close(self) -> None:
+        """End what local steps have begun; a later step raises."""
+        if self.local is not None:
+            self.local.close()
+
     def write(self, record: Path) -> None:
         """Write the record so far, from rank 0."""
         if self.workers.rank == 0:
@@ -245,7 +250,8 @@ class TrainingRun:
         """Write the checkpoint, from rank 0, unless the weights are no longer finite: then the last good one stays."""
         history = self.workers.total(self.history)
         reduction = self.workers.gather(None if self.reduction is None else self.reduction.state_dict())
-        if self.workers.rank == 0 and all(p.isfinite().all() for p in self.model.parameters()):
+        (bad,) = self.workers.any(not all(p.isfinite().all() for p in self.model.parameters()))
+        if self.workers.rank == 0 and not bad:
             state = {
                 "config": self.config.to_dict(),
                 "model": self.model.state_dict(),

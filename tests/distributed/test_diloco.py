@@ -261,10 +261,10 @@ def count_bytes(key: str) -> int:
     size, sent = dist.get_world_size(), 0
     originals = dist.all_to_all_single, base.all_gather
 
-    def counting_all_to_all(out: Tensor, x: Tensor, **options: Any) -> Any:
+    def counting_all_to_all(out: Tensor, x: Tensor, *splits: Any, **options: Any) -> Any:
         nonlocal sent
         sent += x.nbytes * (size - 1) // size
-        return originals[0](out, x, **options)
+        return originals[0](out, x, *splits, **options)
 
     def counting_all_gather(out: Tensor, x: Tensor, group: Any) -> Any:
         nonlocal sent

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gang import gang, on_ranks
-from signstep.distributed import LocalVote, RoundCheckpoint
+from signstep.distributed import DiLoCo, LocalVote, RoundCheckpoint
 from signstep.distributed.elastic import Restored, Saved, newest
+from signstep.distributed.rounds import Schedule
 
 EVERY = 3
 
@@ -24,8 +25,18 @@ def worker(folder: Path, **options: Any) -> tuple[nn.Module, torch.optim.Optimiz
     torch.manual_seed(dist.get_rank())
     model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    local = LocalVote(model, optimizer, every=EVERY, error_feedback=True, dither=0.1, **options)
+    local = LocalVote(model, optimizer, every=EVERY, outer_momentum=0.9, error_feedback=True, dither=0.1, **options)
     return model, optimizer, local, RoundCheckpoint(folder, model, optimizer, local)
+
+
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, local: LocalVote, position: int) -> bool:
+    """Whether a round has ended."""
+    generator = torch.Generator().manual_seed(1000 * dist.get_rank() + position)
+    x = torch.randn(8, 5, generator=generator)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+    optimizer.step()
+    return local.step()
 
 
 def train(
@@ -46,13 +57,8 @@ def train(
     if not options:
         assert equal_everywhere(model)
     while position < rounds * EVERY:
-        generator = torch.Generator().manual_seed(1000 * rank + position)
-        x = torch.randn(8, 5, generator=generator)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
-        optimizer.step()
         position += 1
-        if local.step():
+        if one_step(model, optimizer, local, position):
             checkpoint.save(position=position, rank=rank)
     if rank in unsaved:
         (last,) = checkpoint.folder.glob(f"round-{checkpoint.round:08d}-worker-{rank}-*")
@@ -87,6 +93,59 @@ def test_as_many_workers_go_on_bit_by_bit(shared: bool, options: dict[str, Any],
         assert options or (restored.round, restored.extra["position"]) == (2, 2 * EVERY)
         assert restored.extra["rank"] == rank
         assert equal(end, expected)
+
+
+def _killed_in_a_save(folder: Path) -> None:
+    """Rank 1 does not live to save what has ended after step 22; rank 0 goes on as far as it can without it."""
+    rank = dist.get_rank()
+    model, optimizer, local, checkpoint = worker(folder, delay=1, fragments=2)
+    assert checkpoint.restore() is None
+    for position in range(1, 24 - rank):
+        if one_step(model, optimizer, local, position) and (rank, position) != (1, 22):
+            checkpoint.save(position=position, rank=rank)
+    dist.barrier()
+
+
+def test_a_worker_may_be_two_rounds_ahead(tmp_path: Path) -> None:
+    """Three steps do not divide into two fragments: what departs after step 22 arrives after 23, as the round before
+    has arrived after 22.
+    """
+    whole = run(2, [tmp_path / "whole"], 10, delay=1, fragments=2)
+    folder = tmp_path / "killed"
+    gang(2).run(_killed_in_a_save, folder)
+    left = {(saved.round, saved.worker) for path in folder.iterdir() if (saved := Saved.of(path.name))}
+    assert {(r, 0) for r in (13, 14, 15)} <= left
+    assert max(r for r, w in left if w == 1) == 13
+    for (restored, _, end), (_, _, expected) in zip(run(2, [folder], 10, delay=1, fragments=2), whole, strict=True):
+        assert (restored.round, restored.extra["position"]) == (13, 20)
+        assert equal(end, expected)
+
+
+def most_ahead(every: int, delay: int, fragments: int) -> int:
+    """How many rounds a worker may have saved that another one has not, by a walk along the schedule.
+
+    To save after a step, a worker needs what all the others have sent until then. So they have come to the last step at
+    which something was sent, and have saved what ended at earlier steps.
+    """
+    schedule, ahead, most = Schedule(every, delay, fragments), 0, 0
+    for _ in range(6 * every):
+        arriving, departing = schedule.step()
+        ahead = (0 if departing else ahead) + bool(arriving if delay > 0 else departing)
+        most = max(most, ahead)
+    return most
+
+
+@on_ranks(1)
+def test_a_round_is_kept_that_all_have_saved(tmp_path: Path) -> None:
+    model, optimizer, local, _ = worker(tmp_path)
+    most = dict.fromkeys((2, 3), 0)
+    for every in range(1, 13):
+        for delay in range(every):
+            for fragments in range(1, every + 1):
+                local.schedule = Schedule(every, delay, fragments)
+                kept = RoundCheckpoint(tmp_path, model, optimizer, local).keep
+                most[kept] = max(most[kept], most_ahead(every, delay, fragments))
+    assert most == {2: 1, 3: 2}
 
 
 def test_files_are_those_of_the_last_rounds(tmp_path: Path) -> None:
@@ -184,24 +243,41 @@ def test_what_cannot_be_is_refused_at_once(tmp_path: Path) -> None:
     assert checkpoint.round == 0
     with pytest.raises(ValueError, match="Invalid keep: 1, expected at least 2"):
         RoundCheckpoint(tmp_path, model, optimizer, local, keep=1)
+    with pytest.raises(
+        TypeError, match="Invalid local: a DiLoCo, expected a LocalVote, as only its state can be split"
+    ):
+        RoundCheckpoint(tmp_path, model, optimizer, DiLoCo(model, optimizer, every=3))  # type: ignore[arg-type]
 
 
 SAVED = st.builds(Saved, st.integers(0, 5), st.integers(1, 3), st.integers(0, 2), st.sampled_from("ab"))
 
 
-@given(st.sets(SAVED.filter(lambda saved: saved.worker < saved.workers)), st.integers(2, 4))
-def test_what_is_chosen_fits_together_and_is_the_newest(files: set[Saved], keep: int) -> None:
-    chosen = newest(files, keep)
+@given(st.sets(SAVED.filter(lambda saved: saved.worker < saved.workers)))
+def test_what_is_chosen_fits_together_and_is_the_newest(files: set[Saved]) -> None:
+    """The newest of the complete rounds; of all, if none is complete."""
+    chosen = newest(files)
     assert set(chosen) <= files
     assert bool(chosen) == bool(files)
     assert len({(saved.round, saved.workers, saved.run) for saved in chosen}) <= 1
     assert [saved.worker for saved in chosen] == sorted({saved.worker for saved in chosen})
-    for saved in files:
-        others = {Saved(saved.round, saved.workers, w, saved.run) for w in range(saved.workers)}
-        if others <= files and len(chosen) < chosen[0].workers:
-            assert saved.round <= max(files)[0] - keep
-        assert saved.round <= chosen[0].round + keep - 1
-        assert Saved.of(saved.name) == saved
+    rivals = {saved for saved in files if {saved._replace(worker=w) for w in range(saved.workers)} <= files} or files
+    assert set(chosen) <= rivals
+    assert all(saved.round <= chosen[0].round for saved in rivals)
+    assert all(Saved.of(saved.name) == saved for saved in files)
+
+
+def test_what_is_left_of_another_training_does_not_take_over(tmp_path: Path) -> None:
+    old, complete = Saved(100, 2, 1, "aa"), [Saved(40, 2, 0, "bb"), Saved(40, 2, 1, "bb")]
+    assert newest([old, *complete]) == complete
+    assert newest([old, complete[0]]) == [old]
+    folders = folders_of(tmp_path, False, 2)
+    run(2, [tmp_path / "other"], 8)
+    first = run(2, folders, 4)
+    (file,) = (tmp_path / "other").glob("round-00000008-worker-1-*")
+    file.rename(folders[1] / file.name)
+    for (restored, _, end), (_, _, expected) in zip(run(2, folders, 4), first, strict=True):
+        assert restored.round == 4
+        assert equal(end, expected)
 
 
 @given(
@@ -214,7 +290,7 @@ def test_no_more_than_a_round_is_lost_however_often_workers_are_killed(
     files: set[Saved] = set()
     reached = 0
     for run_index, (workers, rounds, unsaved) in enumerate(kills):
-        chosen = newest(files, 2)
+        chosen = newest(files)
         begin = chosen[0].round if chosen else 0
         assert begin >= reached - 1
         for r in range(begin + 1, begin + rounds + 1):

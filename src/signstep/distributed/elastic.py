@@ -68,29 +68,26 @@ class Restored(NamedTuple):
     """What was passed to `save`: this worker's own, or, of another number of workers, the same for all."""
 
 
-def newest(files: Collection[Saved], keep: int) -> list[Saved]:
+def newest(files: Collection[Saved]) -> list[Saved]:
     """The files to go on from: those of the newest round of which no worker's is missing, in the order of workers.
 
-    A worker saves a round when all have voted in it, and each votes when it has saved the round before. So either the
-    newest round is complete or the one before it is, unless files are lost. Where none of the last `keep` rounds is
+    A round is complete where all workers' files are there that have saved it together, as their names say. Unless files
+    are lost, one of the rounds that `RoundCheckpoint` keeps is complete. So a newer round that is not complete is what
+    a killed worker has begun, or what is left of another training, and it is passed over. Where no round at all is
     complete, it is the newest, with what there is of it.
 
     Example:
         >>> files = [Saved(4, 2, 0, "a"), Saved(4, 2, 1, "a"), Saved(5, 2, 1, "a")]
-        >>> [(file.round, file.worker) for file in newest(files, 2)]
+        >>> [(file.round, file.worker) for file in newest(files)]
         [(4, 0), (4, 1)]
-        >>> [(file.round, file.worker) for file in newest(files[1:], 2)]
+        >>> [(file.round, file.worker) for file in newest(files[1:])]
         [(5, 1)]
     """
     by_round: dict[tuple[int, int, str], list[Saved]] = {}
     for file in sorted(files):
         by_round.setdefault((file.round, file.workers, file.run), []).append(file)
-    last = max((file.round for file in files), default=0)
-    recent = [group for group in by_round.values() if group[0].round > last - keep]
-    complete = [group for group in recent if len(group) == group[0].workers]
-    if complete:
-        return max(complete, key=lambda group: group[0].round)
-    return max(recent, key=lambda group: (group[0].round, len(group)), default=[])
+    complete = [group for group in by_round.values() if len(group) == group[0].workers]
+    return max(complete or by_round.values(), key=lambda group: (group[0].round, len(group)), default=[])
 
 
 class _Way(NamedTuple):
@@ -125,7 +122,9 @@ class _Way(NamedTuple):
 
 
 class RoundCheckpoint:
-    """Save every worker's state after each round, and go on with any number of workers.
+    """Save every worker's state after each round of `LocalVote`, and go on with any number of workers.
+
+    With fragments a round is what has ended whenever `LocalVote.step` returns True: one fragment's.
 
     Each worker writes a file of its own, atomically. If all files of the newest round are there and as many workers as
     have saved it, each takes its own, and the run is, bit for bit, the one that was not interrupted. With another
@@ -138,12 +137,14 @@ class RoundCheckpoint:
         model: as `LocalVote` was given it.
         optimizer: the worker's own, whose state is saved.
         local: the `LocalVote` of both.
-        keep: rounds whose files are kept, at least 2.
+        keep: rounds whose files are kept, at least 2. One more is kept if `local` has a delay and fragments that do not
+            divide its `every`: then a worker may have saved two rounds that another one has not.
 
     Attributes:
         round: how many rounds have been saved.
 
     Raises:
+        TypeError: local is not a `LocalVote`.
         ValueError: keep is less than 2.
 
     Example:
@@ -167,7 +168,17 @@ class RoundCheckpoint:
     ) -> None:
         if keep < 2:
             raise ValueError(f"Invalid keep: {keep}, expected at least 2, as some workers save a round before others")
-        self.folder, self.optimizer, self.local, self.keep = Path(folder), optimizer, local, keep
+        if not isinstance(local, LocalVote):
+            raise TypeError(
+                f"Invalid local: a {type(local).__name__}, expected a LocalVote, as only its state can be split among "
+                "another number of workers: save the state_dict() of model, optimizer and this object on each rank"
+            )
+        self.folder, self.optimizer, self.local = Path(folder), optimizer, local
+        # To save, a worker needs all that the others send until that step, and they send it when they have saved what
+        # arrived at earlier steps. From one departure to the last step before the next there is one arrival, or there
+        # are two if the steps between departures are not always as many.
+        schedule = local.schedule
+        self.keep = keep + int(schedule.delay > 0 and schedule.every % schedule.fragments > 0)
         self.module = model.module if isinstance(model, DistributedDataParallel) else model
         self.device = next(self.module.parameters()).device
         self.round = 0
@@ -176,6 +187,8 @@ class RoundCheckpoint:
 
     def save(self, **extra: Any) -> None:
         """Save what this worker has; every worker calls it after a round, and in every round, or in every k-th.
+
+        Files of rounds that are too old are deleted once the new one is there, whoever has saved them.
 
         Args:
             extra: what else the training needs to go on, such as its position in the data: numbers, strings, tensors,
@@ -203,7 +216,7 @@ class RoundCheckpoint:
             self._check(temporary)
         os.replace(temporary, self.folder / saved.name)
         self.round += 1
-        for other in self._files():  # of all workers: whoever takes part in this round has saved the last one
+        for other in self._files():  # of all workers, who have all saved the oldest round that is kept
             if other.round <= self.round - self.keep:
                 (self.folder / other.name).unlink(missing_ok=True)
 
@@ -233,7 +246,7 @@ class RoundCheckpoint:
         while True:
             told = self._tell_all((self._files() - unusable, secrets.token_hex(8)))
             seen, self._run = [files for files, _ in told], told[0][1]
-            files = newest(set().union(*seen), self.keep)
+            files = newest(set().union(*seen))
             if not files:
                 return None
             way = _Way.of(files, seen)

@@ -8,7 +8,9 @@ several machines, of which one to four take part at a time, run this on each, wi
     torchrun --nnodes 1:4 --nproc-per-node 1 --max-restarts 100 --rdzv-backend c10d --rdzv-id job \
         --rdzv-endpoint first.example:29400 --rdzv-conf last_call_timeout=5 examples/elastic.py
 
-Rank 0 prints the test accuracy and whether the weights are the same bits on all ranks.
+Rank 0 prints the test accuracy and whether the weights are the same bits on all ranks. At the end each machine deletes
+its folder, unless you have named it with --folder. A run goes on from whatever is in its folder, so a run that you have
+stopped for good leaves one behind: delete it on all machines, or choose another --rdzv-id.
 """
 
 import argparse
@@ -65,7 +67,12 @@ def train(folder: Path, rounds: int, seed: int) -> tuple[float, bool]:
 def main() -> None:
     """`train` as a process of torchrun."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, help="shared by all machines, or one on each; default: for this run")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="shared by all machines, or one on each; it is kept at the end, and the next run goes on from it. "
+        "Default: a folder in the machine's temporary files, named by --rdzv-id and deleted at the end",
+    )
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -77,8 +84,9 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(f"rounds {arguments.rounds}, workers {dist.get_world_size()}, test accuracy {accuracy:.1%}")
         print(f"the same bits on all ranks: {same}")
-        if arguments.folder is None:
-            shutil.rmtree(folder)
+    if arguments.folder is None:
+        dist.barrier()  # all have saved
+        shutil.rmtree(folder, ignore_errors=True)  # another worker of this machine may delete it, too
     dist.destroy_process_group()
 
 

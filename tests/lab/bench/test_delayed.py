@@ -233,6 +233,23 @@ def test_the_relay_ends_with_the_network() -> None:
 
 
 @needs_devices
+@pytest.mark.parametrize("line", ["", "no number"])
+def test_a_relay_that_has_ended_is_an_error_in_one_sentence(line: str) -> None:
+    """It was killed, or has said why it gave up."""
+    with network(2, latency=True) as net:
+        assert isinstance(net, DelayedNetwork)
+        assert net._relay.stdin is not None
+        if line:
+            net._relay.stdin.write(line.encode())
+        else:
+            net._relay.kill()
+        net._relay.wait(timeout=30)
+        reason = "ValueError: [^\n]*" if line else "exit status -9"
+        with pytest.raises(netns.NetworkError, match=rf"^the relay, [^\n]* has ended \({reason}\)$"):
+            net.shape(Link(1e7, 0.02))
+
+
+@needs_devices
 def test_the_relay_ends_with_its_input() -> None:
     process = subprocess.Popen([sys.executable, "-I", relay.__file__, "wire"], stdin=-1, stdout=-1)
     assert process.stdout is not None

@@ -9,6 +9,7 @@ On two cores of 2026 the relay carries 4 ranks' all-to-all at 1 Gbit/s each at 9
 
 from __future__ import annotations
 
+import contextlib
 import math
 import subprocess
 import sys
@@ -21,7 +22,7 @@ class DelayedNetwork(netns.Network):
     """A `Network` whose links have latency; a context manager.
 
     Raises:
-        NetworkError: from `with`: as `Network`, or there are no TUN devices.
+        NetworkError: from `with`: as `Network`, or there are no TUN devices; from `shape`: the relay has ended.
     """
 
     def _connect(self) -> None:
@@ -32,31 +33,37 @@ class DelayedNetwork(netns.Network):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            bufsize=0,
         )
         self._stack.callback(netns.end, self._relay)
-        self._await_relay()
+        if said := self._unanswered():
+            raise netns.NetworkError(f"links with latency need TUN devices ({said}); give a rate alone, as in 10mbit")
 
     def _commands(self, rank: int) -> list[str]:
         # A namespace may not choose among all algorithms, but a route may.
         route = f"dev {netns.DEVICE} proto kernel scope link src {self.address(rank)} congctl cubic"
         return [*super()._commands(rank), f"route replace {netns.SUBNET} {route}"]
 
-    def _await_relay(self) -> None:
+    def _unanswered(self) -> str | None:
+        """Why the relay has ended instead of answering; None: it has answered."""
         assert self._relay.stdout is not None
         assert self._relay.stderr is not None
-        if self._relay.stdout.readline() != b"\n":
-            said = self._relay.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
-            raise netns.NetworkError(f"links with latency need TUN devices ({said}); give a rate alone, as in 10mbit")
+        if self._relay.stdout.readline() == b"\n":
+            return None
+        said = self._relay.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
+        return said or f"exit status {self._relay.wait()}"
 
     def shape(self, link: Link | None) -> None:
         """Give every link a rate in both directions, and half its latency each way; None: neither."""
-        self._shape(self._own_ends(), link)
+        # First the relay: when it ends, the devices that tc would shape are gone with it.
         delay, rate = (link.latency / 2, link.rate) if link else (0.0, math.inf)
         patience = netns.patience(link.rate) if link else math.inf
         assert self._relay.stdin is not None
-        self._relay.stdin.write(f"{delay} {rate} {patience}\n".encode())
-        self._relay.stdin.flush()
-        self._await_relay()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and says why instead of answering
+            self._relay.stdin.write(f"{delay} {rate} {patience}\n".encode())
+        if said := self._unanswered():
+            raise netns.NetworkError(f"the relay, which carries the packets of links with latency, has ended ({said})")
+        self._shape(self._own_ends(), link)
 
 
 def network(ranks: int, *, latency: bool) -> netns.Network:

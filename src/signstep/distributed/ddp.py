@@ -243,7 +243,7 @@ PAGES = {
         bytes="1/4 (M-1)/M",
         biased="yes: the sign alone",
         state="none: each worker's momentum is the optimizer's",
-        good_for="slow links, any M; a minority of attackers",
+        good_for="slow links, any M; a minority that flip their own signs (colluders need fewer where signs are noisy)",
         not_for="optimizers that need magnitudes",
     ),
     "Lion": Page(

@@ -12,9 +12,9 @@ from ddp_cases import equal_everywhere
 from local_cases import OPTIMIZERS, local_step, network, small, small_step
 from torch import Tensor, nn
 
+from bytes_sent import bytes_sent
 from gang import gang, on_ranks
 from signstep.distributed import QSGD, CollectiveError, DiLoCo, EFSign, TopK
-from signstep.distributed.compressors import base
 from signstep.distributed.local_methods import LOCAL_METHODS
 from signstep.distributed.reductions import Gradients
 
@@ -256,35 +256,21 @@ def test_a_worker_whose_weights_are_not_finite_is_left_out_of_the_mean() -> None
     assert gang(3).run(spoil, "abstain") == ["went on"] * 3
 
 
-def count_bytes(key: str) -> int:
-    """Bytes sent to others in a round, counted at the collectives."""
-    size, sent = dist.get_world_size(), 0
-    originals = dist.all_to_all_single, base.all_gather
-
-    def counting_all_to_all(out: Tensor, x: Tensor, *splits: Any, **options: Any) -> Any:
-        nonlocal sent
-        sent += x.nbytes * (size - 1) // size
-        return originals[0](out, x, *splits, **options)
-
-    def counting_all_gather(out: Tensor, x: Tensor, group: Any) -> Any:
-        nonlocal sent
-        sent += x.nbytes * (size - 1)
-        return originals[1](out, x, group=group)
-
+def count_bytes(key: str) -> tuple[int, int]:
+    """Collectives of a round, and the bytes sent to others in it."""
     model = nn.Linear(512, 513)
     local = LOCAL_METHODS[key].start(model, torch.optim.SGD(model.parameters(), lr=0.1), 1, None, None, 0)
-    dist.all_to_all_single, base.all_gather = counting_all_to_all, counting_all_gather
-    try:
+    with bytes_sent() as sent:
         local.step()
-    finally:
-        dist.all_to_all_single, base.all_gather = originals
-    return sent
+    return len(sent), sum(sent)
 
 
-@pytest.mark.parametrize("key", [key for key in LOCAL_METHODS if key.startswith("diloco")])
-def test_bytes_are_those_of_the_formula(key: str) -> None:
-    promised = LOCAL_METHODS[key].payload(Gradients(((513, 512), (513,))), 4)
-    assert gang(4).run(count_bytes, key)[0] == pytest.approx(promised, rel=0.015)
+@pytest.mark.parametrize("key", LOCAL_METHODS)
+def test_bytes_and_round_trips_are_those_of_the_formula(key: str) -> None:
+    gradients, method = Gradients(((513, 512), (513,))), LOCAL_METHODS[key]
+    trips, sent = gang(4).run(count_bytes, key)[0]
+    assert trips == method.round_trips(gradients, 4)
+    assert sent == pytest.approx(method.payload(gradients, 4), rel=0.015)
 
 
 def refusals() -> list[str]:

@@ -4,12 +4,14 @@ import json
 import math
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from signstep.distributed.plan import FRAMING, ROUNDS, Cost, Link, bits_per_second, outside, predict, steps_under_way
+from signstep.distributed.local_methods import LOCAL_METHODS
+from signstep.distributed.plan import FRAMING, Cost, Link, bits_per_second, outside, predict, steps_under_way
 from signstep.distributed.reductions import REDUCTIONS, Gradients
 from signstep.lab.bench import plan_report
 from signstep.lab.bench.comm_methods import PEER
@@ -103,9 +105,9 @@ def test_predictions(count: int, workers: int, bandwidth: float, step: float, la
 @given(st.integers(1, 10**8), st.integers(1, 64), st.integers(1, 1000), st.floats(0, 10), st.floats(0, 10))
 def test_a_round_is_shared_by_its_steps(count: int, workers: int, every: int, step: float, work: float) -> None:
     gradients, cost = Gradients.square(count), Cost(workers, Link(1e8, 0.02), step)
-    for key in ROUNDS.values():
-        whole = predict(REDUCTIONS[key], gradients, cost, work=work)
-        share = predict(REDUCTIONS[key], gradients, cost, work=work, every=every)
+    for method in LOCAL_METHODS.values():
+        whole = predict(method, gradients, cost, work=work)
+        share = predict(method, gradients, cost, work=work, every=every)
         for name in ("payload", "wire", "waiting", "work", "communication"):
             assert every * getattr(share, name) == pytest.approx(getattr(whole, name))
         assert share.worst == pytest.approx(step + share.communication + work / every)
@@ -117,24 +119,42 @@ def test_a_round_is_shared_by_its_steps(count: int, workers: int, every: int, st
 
 @given(st.integers(1, 10**9), st.integers(2, 1000), st.integers(1, 500))
 def test_bytes_of_rounds(count: int, workers: int, every: int) -> None:
-    """A vote sends n (M - 1) / (4 M H), fp32 32 times as much in fp32 and 8 times in int8."""
+    """A vote sends n (M - 1) / (4 M H), DiLoCo 32 times as much in fp32 and 8 times in int8, with 4 bytes more per
+    1024 elements; all tell everybody 4 bytes of each parameter, and 8 of themselves.
+    """
     gradients, cost = Gradients.square(count), Cost(workers, Link(1e8), 0.1)
     vote = count * (workers - 1) / (4 * workers * every)
-    for label, times in (("LocalVote", 1), ("DiLoCo, fp32", 32), ("DiLoCo, int8", 8)):
-        found = predict(REDUCTIONS[ROUNDS[label]], gradients, cost, every=every)
-        assert found.payload == pytest.approx(times * vote)
+    said = 4 * (workers - 1) * (2 + len(gradients.shapes)) / every
+    for key, times in (("local-vote", 1), ("diloco", 32), ("diloco-int8", 8 * (1 + 4 / 1024))):
+        assert predict(LOCAL_METHODS[key], gradients, cost, every=every).payload == pytest.approx(times * vote + said)
 
 
 def test_round_trips_of_one_bucket() -> None:
-    """Rings of all-reduces are 2 (M - 1) long, those of all-gathers M - 1, and a vote goes there and back."""
+    """Rings of all-reduces are 2 (M - 1) long; a vote goes there and back, and so does a mean of two phases."""
     expected = {"ddp-fp32": 30, "bf16": 30, "int8-sum": 30, "powersgd": 90, "vote": 2, "vote-ef": 2}
-    expected |= {"ef-sign": 15, "ef-sign-two-sided": 16, "one-bit-adam": 16, "top-k": 15}
+    expected |= {"ef-sign": 1, "ef-sign-two-sided": 2, "one-bit-adam": 2, "top-k": 1}
     one, three = Gradients.square(200_000), Gradients.square(10_000_000)
     assert (one.buckets, three.buckets) == (1, 3)
     assert {key: REDUCTIONS[key].round_trips(one, 16) for key in expected} == expected
     # 10 parts, two at a time.
     expected = {key: 3 * trips for key, trips in expected.items()} | {"vote": 10, "vote-ef": 10}
     assert {key: REDUCTIONS[key].round_trips(three, 16) for key in expected} == expected
+
+
+@pytest.mark.parametrize(("parameters", "parts"), [(200_000, 1), (2_000_000, 1), (4_000_000, 2), (10_000_000, 5)])
+def test_round_trips_of_a_round(parameters: int, parts: int) -> None:
+    """What is said, then there and back: DiLoCo in one message, the vote in parts of two matrices, two at a time."""
+    gradients, cost = Gradients.square(parameters), Cost(16, Link(1e9, 0.02), 0.0)
+    expected = {"local-vote": 1 + 2 * math.ceil(parts / 2), "diloco": 3, "diloco-int8": 3}
+    for key, trips in expected.items():
+        found = predict(LOCAL_METHODS[key], gradients, cost, every=8)
+        assert found.waiting == pytest.approx(trips * 0.02 / 8)
+        assert found.best == pytest.approx(found.wire + 3 * 0.02 / 8)
+
+
+def test_the_plan_counts_what_a_local_vote_sends_in_turns() -> None:
+    with mock.patch("signstep.distributed.vote.LEAST_PART", 10):
+        assert LOCAL_METHODS["local-vote"].round_trips(Gradients(((3, 4), (4,), (6,), (5,))), 4) == 1 + 2 * 2
 
 
 @pytest.mark.parametrize("options", [{"workers": 0}, {"every": 0}])
@@ -161,7 +181,7 @@ def test_the_command_shows_every_method(capsys: pytest.CaptureFixture[str]) -> N
     assert all(method.label.partition(",")[0] in printed for method in REDUCTIONS.values())
     assert "82.1 MB" in printed  # 8 n 14 / 15
     assert "11,000,000 parameters, 15 workers, 100 Mbit/s each way, round trip 20 ms, step 80 ms" in printed
-    assert all(f"{label}, H = {every}" in printed for label in ROUNDS for every in (8, 100))
+    assert all(f"{method.label}, H = {every}" in printed for method in LOCAL_METHODS.values() for every in (8, 100))
     assert "Expected vote of 15 workers; slope at 0: 2.51" in printed
     assert "7 of 15" in printed
 
@@ -269,7 +289,7 @@ def test_the_work_that_is_known_is_the_measured_one() -> None:
     path = Path(__file__).parents[2] / "results/bench-comm-latency/bench-comm.json"
     measured = known_work(path, 4)
     assert set(measured) <= set(REDUCTIONS)
-    assert {*ROUNDS.values(), PEER} <= set(measured)
+    assert {*(method.like for method in LOCAL_METHODS.values()), PEER} <= set(measured)
     assert {key: round(1e9 * each, 1) for key, each in measured.items()} == NANOSECONDS
     assert {key: 1e9 * each for key, each in known_work(None, 16).items()} == pytest.approx(NANOSECONDS)
 

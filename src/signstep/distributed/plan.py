@@ -11,10 +11,10 @@ import math
 import re
 from dataclasses import dataclass
 
+from signstep.distributed.local_methods import LocalMethod
 from signstep.distributed.reductions import Gradients, Reduction
 
 __all__ = [
-    "ROUNDS",
     "Cost",
     "Link",
     "Prediction",
@@ -26,9 +26,6 @@ __all__ = [
 
 FRAMING = 1514 / 1448
 """Bytes on an Ethernet link per byte of payload: TCP over IPv4, frames of 1500 bytes."""
-ROUNDS = {"LocalVote": "vote", "DiLoCo, fp32": "ddp-fp32", "DiLoCo, int8": "int8-sum"}
-"""Ways to talk once in H steps, and the key in `REDUCTIONS` of what sends as much in a step as they in a round, but for
-the lengths of LocalVote's steps, 4 bytes per parameter tensor."""
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
@@ -96,11 +93,11 @@ class Prediction:
     wire: float
     """Of the bytes, headers included, on a worker's link."""
     waiting: float
-    """Of the links' latency, every bucket's after the other's."""
+    """Of the links' latency, every bucket's or message's after the other's."""
     work: float
     """Of the processor, for packing, sending and unpacking."""
     best: float
-    """Of a step whose communication overlaps with steps as far as it can, and whose buckets wait at the same time."""
+    """Of a step whose communication overlaps with steps as far as it can, and whose messages wait at the same time."""
     worst: float
     """Of a step that overlaps with nothing."""
 
@@ -110,40 +107,42 @@ class Prediction:
         return self.wire + self.waiting
 
 
-def predict(reduction: Reduction, gradients: Gradients, cost: Cost, *, work: float = 0.0, every: int = 1) -> Prediction:
-    """What a step costs with a way to reduce gradients.
+def predict(
+    method: Reduction | LocalMethod, gradients: Gradients, cost: Cost, *, work: float = 0.0, every: int = 1
+) -> Prediction:
+    """What a step costs with a way to reduce gradients, or to agree now and then.
 
     Args:
-        reduction: what a round is, too, where workers talk once in H steps: `ROUNDS`.
+        method: of `REDUCTIONS` or `LOCAL_METHODS`.
         gradients: or weights, in a round.
         cost: the rest.
-        work: processor seconds of one reduction.
-        every: H, steps per reduction.
+        work: processor seconds of one reduction or round.
+        every: H, steps per reduction or round.
 
     Raises:
         ValueError: fewer than one worker or step.
 
     Example:
+        >>> from signstep.distributed.local_methods import LOCAL_METHODS
         >>> from signstep.distributed.reductions import REDUCTIONS
         >>> model, cost = Gradients.square(4_000_000), Cost(4, Link(100e6), step=0.08)
         >>> found = predict(REDUCTIONS["ddp-fp32"], model, cost)
         >>> found.payload, round(found.communication, 2)
         (24000000.0, 2.01)
-        >>> predict(REDUCTIONS["vote"], model, cost, every=32).payload
-        23437.5
+        >>> predict(LOCAL_METHODS["local-vote"], model, cost, every=32).payload
+        23439.75
     """
     if cost.workers < 1:
         raise ValueError(f"workers={cost.workers}: expected at least 1")
     if every < 1:
         raise ValueError(f"every={every}: expected at least 1 step")
-    payload = reduction.payload(gradients, cost.workers) / every
+    payload = method.payload(gradients, cost.workers) / every
     wire = payload * FRAMING * 8 / cost.link.rate
-    trips = reduction.round_trips(gradients, cost.workers) if cost.workers > 1 else 0
-    waiting = trips * cost.link.latency / every
+    latency = cost.link.latency / every if cost.workers > 1 else 0.0
+    waiting = method.round_trips(gradients, cost.workers) * latency
+    least = method.least_trips(gradients, cost.workers) * latency
     busy = cost.step + work / every
-    return Prediction(
-        payload, wire, waiting, work / every, max(busy, wire + waiting / gradients.buckets), busy + wire + waiting
-    )
+    return Prediction(payload, wire, waiting, work / every, max(busy, wire + least), busy + wire + waiting)
 
 
 def steps_under_way(found: Prediction, cost: Cost, every: int) -> int:
@@ -151,12 +150,12 @@ def steps_under_way(found: Prediction, cost: Cost, every: int) -> int:
 
     >>> cost = Cost(4, Link(100e6), step=0.08)
     >>> model = Gradients.square(4_000_000)
-    >>> from signstep.distributed.reductions import REDUCTIONS
-    >>> steps_under_way(predict(REDUCTIONS["vote"], model, cost, every=32), cost, every=32)
+    >>> from signstep.distributed.local_methods import LOCAL_METHODS
+    >>> steps_under_way(predict(LOCAL_METHODS["local-vote"], model, cost, every=32), cost, every=32)
     1
     """
-    whole = every * found.communication
-    return min(every - 1, math.ceil(whole / cost.step) if cost.step > 0 else every - 1)
+    whole, most = every * found.communication, every - 1
+    return most if whole >= most * cost.step else math.ceil(whole / cost.step)
 
 
 def outside(measured: float, low: float, high: float) -> float:

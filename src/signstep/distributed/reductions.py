@@ -92,8 +92,8 @@ class Reduction:
     """Bytes that each of M workers sends in a step, without padding and headers, by `Gradients` and M."""
     round_trips: RoundTrips
     """How many times a step waits for the links' latency, there and back, by `Gradients` and M. Of gloo, where whoever
-    receives has to say that it is ready: an all-reduce is a ring of 2 (M - 1) round trips, an all-gather one of M - 1,
-    an all-to-all 1; buckets go one after the other."""
+    receives has to say that it is ready: an all-reduce is a ring of 2 (M - 1) round trips, an all-to-all 1, and so is
+    an all-gather of `signstep.distributed.collectives`; buckets go one after the other."""
     attach: Attach | None
     """Makes a model reduce its gradients so, and returns what a checkpoint has to save, if anything; None for a way
     that is an optimizer of its own."""
@@ -101,6 +101,10 @@ class Reduction:
     """Whose it is: torch, plain (a few lines of torch) or signstep."""
     trained: bool = True
     """Whether `signstep train --reduce` offers it."""
+
+    def least_trips(self, gradients: Gradients, workers: int) -> float:
+        """How many round trips a step waits for where all buckets wait at the same time."""
+        return self.round_trips(gradients, workers) / gradients.buckets
 
 
 def attach(name: str, model: DistributedDataParallel, optimizer: Optimizer) -> Stateful | None:
@@ -184,7 +188,7 @@ def _compressed(offer: Offer) -> Reduction:
         offer.label,
         lambda gradients, workers: compressor.payload(gradients.shapes, workers),
         # All-to-all and all-gather, or an all-gather alone.
-        lambda gradients, workers: gradients.buckets * (workers if compressor.two_sided else workers - 1),
+        lambda gradients, _: gradients.buckets * (2 if compressor.two_sided else 1),
         attach_compressor,
     )
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from signstep.distributed.collectives import CollectiveError, all_gather
+from signstep.distributed.collectives import CollectiveError, start_all_gather, start_all_to_all
 from signstep.distributed.compressors.blocks import BLOCK, Blocks, Layout, pack, unpack
 from signstep.distributed.compressors.noise import SERVER, WORKER, Noise
 
@@ -131,7 +131,7 @@ class Message:
         flags = self._flags.to(words.device).expand(len(words), -1)
         out = torch.cat([flags, words], dim=1)
         received = torch.empty_like(out)
-        dist.all_to_all_single(received, out, group=self._group)
+        start_all_to_all(received, out, self._group).wait()
         return self._open(received)
 
     def gather(self, words: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class Message:
     def publish(self, words: Tensor) -> Tensor:
         """`gather`, after another collective."""
         received = words.new_empty(self.layout.workers * len(words))
-        all_gather(received, words, group=self._group)
+        start_all_gather(received, words, self._group).wait()
         return received.view(self.layout.workers, -1)
 
     def draw(self, rank: int | None = None) -> Tensor:

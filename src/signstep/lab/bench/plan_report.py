@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from signstep.distributed.plan import ROUNDS, Cost, Link, Prediction, outside, predict, steps_under_way
-from signstep.distributed.reductions import REDUCTIONS, Gradients
+from signstep.distributed.local_methods import LOCAL_METHODS, LocalMethod
+from signstep.distributed.plan import Cost, Link, Prediction, outside, predict, steps_under_way
+from signstep.distributed.reductions import REDUCTIONS, Gradients, Reduction
 from signstep.lab.bench.comm_cells import LOOPBACK
 from signstep.lab.bench.report import print_table
 from signstep.lab.bench.work import measured_work, read_record, workload_gradients
@@ -69,7 +70,7 @@ class Row:
 
     label: str
     every: int
-    """Steps per reduction."""
+    """Steps per reduction or round."""
     votes: bool
     """Whether a majority decides; else the mean of what workers send."""
     found: Prediction
@@ -83,18 +84,18 @@ def cost_rows(gradients: Gradients, cost: Cost, every: Sequence[int], work: Mapp
     Args:
         gradients: the model's.
         cost: what a step is done with.
-        every: H, for each of `ROUNDS`.
+        every: H, for each of `LOCAL_METHODS`.
         work: processor seconds per parameter by method, where they are known.
     """
 
-    def row(label: str, key: str, steps: int, votes: bool) -> Row:
-        seconds = work.get(key, 0.0) * gradients.parameters
-        found = predict(REDUCTIONS[key], gradients, cost, work=seconds, every=steps)
-        return Row(label, steps, votes, found, key in work)
+    def row(label: str, method: Reduction | LocalMethod, like: str, steps: int) -> Row:
+        seconds = work.get(like, 0.0) * gradients.parameters
+        found = predict(method, gradients, cost, work=seconds, every=steps)
+        # The sign of a sum of signs is a vote too.
+        return Row(label, steps, like.startswith("vote") or like == "int8-sum", found, like in work)
 
-    # The sign of a sum of signs is a vote too.
-    rows = [row(each.label, key, 1, key.startswith("vote") or key == "int8-sum") for key, each in REDUCTIONS.items()]
-    rows += [row(f"{each}, H = {h}", key, h, key == "vote") for each, key in ROUNDS.items() for h in every]
+    rows = [row(each.label, each, key, 1) for key, each in REDUCTIONS.items()]
+    rows += [row(f"{each.label}, H = {h}", each, each.like, h) for each in LOCAL_METHODS.values() for h in every]
     return rows
 
 
@@ -133,10 +134,11 @@ NOTES = (
     "all columns are per step, and of one worker; where workers talk once in H steps, a step's share",
     "bytes: sent, without padding; PowerSGD's as if all were in square matrices",
     "wire: of the bytes and their headers; latency: of the links, as often as the collectives wait for it, one "
-    "bucket after the other; TCP's slow start and lost packets are not in it",
-    "work: of one processor core for packing, sending and unpacking, measured by signstep bench comm; ?: not measured",
-    "a step takes: from communication that overlaps with steps as far as it can, max(step + work, wire + one bucket's "
-    "latency), to none that does, the sum of all",
+    "bucket after the other, or part of a round's vote two by two; TCP's slow start and lost packets are not in it",
+    "work: of one processor core for packing, sending and unpacking, measured by signstep bench comm; ?: not measured; "
+    "a round's is taken to be that of a step of the vote, of DDP in fp32 and of QSGD, which do about as much",
+    "a step takes: from communication that overlaps with steps as far as it can, max(step + work, wire + one "
+    "message's latency), to none that does, the sum of all",
     "stale: after how many steps the other workers have what a step has found; + so many while a round travels, if "
     "training goes on meanwhile",
     "vote: the expected sign of a vote, from -1 to 1, where m / sigma of a worker's step is --snr, and sqrt(H) times "

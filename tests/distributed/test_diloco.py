@@ -250,6 +250,7 @@ def spoil(nonfinite: str) -> str:
 def test_weights_that_are_not_finite_are_named_on_every_rank() -> None:
     for message in gang(3).run(spoil, "raise"):
         assert message.startswith("rank 1: the change of weight is not finite")
+        assert message.endswith('pass nonfinite="abstain" to leave such a worker out')
 
 
 def test_a_worker_whose_weights_are_not_finite_is_left_out_of_the_mean() -> None:

@@ -167,9 +167,11 @@ class Message:
         found = (flags & NOT_FINITE).nonzero()
         if len(found):
             rank, parameter = found[0].tolist()
+            of_gradients = "use bfloat16 instead of float16 with a GradScaler"
+            advice = of_gradients if self._what == "gradient" else 'pass nonfinite="abstain" to leave such a worker out'
             raise CollectiveError(
                 f"rank {rank}: the {self._what} of {self._names[parameter]} is not finite, or too large for float32 "
-                "sums; nothing was sent: lower the learning rate, or use bfloat16 instead of float16 with a GradScaler"
+                f"sums; nothing was sent: lower the learning rate, or {advice}"
             )
         self.present = (flags & PRESENT).sum(dim=0).tolist()
         return received[:, width:]

@@ -20,7 +20,7 @@ from signstep.lab.studies.frontier_ways import FAMILIES, PEER, WAYS, Workload
 from signstep.lab.training.records import Run, is_done, read_run
 
 NAME = "frontier"
-_COLOURS = ("blue", "brown", "violet", "vermillion", "orange", "green", "pink", "olive")
+_COLOURS = ("blue", "brown", "violet", "vermillion", "orange", "green", "pink", "olive", "black")
 
 
 @dataclass(frozen=True)
@@ -137,19 +137,27 @@ def write(out: Path, workload: Workload, ways: Sequence[str], seeds: int, comman
 
 
 def _draw(pairs: Sequence[tuple[Point, float]], across: str, unit: str, workload: Workload) -> Figure:
-    """Every way as a mark with the interval of its result, on a logarithmic axis."""
-    figure, axes = figures.single_plot(680.0, 400.0, left=48, right=170, top=70, bottom=40)
+    """Every way as a mark with the interval of its result, those that differ in H joined, on a logarithmic axis."""
+    figure, axes = figures.single_plot(680.0, 400.0, left=48, right=150, top=70, bottom=44)
     axes.set_xscale("log")
-    families = list(dict.fromkeys((WAYS[p.key].family, WAYS[p.key].reduce) for p, _ in pairs))
+    axes.grid(axis="y", linewidth=0.5, alpha=0.5)
+    methods: dict[str, list[tuple[Point, float]]] = {}
     for p, x in pairs:
-        way, e = WAYS[p.key], p.estimate
-        colour = figures.shade(_COLOURS[families.index((way.family, way.reduce)) % len(_COLOURS)])
-        axes.plot([x], [e.mean], "o", markersize=5, color=colour, clip_on=False)
-        if e.low is not None and e.high is not None:
-            axes.plot([x, x], [e.low, e.high], "-", linewidth=1.2, color=colour)
-        figures.annotate(axes, p.label, (x, e.mean), "data", (6, 2), color=colour, fontsize=8)
-    axes.set_xlabel(across)
-    axes.set_ylabel(f"test {unit}")
+        methods.setdefault(p.label.partition(", H = ")[0], []).append((p, x))
+    for i, (method, own) in enumerate(methods.items()):
+        colour = figures.shade(_COLOURS[i % len(_COLOURS)])
+        joined = sorted((x, p.estimate.mean) for p, x in own if WAYS[p.key].epochs == 1)
+        axes.plot([x for x, _ in joined], [y for _, y in joined], "-", linewidth=1.0, alpha=0.6, color=colour)
+        for p, x in own:
+            e = p.estimate
+            axes.plot([x], [e.mean], "o", markersize=5, color=colour, clip_on=False)
+            if e.low is not None and e.high is not None:
+                axes.plot([x, x], [e.low, e.high], "-", linewidth=1.2, color=colour)
+            which = p.label.removeprefix(f"{method}, ") if WAYS[p.key].every is not None else ""
+            figures.annotate(axes, which, (x, e.mean), "data", (6, 3), color=colour, fontsize=7.5)
+        figures.annotate(axes, f"● {method}", (1.03, 0.98 - 0.075 * i), "axes fraction", color=colour, fontsize=9)
+    axes.set_xlabel(across, color=figures.MUTED)
+    figures.annotate(axes, f"test {unit}, fewer are better", (0, 1.03), "axes fraction")
     title = f"What ways to train over slow links reach: {across}"
     subtitle = f"GPT of {workload.gradients.parameters:,} parameters, {workload.workers} workers, 95 % intervals"
     figures.add_heading(figure, (title, subtitle), 12)

@@ -20,6 +20,7 @@ import jinja2
 
 from signstep.lab.errors import BadInput
 from signstep.lab.output import stats
+from signstep.lab.studies import frontier_report
 from signstep.lab.studies.monitored import WATCHED_METHODS, MonitorStudy, WatchedRun
 from signstep.lab.training.records import read_runs
 
@@ -39,6 +40,9 @@ _NAMES = (
     "cosine",
     "byzantine",
     "byzantine_gap",
+    "frontier",
+    "frontier_gap",
+    "frontier_fewer",
     "network",
     "step_ratio",
     "step",
@@ -176,6 +180,19 @@ class Evidence:
         """The vote's accuracy less the mean's under an attack, seed by seed."""
         vote, mean = (self._accuracies(method, attack, attackers, real) for method in ("vote", "mean"))
         return stats.paired_difference(vote, mean)
+
+    def frontier(self, way: str) -> frontier_report.Point:
+        """A way of the study of the frontier."""
+        points = frontier_report.read_points(self.file("frontier/frontier.json"))
+        return next(point for point in points if point.key == way)
+
+    def frontier_gap(self, way: str) -> stats.MeanEstimate | None:
+        """Its loss less that of DDP in fp32, seed by seed."""
+        return stats.paired_difference(self.frontier(way).results, self.frontier("ddp").results)
+
+    def frontier_fewer(self, way: str) -> float:
+        """How many times fewer bytes than DDP in fp32 it sends."""
+        return self.frontier("ddp").megabytes / self.frontier(way).megabytes
 
     def dithered(self) -> list[float]:
         """rms(m) / σ at every step of the monitor, of the runs with the paper's α."""

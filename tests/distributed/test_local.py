@@ -540,3 +540,33 @@ def end_a_round_early() -> str:
 def test_workers_that_take_unequally_many_steps_are_told() -> None:
     for message in gang(2).run(end_a_round_early):
         assert "the workers end a round after 3, 2 steps" in message
+
+
+def test_weights_that_are_loaded_before_the_first_step_are_where_all_set_out() -> None:
+    assert all(gang(2).run(load_and_begin))
+
+
+def load_and_begin() -> bool:
+    model = network()
+    local = LocalVote(model, OPTIMIZERS["sgd"](model.parameters()), every=1, scale="none", outer_lr=1e-3)
+    trained = network(7)
+    model.load_state_dict(trained.state_dict())
+    local_step(model, local.optimizer, dist.get_rank(), 0)
+    local.step()
+    local.close()
+    moved = [(p - q).abs().max() for p, q in zip(model.parameters(), trained.parameters(), strict=True)]
+    return max(map(float, moved)) < 1.01e-3
+
+
+def test_a_model_that_averages_over_all_ranks_is_refused() -> None:
+    for message in gang(2).run(wrap_over_all):
+        assert (
+            "LocalVote: this DistributedDataParallel averages gradients between ranks that agree in rounds" in message
+        )
+
+
+def wrap_over_all() -> str:
+    model = DistributedDataParallel(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="give the module itself") as raised:
+        LocalVote(model, torch.optim.SGD(model.parameters(), lr=0.1), every=2)
+    return str(raised.value)

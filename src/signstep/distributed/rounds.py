@@ -110,7 +110,7 @@ class Schedule:
             if state[name] != getattr(self, name):
                 raise ValueError(
                     f"this state was saved with {name}={state[name]}, and here it is {getattr(self, name)}: go on with "
-                    "the same, or call hold_round() before saving and load the model's and the optimizer's state alone"
+                    "the same; or call hold_round() before saving, and load the states of model and optimizer alone"
                 )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -292,7 +292,16 @@ class LocalSteps(ABC):
         abstain: bool,
         group: dist.ProcessGroup | None,
     ) -> None:
-        module = model.module if isinstance(model, DistributedDataParallel) else model
+        module = model
+        if isinstance(model, DistributedDataParallel):
+            module = model.module
+            inside = set(dist.get_process_group_ranks(model.process_group))
+            voting = set(dist.get_process_group_ranks(group or dist.group.WORLD))
+            if len(inside & voting) > 1:
+                raise ValueError(
+                    f"{type(self).__name__}: this DistributedDataParallel averages gradients between ranks that agree "
+                    "in rounds, in every step: give the module itself, or with group= one rank of each machine"
+                )
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.optimizer, self.schedule = optimizer, schedule
         self.group = own_group(group, device)
@@ -302,6 +311,8 @@ class LocalSteps(ABC):
             for x in (*module.parameters(), *module.buffers()):
                 dist.broadcast(x.detach(), src=first, group=self.group)
         self.rounds = Rounds([module], schedule.fragments, abstain=abstain)
+        own = weakref.ref(self)
+        module.register_load_state_dict_post_hook(lambda *_: _begin_from_loaded(own()))
         self._away: dict[int, tuple[Departure, Future[Tensor | None]]] = {}
         self._courier = _Courier(device) if schedule.delay > 0 else None
 
@@ -369,6 +380,18 @@ class LocalSteps(ABC):
             self._receive(fragment, departure, travel())
 
     def _travel(self, fragment: int, departure: Departure) -> Tensor | None:
+        try:
+            return self._agree_on(fragment, departure)
+        except CollectiveError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.world_size}: a round of {type(self).__name__} failed "
+                f"({str(error).strip().partition(chr(10))[0]}); if other ranks report a lost connection, look for the "
+                "one that stopped first"
+            ) from error
+
+    def _agree_on(self, fragment: int, departure: Departure) -> Tensor | None:
         messages = departure.said.new_empty(self.world_size * len(departure.said))
         start_all_gather(messages, departure.said, self.group).wait()
         said = messages.view(self.world_size, -1)
@@ -457,6 +480,12 @@ class LocalSteps(ABC):
         median: Future[Tensor | None] = Future()
         median.set_result(kept["median"])
         return Departure(entries, torch.empty(0), left), median
+
+
+def _begin_from_loaded(local: LocalSteps | None) -> None:
+    """Weights that are loaded before the first step are where all set out."""
+    if local is not None and local.schedule.total == 0:
+        local.rounds.set_out()
 
 
 class _Courier:

@@ -91,7 +91,6 @@ class TrainingRun:
 
         self.watch: Watch | None = None
         self.step = 0
-        self.began, self.began_at = time.perf_counter(), 0  # this epoch's time and first step in this process
         # This worker's part of each step's mean loss (row 0) and accuracy (row 1) within the epoch.
         self.history = torch.zeros(2, self.steps_per_epoch, dtype=torch.float32, device=device)
         # Reading a loss makes the host wait for the device: nothing on a CPU, dear on a GPU.
@@ -100,6 +99,8 @@ class TrainingRun:
         about = {**self.batches.about, **self._about_own()}
         start = records.start_event(config, parameters, about, device, workers.size)
         self.events: list[dict[str, Any]] = [start]
+        # This epoch's time and first step in this process: not before the evaluation of an untrained network above.
+        self.began, self.began_at = time.perf_counter(), 0
 
     @property
     def phase(self) -> str | None:

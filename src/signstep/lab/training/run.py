@@ -93,8 +93,9 @@ class TrainingRun:
         self.step = 0
         # This worker's part of each step's mean loss (row 0) and accuracy (row 1) within the epoch.
         self.history = torch.zeros(2, self.steps_per_epoch, dtype=torch.float32, device=device)
-        # Reading a loss makes the host wait for the device: nothing on a CPU, dear on a GPU.
-        self.check_every = 1 if device.type == "cpu" else 50
+        # Reading a loss makes the host wait for the device and for the other workers: nothing alone on a CPU, dear on a
+        # GPU, and over a slow link some round trips.
+        self.check_every = 1 if device.type == "cpu" and workers.size == 1 else 50
         parameters = models.count_parameters(self.model)
         about = {**self.batches.about, **self._about_own()}
         start = records.start_event(config, parameters, about, device, workers.size)

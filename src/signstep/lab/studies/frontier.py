@@ -15,7 +15,7 @@ import functools
 import itertools
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from signstep.lab.arguments import check_minutes, check_place
@@ -79,7 +79,8 @@ class FrontierStudy:
             return 0
         for link in dict.fromkeys(self.links):
             frontier_links.time_ways(link, self.workload, ways, self.out, self.data)
-        command = command_line(["study", "frontier"], self, omit=("out", "data", "max_minutes"))
+        timed = replace(self, links=frontier_links.timed(self.out))
+        command = command_line(["study", "frontier"], timed, omit=("out", "data", "max_minutes"))
         for path in frontier_report.write(self.out, self.workload, ways, self.seeds, command):
             print(f"written: {path}")
         return 0

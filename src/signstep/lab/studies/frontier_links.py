@@ -25,6 +25,11 @@ def file_of(out: Path, link: str) -> Path:
     return out / "links" / f"{link.replace('/', '-')}.json"
 
 
+def timed(out: Path) -> tuple[str, ...]:
+    """The links that have been timed."""
+    return tuple(sorted(read_json(path)["link"] for path in (out / "links").glob("*.json")))
+
+
 def time_ways(link: str, workload: Workload, ways: tuple[str, ...], out: Path, data: Path | None) -> None:
     """Time the ways that have not been timed over a link, one after the other, and keep what was measured.
 

@@ -53,7 +53,7 @@ def train(
         data: folder to look for the images in first, or the file of data set "text"; None: the usual places.
         device: "auto" (a GPU if there is one), or what torch.device takes.
         max_minutes: stop, with a checkpoint, after this many minutes; None: no limit.
-        checkpoint_minutes: minutes between checkpoints; 0: after every step.
+        checkpoint_minutes: minutes between checkpoints; 0: after every step, of several workers after every 50th.
         progress: show progress, on a terminal as a bar, elsewhere as a line per epoch.
         tensorboard: write each epoch's numbers to `<out>/tensorboard/<hash>` as well.
         watching: what a monitor looks at, which changes nothing; its records go to `<out>/monitor/<hash>.jsonl`.

@@ -1,6 +1,6 @@
 """Workers that come and go: a killed one costs its round, a new one takes over the state and goes on.
 
-Run: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 2 --max-restarts 3 examples/elastic.py
+Run: torchrun --standalone --nproc-per-node 2 --max-restarts 3 examples/elastic.py
 
 Each worker takes 10 steps of AdamW on random batches of scikit-learn's handwritten digits, then all vote and save. On
 several machines, of which one to four take part at a time, run this on each, with the first one's address:

@@ -315,7 +315,7 @@ class RoundCheckpoint:
         other = dist.get_global_rank(group, target if rank == source else source)
         if rank == source:
             packed = _pack(content, self.device)
-            dist.send(torch.tensor([len(packed)], device=self.device), other, group=group)
+            dist.send(torch.tensor([len(packed)], dtype=torch.int64, device=self.device), other, group=group)
             dist.send(packed, other, group=group)
             return content
         size = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -330,7 +330,7 @@ class RoundCheckpoint:
         packed = torch.empty(0, dtype=torch.uint8, device=self.device)
         if self.local.rank == source:
             packed = _pack(content, self.device)
-        size = torch.tensor([len(packed)], device=self.device)
+        size = torch.tensor([len(packed)], dtype=torch.int64, device=self.device)
         dist.broadcast(size, by, group=group)
         packed = packed if self.local.rank == source else packed.new_empty(int(size))
         dist.broadcast(packed, by, group=group)

@@ -74,7 +74,7 @@ def _vote(gradients: Gradients, workers: int) -> float:
 
 def _vote_trips(gradients: Gradients, _: int) -> int:
     """One for what is said, then two for every two parts, of which gloo has two under way at a time."""
-    params = [torch.empty(math.prod(shape), device="meta") for shape in gradients.shapes]
+    params = [torch.empty(math.prod(shape), dtype=torch.float32, device="meta") for shape in gradients.shapes]
     return 1 + 2 * math.ceil(len(in_parts([Entry("", p, p, True) for p in params])) / 2)
 
 

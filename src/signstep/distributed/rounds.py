@@ -186,7 +186,7 @@ class Rounds:
         buffers = self.buffers[index] if fragment == len(self.fragments) - 1 else []
         dtype = functools.reduce(torch.promote_types, (b.dtype for b in buffers), torch.float32)
         numbers = [float(entries[0].present), float(steps)]
-        said = [torch.tensor(numbers, dtype=dtype).to(entries[0].flat.device)]
+        said = [torch.tensor(numbers, dtype=dtype, device=entries[0].flat.device)]
         said += [e.flat.abs().mean().to(dtype).view(1) if e.flat.numel() else said[0][:1] for e in entries]
         said += [b.reshape(-1).to(dtype) for b in buffers]
         return Departure(entries, torch.cat(said), left)
@@ -312,7 +312,7 @@ class LocalSteps(ABC):
                 dist.broadcast(x.detach(), src=first, group=self.group)
         self.rounds = Rounds([module], schedule.fragments, abstain=abstain)
         own = weakref.ref(self)
-        module.register_load_state_dict_post_hook(lambda *_: _begin_from_loaded(own()))
+        module.register_load_state_dict_post_hook(lambda *_: _begin_from_loaded(own()))  # type: ignore[no-untyped-call]
         self._away: dict[int, tuple[Departure, Future[Tensor | None]]] = {}
         self._courier = _Courier(device) if schedule.delay > 0 else None
 
@@ -426,6 +426,7 @@ class LocalSteps(ABC):
         away = {
             fragment: {
                 "median": median.result(),
+                "said": departure.said,
                 "agreed": {e.name: e.flat for e in departure.entries},
                 "left": dict(departure.left or {}),
                 "lost": departure.lost,
@@ -479,7 +480,7 @@ class LocalSteps(ABC):
         left = {name: x.to(like[name], copy=True) for name, x in kept["left"].items()}
         median: Future[Tensor | None] = Future()
         median.set_result(kept["median"])
-        return Departure(entries, torch.empty(0), left), median
+        return Departure(entries, kept["said"], left), median
 
 
 def _begin_from_loaded(local: LocalSteps | None) -> None:

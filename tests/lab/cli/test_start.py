@@ -36,7 +36,8 @@ def everything(folder: Path) -> set[str]:
 def test_which_commands_write_results() -> None:
     assert {" ".join(words) for words in WRITING} == {
         "train", "find-lr", "compare", "sweep", "reproduce", "report", "demo", "bench step", "bench comm",
-        "bench train", "bench monitor", "study byzantine", "study dither", "study monitor", "study vote-curve",
+        "bench train", "bench monitor", "study byzantine", "study byzantine-local", "study dither", "study frontier",
+        "study momenta", "study monitor", "study vote-curve",
         "verify", "inspect",
     }  # fmt: skip
 

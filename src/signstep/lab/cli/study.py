@@ -16,7 +16,7 @@ STUDIES = Commands(
         ),
         "byzantine-local": (
             "signstep.lab.studies.byzantine_local:LocalByzantineStudy",
-            "Measure the same where workers train by themselves between rounds, in a small simulation.",
+            "Measure accuracy against the share of Byzantine workers, for a local vote and for the mean of the ways.",
         ),
         "dither": (
             "signstep.lab.studies.dither_map:DitherStudy",
@@ -24,7 +24,7 @@ STUDIES = Commands(
         ),
         "frontier": (
             "signstep.lab.studies.frontier:FrontierStudy",
-            "Compare ways to train over slow links: final loss, bytes sent, and time.",
+            "Compare ways to train over slow links: final loss, bytes sent, and time over links of a rate and latency.",
         ),
         "momenta": (
             "signstep.lab.studies.momenta:MomentaStudy",

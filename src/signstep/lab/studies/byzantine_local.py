@@ -24,7 +24,7 @@ from signstep.distributed.rounds import Rounds
 from signstep.lab.data import load, normalise
 from signstep.lab.output import figures, stats
 from signstep.lab.output.command import command_line
-from signstep.lab.output.files import write_all
+from signstep.lab.output.files import make_folder, write_all
 from signstep.lab.output.lines import Line, lines
 from signstep.lab.output.machine import environment, now
 from signstep.lab.output.stats import MeanEstimate
@@ -77,6 +77,7 @@ class LocalByzantineStudy:
 
     def run(self) -> int:
         """Measure, write byzantine-local.json, .md, .png and .svg into `out`, and return the exit code, 0."""
+        make_folder(self.out)
         torch.set_num_threads(1)
         cells = []
         for method in _METHODS:

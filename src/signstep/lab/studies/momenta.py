@@ -44,7 +44,7 @@ _RATES: dict[OptimizerName, float] = {"signsgd": 3.16e-4, "lion": 3.16e-4}
 
 @dataclass(frozen=True)
 class MomentaStudy:
-    """Measure how far workers' momenta come apart under a vote, and what it brings to average them now and then."""
+    """Measure how far workers' momenta come apart under a vote, and what averaging them brings."""
 
     out: Path = Path("results/momenta")
     """Folder of the results."""

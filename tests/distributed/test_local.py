@@ -73,8 +73,13 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
+IN_MAKE_TEST = ("momentum", "error feedback", "delayed fragments")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in IN_MAKE_TEST else pytest.param(case, marks=pytest.mark.long) for case in CASES]
+)
 def test_ranks_take_the_steps_of_the_simulation(case: str) -> None:
     name, workers, options = CASES[case]
     steps, every = 500, 10

@@ -5,8 +5,11 @@ Nothing here knows of votes, compressors or models.
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +21,7 @@ __all__ = [
     "mean_over",
     "own_group",
     "reduce_scatter",
+    "release_at_exit",
     "start_all_gather",
     "start_all_to_all",
 ]
@@ -27,6 +31,24 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 """Adds up one tensor per rank and leaves each rank its part of the sum; torch renamed it."""
+
+
+_HOLDERS: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def release_at_exit(holder: object) -> None:
+    """Have an object let go of its `group` as the interpreter ends.
+
+    A gloo group that outlives the interpreter aborts the process ("terminate called without an active exception") in
+    some runs, after all work is done, because its threads meet an interpreter that has gone.
+    """
+    _HOLDERS.add(holder)
+
+
+@atexit.register
+def _release() -> None:
+    for holder in list(_HOLDERS):
+        holder.group = None
 
 
 class CollectiveError(RuntimeError):

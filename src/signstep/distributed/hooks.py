@@ -27,7 +27,7 @@ from torch.autograd import Variable
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from signstep.distributed.collectives import CollectiveError, own_group
+from signstep.distributed.collectives import CollectiveError, own_group, release_at_exit
 
 __all__ = ["Bucket", "Entry", "GradientHook"]
 
@@ -95,6 +95,7 @@ class GradientHook(ABC):
         self.names: Mapping[Tensor, str] = {p: n.removeprefix("_orig_mod.") for n, p in named if p.requires_grad}
         self.device = next(iter(self.names)).device
         self.group = own_group(model.process_group, self.device)
+        release_at_exit(self)
         self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self._reached: set[Tensor] = set()
         self._failure: BaseException | None = None

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from signstep.distributed.attacks import Attack, Collude
-from signstep.distributed.collectives import CollectiveError, own_group, start_all_gather
+from signstep.distributed.collectives import CollectiveError, own_group, release_at_exit, start_all_gather
 from signstep.distributed.hooks import Entry
 from signstep.distributed.worker import in_memory_order
 
@@ -305,6 +305,7 @@ class LocalSteps(ABC):
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.optimizer, self.schedule = optimizer, schedule
         self.group = own_group(group, device)
+        release_at_exit(self)
         self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
         first = dist.get_process_group_ranks(self.group)[0]
         with torch.no_grad():

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from signstep.distributed.collectives import release_at_exit
 from signstep.distributed.compressors.base import NOT_FINITE, PRESENT, Compressor, Message, Part
 from signstep.distributed.compressors.blocks import BLOCK, Layout, own_blocks
 from signstep.distributed.compressors.noise import Noise
@@ -66,6 +67,7 @@ class CompressedMean:
         if not 0 <= seed < 2**64:
             raise ValueError(f"Invalid seed: {seed}, expected 0 <= seed < 2^64")
         self.params, self.group, self.compressor, self._what = dict(params), group, compressor, what
+        release_at_exit(self)
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.device = next(iter(params.values())).device
         self._noise = Noise(seed, self.rank, self.device, {name: i for i, name in enumerate(params)})

@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = [
     "CollectiveError",
     "all_gather",
+    "failure",
     "mean_over",
     "own_group",
     "reduce_scatter",
@@ -53,6 +54,14 @@ def _release() -> None:
 
 class CollectiveError(RuntimeError):
     """An error that all ranks raise together, because all of them know of it."""
+
+
+def failure(rank: int, size: int, what: str, error: BaseException) -> RuntimeError:
+    """The error of a rank on which something that all ranks do together has failed."""
+    return RuntimeError(
+        f"rank {rank} of {size}: {what} failed ({str(error).strip().partition(chr(10))[0]}); if other ranks report a "
+        "lost connection, look for the one that stopped first"
+    )
 
 
 def start_all_to_all(

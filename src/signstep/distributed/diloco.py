@@ -5,7 +5,6 @@ It is here to be compared with `LocalVote`, which has the same rounds, see round
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.optim.sgd import sgd
 from signstep.distributed.compressors import CompressedMean, Compressor, Exact
 from signstep.distributed.compressors.base import Page
 from signstep.distributed.hooks import Entry
-from signstep.distributed.rounds import LocalSteps, Schedule
+from signstep.distributed.rounds import LocalSteps, Schedule, check_outer
 from signstep.distributed.worker import check_choice
 
 __all__ = ["DiLoCo"]
@@ -91,10 +90,7 @@ class DiLoCo(LocalSteps):
     ) -> None:
         schedule = Schedule(every, delay, fragments)
         check_choice("nonfinite", nonfinite, ("raise", "abstain"))
-        if not 0 < outer_lr < math.inf:
-            raise ValueError(f"Invalid outer_lr: {outer_lr}, expected a finite outer_lr > 0")
-        if not 0 <= outer_momentum < 1:
-            raise ValueError(f"Invalid outer_momentum: {outer_momentum}, expected 0 <= outer_momentum < 1")
+        check_outer(outer_lr, outer_momentum)
         super().__init__(model, optimizer, schedule, abstain=nonfinite == "abstain", group=group)
         self.outer_lr, self.outer_momentum = outer_lr, outer_momentum
         self.momenta: dict[str, Tensor] = {}

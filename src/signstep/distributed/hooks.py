@@ -27,7 +27,7 @@ from torch.autograd import Variable
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from signstep.distributed.collectives import CollectiveError, own_group, release_at_exit
+from signstep.distributed.collectives import CollectiveError, failure, own_group, release_at_exit
 
 __all__ = ["Bucket", "Entry", "GradientHook"]
 
@@ -200,11 +200,7 @@ class GradientHook(ABC):
         if self._failure is not None:
             if isinstance(self._failure, CollectiveError):
                 raise CollectiveError(str(self._failure)) from self._failure
-            raise RuntimeError(
-                f"rank {self.rank} of {self.world_size}: {type(self).__name__} failed "
-                f"({str(self._failure).strip().partition(chr(10))[0]}); if other ranks report a lost connection, look "
-                "for the one that stopped first"
-            ) from self._failure
+            raise failure(self.rank, self.world_size, type(self).__name__, self._failure) from self._failure
 
 
 def _warn_of_second_backward(hook: "GradientHook | None", p: Tensor) -> None:

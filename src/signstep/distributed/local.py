@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from signstep.distributed.compressors.base import Page
 from signstep.distributed.hooks import Entry
-from signstep.distributed.rounds import LocalSteps, Rounds, Schedule
+from signstep.distributed.rounds import LocalSteps, Rounds, Schedule, check_outer
 from signstep.distributed.vote import Vote, cast_entries, in_parts, in_turns, nonfinite_rule
 from signstep.distributed.worker import Worker, check_choice
 from signstep.optim.signsgd import SignSGD
@@ -42,10 +42,7 @@ class OuterOptions(NamedTuple):
         check_choice("scale", self.scale, ("tensor", "none"))
         check_choice("ties", self.ties, ("random", "abstain"))
         nonfinite_rule(self.nonfinite, scaled=False)
-        if not 0 < self.outer_lr < math.inf:
-            raise ValueError(f"Invalid outer_lr: {self.outer_lr}, expected a finite outer_lr > 0")
-        if not 0 <= self.outer_momentum < 1:
-            raise ValueError(f"Invalid outer_momentum: {self.outer_momentum}, expected 0 <= outer_momentum < 1")
+        check_outer(self.outer_lr, self.outer_momentum)
         if not 0 <= self.dither < math.inf:
             raise ValueError(f"Invalid dither: {self.dither}, expected a finite dither >= 0")
 

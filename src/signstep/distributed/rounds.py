@@ -31,13 +31,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from signstep.distributed.attacks import Attack, Collude
-from signstep.distributed.collectives import CollectiveError, own_group, release_at_exit, start_all_gather
+from signstep.distributed.collectives import CollectiveError, failure, own_group, release_at_exit, start_all_gather
 from signstep.distributed.hooks import Entry
 from signstep.distributed.worker import in_memory_order
 
 __all__ = ["Departure", "LocalSteps", "Rounds", "Schedule"]
 
 _Job = tuple[Callable[[], Tensor | None], Future[Tensor | None]]
+
+
+def check_outer(outer_lr: float, outer_momentum: float) -> None:
+    """Raise a ValueError for an outer rate or momentum that is out of its range."""
+    if not 0 < outer_lr < math.inf:
+        raise ValueError(f"Invalid outer_lr: {outer_lr}, expected a finite outer_lr > 0")
+    if not 0 <= outer_momentum < 1:
+        raise ValueError(f"Invalid outer_momentum: {outer_momentum}, expected 0 <= outer_momentum < 1")
 
 
 class Schedule:
@@ -386,11 +394,7 @@ class LocalSteps(ABC):
         except CollectiveError:
             raise
         except RuntimeError as error:
-            raise RuntimeError(
-                f"rank {self.rank} of {self.world_size}: a round of {type(self).__name__} failed "
-                f"({str(error).strip().partition(chr(10))[0]}); if other ranks report a lost connection, look for the "
-                "one that stopped first"
-            ) from error
+            raise failure(self.rank, self.world_size, f"a round of {type(self).__name__}", error) from error
 
     def _agree_on(self, fragment: int, departure: Departure) -> Tensor | None:
         messages = departure.said.new_empty(self.world_size * len(departure.said))
@@ -427,7 +431,6 @@ class LocalSteps(ABC):
         away = {
             fragment: {
                 "median": median.result(),
-                "said": departure.said,
                 "agreed": {e.name: e.flat for e in departure.entries},
                 "left": dict(departure.left or {}),
                 "lost": departure.lost,
@@ -481,7 +484,8 @@ class LocalSteps(ABC):
         left = {name: x.to(like[name], copy=True) for name, x in kept["left"].items()}
         median: Future[Tensor | None] = Future()
         median.set_result(kept["median"])
-        return Departure(entries, kept["said"], left), median
+        said = entries[0].flat.new_empty(0)  # what was said is in the median
+        return Departure(entries, said, left), median
 
 
 def _begin_from_loaded(local: LocalSteps | None) -> None:

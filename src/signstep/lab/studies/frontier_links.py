@@ -44,8 +44,8 @@ def time_ways(link: str, workload: Workload, ways: tuple[str, ...], out: Path, d
         raise BadInput(f"--links {error}") from error
     path = file_of(out, link)
     path.parent.mkdir(parents=True, exist_ok=True)
-    timed: dict[str, Any] = read_json(path)["ways"] if path.exists() else {}
-    missing = [key for key in ways if key not in timed]
+    kept: dict[str, Any] = read_json(path)["ways"] if path.exists() else {}
+    missing = [key for key in ways if key not in kept]
     if not missing:
         return
     with (
@@ -62,7 +62,7 @@ def time_ways(link: str, workload: Workload, ways: tuple[str, ...], out: Path, d
             sent = train_over(network, config, Path(folder), data, minutes=20)
             run = read_run(Path(folder) / f"{config.hash}.jsonl")
             seconds = config.batch_size / run.epochs[-1]["timing"]["sequences_per_second"]
-            timed[key] = {
+            kept[key] = {
                 "seconds_per_step": seconds,
                 "steps": run.epochs[-1]["step"],
                 "bytes_per_rank": sent,
@@ -70,4 +70,4 @@ def time_ways(link: str, workload: Workload, ways: tuple[str, ...], out: Path, d
                 "date": now(),
             }
             print(f"{link}, {way.label}: {1e3 * seconds:.0f} ms per step", flush=True)
-            write_json(path, {"link": link, "ways": timed})
+            write_json(path, {"link": link, "ways": kept})

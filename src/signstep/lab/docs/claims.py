@@ -70,7 +70,7 @@ class Verdict:
     p: float | None = None
     """Of the paired t-test against the bound."""
     corrected: float | None = None
-    """By Holm's correction for all tests of the page."""
+    """By Holm's correction for the tests of its table, the paper's or ours."""
     estimate: stats.MeanEstimate | None = None
 
     @property
@@ -113,10 +113,14 @@ def statements(evidence: Evidence) -> list[Claim]:
 
 
 def verdicts(evidence: Evidence, claims: Iterable[Claim]) -> list[Verdict]:
-    """The verdicts, each test corrected for the number of all."""
+    """The verdicts, each test corrected for the number of those in its table: the paper's or ours."""
     runs = _Runs(evidence.folder)
     raw = [_of_claim(each, evidence, runs) for each in claims]
-    corrected = stats.holm([each.p for each in raw])
+    corrected: list[float | None] = [None] * len(raw)
+    for whose in ("paper", "ours"):
+        table = [index for index, each in enumerate(raw) if each.claim.whose == whose]
+        for index, p in zip(table, stats.holm([raw[index].p for index in table]), strict=True):
+            corrected[index] = p
     return [each if p is None else _tested(each, p) for each, p in zip(raw, corrected, strict=True)]
 
 

@@ -10,8 +10,9 @@ The names that it knows are in `_NAMES`, methods of `Evidence`; a filter binds m
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist, median
 from typing import Any
@@ -30,6 +31,8 @@ _NAMES = (
     "file",
     "result",
     "gap",
+    "late_gain_gap",
+    "epochs_ahead",
     "compared",
     "checked_sgd",
     "over_checked_sgd",
@@ -61,6 +64,21 @@ LATENCY = "bench-comm-latency/bench-comm.json"
 PAPERS_DITHER = ("pre-0.5", "pre-0.1", "pre-0.01")
 
 
+def crossing(curve: Sequence[tuple[float, float]], level: float) -> float:
+    """Where a curve first reaches a level, by straight lines between its points, which begin at the first.
+
+    Raises:
+        LookupError: it never does, or its first point is above the level.
+
+    >>> crossing([(1, 40), (2, 60), (3, 70)], 65)
+    2.5
+    """
+    for (x, y), (next_x, next_y) in pairwise(curve):
+        if y <= level <= next_y:
+            return x + (next_x - x) * (level - y) / (next_y - y) if next_y > y else x
+    raise LookupError(f"no two points of {list(curve)} have {level:g} between them")
+
+
 class Evidence:
     """The numbers in a folder of results.
 
@@ -72,6 +90,7 @@ class Evidence:
         self.folder = folder
         self.file = cache(self._file)
         self.watched = cache(self._watched)
+        self.runs = cache(read_runs)
         self.environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
         self.environment.globals |= {name: getattr(self, name) for name in _NAMES}
         self.environment.globals |= {"methods": tuple(WATCHED_METHODS)}
@@ -116,6 +135,41 @@ class Evidence:
         if found is None:
             raise LookupError(f"{row} and {base} of {experiment} have no seed in common")
         return found
+
+    def _curves(self, experiment: str, dataset: str, row: str, scale: str) -> dict[int, list[tuple[float, float]]]:
+        """By seed what a row's evaluations gave: pairs of an epoch and a result."""
+        cell = self.one(self._report(experiment, scale)["rows"], key=row)["cells"][dataset]
+        runs = self.runs(self.folder / f"{scale}-strong/runs")
+        return {
+            runs[name].config.seed: [
+                (float(each["epoch"]), value)
+                for each in runs[name].epochs
+                if (value := runs[name].result_of(each)) is not None
+            ]
+            for name in cell["runs"]
+        }
+
+    def late_gain_gap(
+        self, experiment: str, dataset: str, row: str, base: str, since: float, scale: str = "cpu"
+    ) -> stats.MeanEstimate | None:
+        """What a row gains from an evaluated epoch to the end, less what another gains, seed by seed."""
+
+        def gains(key: str) -> dict[int, float]:
+            curves = self._curves(experiment, dataset, key, scale)
+            return {seed: curve[-1][1] - dict(curve)[since] for seed, curve in curves.items()}
+
+        return stats.paired_difference(gains(row), gains(base))
+
+    def epochs_ahead(
+        self, experiment: str, dataset: str, row: str, base: str, level: float, scale: str = "cpu"
+    ) -> stats.MeanEstimate | None:
+        """How many epochs before another a row reaches an accuracy, seed by seed; between evaluations by a line."""
+
+        def reached(key: str) -> dict[int, float]:
+            curves = self._curves(experiment, dataset, key, scale)
+            return {seed: crossing(curve, level) for seed, curve in curves.items()}
+
+        return stats.paired_difference(reached(base), reached(row))
 
     def compared(self, experiment: str, dataset: str, row: str, base: str, scale: str = "cpu") -> Any:
         """The report's own comparison of a row with a baseline, with `p_holm`."""

@@ -71,7 +71,7 @@ class RunConfig:
     # optimizer
     optimizer: OptimizerName = "sgd"
     """adamw: Adam with decoupled weight decay; swats: from Adam to SGD; noisy-sgd: SGD with annealed gradient noise;
-    signsgd: SignSGD; lion: Lion; hybrid: HybridSignSGD."""
+    signsgd: SignSGD; lion: Lion; hybrid: HybridSignSGD; fixed-switch: the same without calibration."""
     lr: float = 0.1
     """Learning rate; of a sign method it is how far every weight moves in a step."""
     momentum: float | None = None
@@ -109,6 +109,8 @@ class RunConfig:
     """Decay of the calibration's running averages; None: 0.99."""
     sgd_momentum: float | None = None
     """SGD's momentum after the switch; None: 0."""
+    sgd_lr: float | None = None
+    """SGD's learning rate after the switch of fixed-switch; None: that of the sign steps."""
 
     # workers
     reduce: Reduce = "mean"

@@ -53,6 +53,13 @@ OPTIMIZERS: dict[str, KnownOptimizer] = {
     "hybrid": KnownOptimizer(
         "signstep.optim.HybridSignSGD", 3.16e-3, _SIGN_OPTIONS + _HYBRID_OPTIONS, signs=True, seeded=True
     ),
+    "fixed-switch": KnownOptimizer(
+        "signstep.lab.training.fixed_switch.FixedRateSwitch",
+        3.16e-3,
+        (*_SIGN_OPTIONS, "switch", "sgd_momentum", "sgd_lr"),
+        signs=True,
+        seeded=True,
+    ),
 }
 
 

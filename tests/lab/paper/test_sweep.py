@@ -3,9 +3,10 @@
 import itertools
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ class FakeRecord:
     result: float
     done: bool = True
     diverged: bool = False
+    start: Mapping[str, Any] = field(default_factory=lambda: {"environment": {}})  # of no machine: it times nothing
 
 
 class FakeLab:

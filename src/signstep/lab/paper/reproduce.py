@@ -15,6 +15,7 @@ import torch
 
 from signstep.lab.errors import UserError
 from signstep.lab.output.files import locked, make_folder
+from signstep.lab.paper import time_left
 from signstep.lab.paper.experiments import Experiment
 from signstep.lab.paper.plan import PlannedRun, cells, first_seeds, plan
 from signstep.lab.paper.tuned import Choices
@@ -98,13 +99,15 @@ def _record(run: PlannedRun) -> str:
 
 
 def _train(share: _Share, say: Callable[[str], None], *, progress: bool = True) -> None:
-    for number, each in share.runs:
+    machine = time_left.this_machine(share.device) if progress else {}
+    for index, (number, each) in enumerate(share.runs):
         left = None if share.deadline is None else (share.deadline - time.monotonic()) / 60
         if left is not None and left <= 0:
             break
         title = f"run {number} of {share.total}: {each.label}"
         if progress:
-            say(title)
+            waiting = [run.config for _, run in share.runs[index:]]
+            say(f"{title} ({time_left.text(waiting, read_runs(share.out).values(), machine)})")
         status = train_run(
             each.config, share.out, data=share.data, device=share.device, max_minutes=left, progress=progress
         )

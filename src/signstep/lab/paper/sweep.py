@@ -15,6 +15,7 @@ from pathlib import Path
 
 from signstep.lab.errors import BadInput
 from signstep.lab.output.files import locked, make_folder
+from signstep.lab.paper import time_left
 from signstep.lab.paper.experiments import Experiment, Row, grid_point
 from signstep.lab.paper.plan import cells
 from signstep.lab.paper.tuned import read_tuned, write_tuned
@@ -168,19 +169,24 @@ def sweep(
     pairs = [(dataset, row) for dataset, row in cells(experiments) if not row.lr_of]
     tune = folder / "tune"
 
+    machine = time_left.this_machine(device)
     stopped = trained = False
-    for position in range(shard[0], len(pairs), shard[1]):
+    mine = range(shard[0], len(pairs), shard[1])
+    for position in mine:
         dataset, row = pairs[position]
         busy: set[str] = set()
         while not stopped:
-            waiting = [c for c in search(dataset, row, trials, read_runs(tune)).pending if c.hash not in busy]
+            records = read_runs(tune)
+            waiting = [c for c in search(dataset, row, trials, records).pending if c.hash not in busy]
             if not waiting:
                 break
             left = None if max_minutes is None else max_minutes - (time.monotonic() - started) / 60
             if left is not None and left <= 0:
                 stopped = True
                 break
-            say(f"tuning {position + 1} of {len(pairs)}: {dataset}, {row.label}, lr {waiting[0].lr:g}")
+            others = [c for p in mine if p > position for c in search(*pairs[p], trials, records).pending]
+            left_text = time_left.text([*waiting, *others], records.values(), machine)
+            say(f"tuning {position + 1} of {len(pairs)}: {dataset}, {row.label}, lr {waiting[0].lr:g} ({left_text})")
             trained = True
             status = train_run(waiting[0], tune, data=data, device=device, max_minutes=left)
             if status in ("done", "diverged"):

@@ -57,6 +57,16 @@ def test_study_is_resumable_and_reports(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.splitlines()[0] == "nothing to train: all 6 runs have ended before"
 
 
+def test_accuracies_are_by_seed_whatever_the_files_are_called() -> None:
+    def record(seed: int) -> dict[str, Any]:
+        config = {"split": "final", "optimizer": "sgd", "lr": 0.1, "seed": seed}
+        case = {"config": config, "real": False, "attack": "", "attackers": 0, "workers": 8}
+        return {"case": case, "status": "done", "accuracy": 10.0 * seed}
+
+    (point,) = points({"c": record(1), "a": record(2), "b": record(0)}, "final")
+    assert point.accuracies == (0.0, 10.0, 20.0)
+
+
 def test_a_run_is_named_by_all_that_changes_it() -> None:
     cases = ByzantineStudy(**SMALL | {"seeds": 2}).simulated_runs(_Scores())
     keys = {case.key: case for case in cases}

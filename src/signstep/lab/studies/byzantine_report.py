@@ -35,7 +35,7 @@ class Point:
     attackers: int
     workers: int
     accuracies: tuple[float, ...]
-    """Test accuracy of each seed, in percent."""
+    """Test accuracy by rising seed, in percent."""
     diverged: int
     """Number of seeds whose weights became non-finite."""
 
@@ -53,7 +53,8 @@ def read_runs(folder: Path) -> dict[str, dict[str, Any]]:
 def points(measured: Mapping[str, dict[str, Any]], split: str) -> list[Point]:
     """The accuracies of the runs on a split, with all seeds of a case together."""
     grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for record in measured.values():
+    # Records come by their hash. Differences are between runs of one seed.
+    for record in sorted(measured.values(), key=lambda each: int(each["case"]["config"]["seed"])):
         case = record["case"]
         if case["config"]["split"] == split:
             method = REDUCTION_OF[case["config"]["optimizer"]]

@@ -29,30 +29,22 @@ def said(notebook: Any) -> str:
     return "".join(output.get("text", "") for cell in code_cells(notebook) for output in cell.outputs)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A notebook as it was committed, and after it has run."""
-    results: dict[str, Any] = {}
-
-    def ran(name: str) -> Any:
-        if name not in results:
-            committed = nbformat.read(FOLDER / f"{name}.ipynb", nbformat.NO_CONVERT)
-            notebook = copy.deepcopy(committed)
-            for cell in code_cells(notebook):
-                cell.outputs, cell.execution_count = [], None
-            folder = {"metadata": {"path": str(tmp_path_factory.mktemp(name))}}
-            environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-            nbclient.NotebookClient(notebook, timeout=300, resources=folder).execute(env=environment)
-            results[name] = (committed, notebook)
-        return results[name]
-
-    return ran
+def run(committed: Any, folder: Path) -> Any:
+    """The notebook after it has run, in a new kernel."""
+    notebook = copy.deepcopy(committed)
+    for cell in code_cells(notebook):
+        cell.outputs, cell.execution_count = [], None
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    resources = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute(env=environment)
+    return notebook
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_outputs_are_of_the_kinds_that_were_committed(run: Any, name: str) -> None:
-    committed, ran = run(name)
+def test_says_again_what_was_committed(name: str, tmp_path: Path) -> None:
+    committed = nbformat.read(FOLDER / f"{name}.ipynb", nbformat.NO_CONVERT)
+    ran = run(committed, tmp_path)
     nbformat.validate(committed)
     assert [cell.execution_count for cell in code_cells(committed)] == list(range(1, len(code_cells(committed)) + 1))
     for before, after in zip(code_cells(committed), code_cells(ran), strict=True):
@@ -60,11 +52,10 @@ def test_outputs_are_of_the_kinds_that_were_committed(run: Any, name: str) -> No
         assert kinds(after) <= {"stdout", "image/png", "text/plain"}, after.outputs
     assert any("image/png" in kinds(cell) for cell in code_cells(ran))
     assert (FOLDER / f"{name}.ipynb").stat().st_size < 200_000
+    CHECKS[name](said(ran))
 
 
-@pytest.mark.slow
-def test_first_steps(run: Any) -> None:
-    printed = said(run("first_steps")[1])
+def check_first_steps(printed: str) -> None:
     results = {
         name: (float(accuracy), int(state))
         for name, accuracy, state in re.findall(r"^(.+?) +(\S+) % test accuracy, +(\d+) bytes", printed, re.MULTILINE)
@@ -77,9 +68,7 @@ def test_first_steps(run: Any) -> None:
     assert "the same bits: True" in printed
 
 
-@pytest.mark.slow
-def test_what_dither_does(run: Any) -> None:
-    printed = said(run("what_dither_does")[1])
+def check_what_dither_does(printed: str) -> None:
     (difference,) = re.findall(r"largest difference from the law: (\S+)", printed)
     assert float(difference) < 0.02
     (clean,) = (float(each) for each in re.findall(r"no dither (\S+) %", printed))
@@ -90,3 +79,6 @@ def test_what_dither_does(run: Any) -> None:
     assert relative[64] < relative[8] < clean - 3
     papers = [float(a) for a in re.findall(r": (\S+) %", printed.split("the paper's α")[1])]
     assert papers[0] < papers[1] < papers[2] < clean - 2
+
+
+CHECKS = {"first_steps": check_first_steps, "what_dither_does": check_what_dither_does}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import filelock
 import pytest
 
 pytest.importorskip("material", reason="the site needs signstep[docs]")
@@ -25,12 +26,21 @@ PUBLIC += [f"signstep.theory.{name}" for name in ("bounds", "noise", "problems",
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
+    """Built once for all workers of a test run."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with filelock.FileLock(shared / "site.lock"):
+        if not (shared / "site").exists():
+            build(shared / "site-being-built")
+            (shared / "site-being-built").rename(shared / "site")
+    return shared / "site"
+
+
+def build(folder: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
-    return folder
 
 
 class _Page(HTMLParser):
@@ -116,9 +126,9 @@ def address(site: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_the_site_in_a_browser(browser: Any, address: str, width: int, scheme: str) -> None:
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+def test_the_site_in_a_browser(browser: Any, address: str) -> None:
+    """Each page is loaded and its equations set once, on a narrow dark screen, which then becomes a wide light one."""
+    context = browser.new_context(viewport={"width": 390, "height": 900}, color_scheme="dark")
     context.set_default_timeout(120_000)
     problems: list[str] = []
     for name in ("index.html", "theory.html", "reference/optim.html", "reference/theory.html", "results.html"):
@@ -129,7 +139,11 @@ def test_the_site_in_a_browser(browser: Any, address: str, width: int, scheme: s
         page.goto(address + name)
         page.wait_for_function("!document.querySelector('.arithmatex') || document.querySelector('mjx-container')")
         page.evaluate("MathJax.startup.promise.then(() => null)")
-        page.wait_for_function(f"document.documentElement.scrollWidth <= {width}")
+        for width, scheme in ((390, "dark"), (1280, "light")):
+            page.emulate_media(color_scheme=scheme)
+            page.set_viewport_size({"width": width, "height": 900})
+            page.wait_for_function(f"innerWidth === {width} && document.documentElement.scrollWidth <= {width}")
+            assert page.evaluate(f"matchMedia('(prefers-color-scheme: {scheme})').matches")
         assert page.locator("mjx-merror").count() == 0, name
         equations = page.locator(".arithmatex").count()
         assert page.locator(".arithmatex > mjx-container").count() == equations

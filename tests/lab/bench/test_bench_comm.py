@@ -235,7 +235,12 @@ def test_without_root_or_tools_a_rate_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "rate"), [(signal.SIGKILL, "1gbit"), (signal.SIGTERM, "1gbit"), (signal.SIGKILL, "1gbit/1ms")]
+    ("number", "rate"),
+    [
+        pytest.param(signal.SIGKILL, "1gbit", marks=pytest.mark.long),
+        (signal.SIGTERM, "1gbit"),
+        (signal.SIGKILL, "1gbit/1ms"),
+    ],
 )
 def test_no_rank_outlives_the_command(number: signal.Signals, rate: str, tmp_path: Path) -> None:
     rates = ["--rates", "loopback" if REASON else rate]

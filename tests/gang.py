@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
+"""Of all tests that fork: a test process has one server, and whoever starts it first says what its children find."""
 # What takes long to import, so that it is imported once and not by every rank.
 PRELOADED = [
     "torch._dynamo",
     "pytest",
     "hypothesis",
+    "sklearn.datasets",
     "torch.distributed.tensor",
     "torch.distributed.checkpoint.state_dict",
 ]
-CONTEXT.set_forkserver_preload([*PRELOADED, "signstep.distributed.fsdp", "signstep.lab.training.models"])
+CONTEXT.set_forkserver_preload([*PRELOADED, "signstep.distributed.fsdp", "signstep.lab.training.loop"])
 GROUP_TIMEOUT = 60
 """Seconds after which a collective that not all ranks have called fails."""
 

@@ -1,7 +1,6 @@
 """A run that was killed, stopped or started twice ends as if nothing had happened."""
 
 import functools
-import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ import pytest
 import tiny_runs
 import torch
 
+from gang import CONTEXT
 from little_room import little_room
 from signstep.lab.output.files import replacing
 from signstep.lab.training import checkpoint
@@ -46,10 +46,7 @@ def start(config: RunConfig, out: Path, **options: Any) -> ForkServerProcess:
 
 
 def start_process(body: Callable[..., None], *arguments: Any, **options: Any) -> ForkServerProcess:
-    context = multiprocessing.get_context("forkserver")
-    # Imported once, not in each child.
-    context.set_forkserver_preload(["signstep.lab.training.loop", "sklearn.datasets", "torch._dynamo"])
-    process = context.Process(target=body, args=arguments, kwargs=options)
+    process = CONTEXT.Process(target=body, args=arguments, kwargs=options)
     process.start()
     return process
 

@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/signstep/
 demo: $(STAMP) ## train sign steps, their peers and the remedies on real images, say what to take from it (minutes)
 	$(BIN)/signstep demo
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 test: $(STAMP) browser ## the tests, lint among them (ten minutes on two cores)
 	$(PYTEST) --durations 30 -m 'not long'

@@ -117,7 +117,7 @@ def test_finetune_without_state() -> None:
     accuracy, peak = found(rf"SignSGD in backward: accuracy {NUMBER}%, peak {NUMBER} MiB", printed)
     assert turned < 30 < 50 < min(adamw, accuracy)
     weights = 4 * (2 * 2048**2 + 64 * 2048) / 2**20
-    assert peak < 3 * weights
+    assert peak < 2 * weights  # less than weights and all gradients
     assert all_of_it > 4 * weights
 
 

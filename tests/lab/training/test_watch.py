@@ -1,10 +1,8 @@
 """The monitor of a run of the lab: it changes nothing, and survives a stop."""
 
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,6 @@ import pytest
 import torch
 from tiny_runs import tiny
 
-from gang import CONTEXT
-from signstep.lab.cli import main
 from signstep.lab.errors import BadInput
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.loop import train
@@ -70,45 +66,17 @@ def test_a_stopped_run_goes_on_with_its_records(tmp_path: Path) -> None:
     assert records(config, tmp_path / "parts") == records(config, tmp_path / "whole")
 
 
-def worker(rank: int, port: int, words: list[str], said: Path) -> None:
-    """The body of a worker's process: the command, in the environment that torchrun gives it."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {"TORCHELASTIC_RUN_ID": "test"} | {name: str(value) for name, value in place.items()}
-    with said.open("a") as file:
-        os.dup2(file.fileno(), 2)
-        torch.set_num_threads(1)
-        main(words)
-
-
-def by_workers(words: list[str], said: Path) -> list[int | None]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = [CONTEXT.Process(target=worker, args=(rank, port, words, said)) for rank in range(2)]
-    for each in workers:
-        each.start()
-    for each in workers:
-        each.join()
-    return [each.exitcode for each in workers]
-
-
-def by_torchrun(words: list[str], said: Path) -> list[int | None]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "signstep"]
-    with said.open("w") as file:
-        ran = subprocess.run([*command, *words], stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return [ran.returncode]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("start", [by_workers, pytest.param(by_torchrun, marks=pytest.mark.long)])
-def test_two_workers_share_the_micro_batches(
-    start: Callable[[list[str], Path], list[int | None]], tmp_path: Path
-) -> None:
-    words = ["train", "--dataset", "digits", "--subset", "96", "--crop", "1", "--no-flip"]
-    words += ["--model", "resnet8", "--width", "0.25", "--epochs", "1", "--batch-size", "32", "--lr", "0.01"]
-    words += ["--optimizer", "signsgd", "--vote", "--watch", "2", "--watch-micro-batches", "8"]
-    words += ["--out", str(tmp_path), "--device", "cpu"]
-    assert set(start(words, tmp_path / "said")) == {0}, (tmp_path / "said").read_text()
+def test_two_workers_share_the_micro_batches(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "signstep", "train", "--dataset", "digits", "--subset", "96", "--crop", "1", "--no-flip"]
+    command += ["--model", "resnet8", "--width", "0.25", "--epochs", "1", "--batch-size", "32", "--lr", "0.01"]
+    command += ["--optimizer", "signsgd", "--vote", "--watch", "2", "--watch-micro-batches", "8"]
+    command += ["--out", str(tmp_path), "--device", "cpu"]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert ran.returncode == 0, ran.stderr
     (path,) = (tmp_path / "monitor").glob("*.jsonl")
     assert [(r["step"], r["micro_batches"]) for r in read(path)] == [(0, 8), (2, 8)]
     assert all(r["dither"]["rms"] > 0 for r in read(path))  # of the momentum that the voters have

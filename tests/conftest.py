@@ -19,8 +19,10 @@ if not torch.cuda.is_available():
 # Started in the background of a shell, a test run ignores SIGINT, and so do its children: the tests of Ctrl-C need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Until all tests are found: imports leave no garbage to speak of, and looking for it takes a fifth of their time.
-gc.disable()
+# Until all tests are found, where they are looked for: imports leave no garbage to speak of, and looking for it takes a
+# fifth of their time.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    gc.disable()
 
 # A slow machine is no failure. `make test-long` draws more examples, by --hypothesis-profile.
 settings.register_profile("signstep", deadline=None, max_examples=25)

@@ -10,6 +10,7 @@ from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -125,23 +126,32 @@ def address(site: Path) -> Iterator[str]:
     server.server_close()
 
 
+def show(page: Any, width: int, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 900})
+
+
 @pytest.mark.slow
 def test_the_site_in_a_browser(browser: Any, address: str) -> None:
-    """Each page is loaded and its equations set once, on a narrow dark screen, which then becomes a wide light one."""
-    context = browser.new_context(viewport={"width": 390, "height": 900}, color_scheme="dark")
+    """Each page is loaded and its equations set once: on a narrow dark screen, which then becomes a wide light one, or
+    the other way around.
+    """
+    narrow, wide = (390, "dark"), (1280, "light")
+    context = browser.new_context()
     context.set_default_timeout(120_000)
     problems: list[str] = []
-    for name in ("index.html", "theory.html", "reference/optim.html", "reference/theory.html", "results.html"):
+    pages = ("index.html", "theory.html", "reference/optim.html", "reference/theory.html", "results.html")
+    for name, screens in zip(pages, cycle([(narrow, wide), (wide, narrow)]), strict=False):
         page = context.new_page()
+        show(page, *screens[0])
         page.on("console", lambda message: problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda asked: problems.extend([asked.url] if not asked.url.startswith(address) else []))
         page.goto(address + name)
         page.wait_for_function("!document.querySelector('.arithmatex') || document.querySelector('mjx-container')")
         page.evaluate("MathJax.startup.promise.then(() => null)")
-        for width, scheme in ((390, "dark"), (1280, "light")):
-            page.emulate_media(color_scheme=scheme)
-            page.set_viewport_size({"width": width, "height": 900})
+        for width, scheme in screens:
+            show(page, width, scheme)
             page.wait_for_function(f"innerWidth === {width} && document.documentElement.scrollWidth <= {width}")
             assert page.evaluate(f"matchMedia('(prefers-color-scheme: {scheme})').matches")
         assert page.locator("mjx-merror").count() == 0, name

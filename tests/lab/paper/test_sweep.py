@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ class FakeRecord:
     result: float
     done: bool = True
     diverged: bool = False
-    start: Mapping[str, Any] = field(default_factory=lambda: {"environment": {}})  # of no machine: it times nothing
+    config: RunConfig = field(default_factory=RunConfig)
+    start: Mapping[str, Any] = field(default_factory=dict)  # of no machine, so it says nothing of the time
+    epochs: Sequence[Mapping[str, Any]] = ()
 
 
 class FakeLab:

@@ -64,7 +64,7 @@ def test_accuracies_are_by_seed_whatever_the_files_are_called() -> None:
         return {"case": case, "status": "done", "accuracy": 10.0 * seed}
 
     (point,) = points({"c": record(1), "a": record(2), "b": record(0)}, "final")
-    assert point.accuracies == (0.0, 10.0, 20.0)
+    assert (point.seeds, point.accuracies) == ((0, 1, 2), (0.0, 10.0, 20.0))
 
 
 def test_a_run_is_named_by_all_that_changes_it() -> None:

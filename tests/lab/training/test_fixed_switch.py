@@ -1,5 +1,7 @@
 """The switch at a chosen rate, against sign steps and SGD written out in float64."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from signstep.lab.errors import BadInput
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.fixed_switch import FixedRateSwitch
-from signstep.lab.training.recipe import build_optimizer, lr_factor
+from signstep.lab.training.recipe import build_optimizer, likely_cause, lr_factor
 
 CURVATURE = np.array([1.0, 0.1, 3.0])
 
@@ -66,9 +68,25 @@ def test_a_run_names_it() -> None:
     optimizer = build_optimizer(config, torch.nn.Linear(2, 1), 10)
     assert isinstance(optimizer, FixedRateSwitch)
     assert optimizer.param_groups[0]["switch_step"] == 5
-    with pytest.raises(BadInput, match=r"sgd_lr=0\.2: optimizer hybrid has no such option"):
-        RunConfig(optimizer="hybrid", switch=0.5, sgd_lr=0.2)
-    with pytest.raises(BadInput, match=r"sgd_lr=-1\.0: expected a value >= 0"):
-        build_optimizer(
-            RunConfig(optimizer="fixed-switch", lr=0.01, switch=0.5, sgd_lr=-1.0), torch.nn.Linear(2, 1), 10
-        )
+    assert likely_cause(config, "sgd").endswith("the rate 0.2 is too high for SGD after the switch; lower sgd_lr")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "hybrid", "switch": 0.5, "sgd_lr": 0.2}, r"sgd_lr=0\.2: optimizer hybrid has no such option"),
+        ({"sgd_lr": -1.0, "switch": 0.5}, r"sgd_lr=-1\.0: expected a finite value >= 0"),
+        ({"sgd_lr": float("inf"), "switch": 0.5}, "sgd_lr=inf: expected a finite value >= 0"),
+        ({}, "switch=None: optimizer fixed-switch needs a share of the steps"),
+        ({"switch_tolerance": 0.1, "switch": 0.5}, "optimizer fixed-switch has no such option"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        RunConfig(**{"optimizer": "fixed-switch", "lr": 0.01, **options})
+
+
+@pytest.mark.parametrize(("lr", "sgd_lr"), [(0.0, 0.1), (0.1, -1.0)])
+def test_rates_out_of_range(lr: float, sgd_lr: float) -> None:
+    with pytest.raises(ValueError, match="expected a value"):
+        FixedRateSwitch([torch.nn.Parameter(torch.ones(1))], lr=lr, sgd_lr=sgd_lr)

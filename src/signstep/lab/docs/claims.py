@@ -70,7 +70,7 @@ class Verdict:
     p: float | None = None
     """Of the paired t-test against the bound."""
     corrected: float | None = None
-    """By Holm's correction for the tests of its table, the paper's or ours."""
+    """By Holm's correction for all tests of the page."""
     estimate: stats.MeanEstimate | None = None
 
     @property
@@ -113,14 +113,10 @@ def statements(evidence: Evidence) -> list[Claim]:
 
 
 def verdicts(evidence: Evidence, claims: Iterable[Claim]) -> list[Verdict]:
-    """The verdicts, each test corrected for the number of those in its table: the paper's or ours."""
+    """The verdicts, each test corrected for the number of all."""
     runs = _Runs(evidence.folder)
     raw = [_of_claim(each, evidence, runs) for each in claims]
-    corrected: list[float | None] = [None] * len(raw)
-    for whose in ("paper", "ours"):
-        table = [index for index, each in enumerate(raw) if each.claim.whose == whose]
-        for index, p in zip(table, stats.holm([raw[index].p for index in table]), strict=True):
-            corrected[index] = p
+    corrected = stats.holm([each.p for each in raw])
     return [each if p is None else _tested(each, p) for each, p in zip(raw, corrected, strict=True)]
 
 
@@ -257,6 +253,8 @@ def _of_measured(claim: Claim, evidence: Evidence) -> Verdict:
         if "FileNotFoundError" in str(error):
             return Verdict(claim, "not measured yet", claim.place)
         raise
+    if found is None:
+        return Verdict(claim, "not measured yet", claim.place)
     if isinstance(found, stats.MeanEstimate):
         interval = stats.with_interval(found, sign=True)
         if found.n < stats.MIN_SEEDS:

@@ -61,15 +61,14 @@ def _short(verdicts: Sequence[Verdict]) -> dict[str, list[str]]:
 
 
 def _rules(verdicts: Sequence[Verdict]) -> str:
-    trained, ours, _ = (sum(each.p is not None for each in part.verdicts) for part in _parts(verdicts))
+    tests = sum(each.p is not None for each in verdicts)
     return (
         "A claim about two methods is decided by their difference, seed by seed, at the largest scale "
         f"({', '.join(SCALES)}) at which both have {stats.MIN_SEEDS} seeds or more; `cpu` is a small network on 10,000 "
         "images. Differences are in units in which more is better, with half their 95 % t-interval. A claim holds, or "
         f"does not, where the interval excludes the claimed bound and p is below {stats.LEVEL:g}; p is of the paired "
-        f"t-test against the bound, corrected (Holm) for the tests of its table, {trained} of the paper's claims and "
-        f"{ours} of ours. All else is undecided. Where no p stands, the number has no test, and its range decides, or "
-        "the record of `signstep verify` does."
+        f"t-test against the bound, corrected for all {tests} tests of this page (Holm). All else is undecided. Where "
+        "no p stands, the number has no test, and its range decides, or the record of `signstep verify` does."
     )
 
 

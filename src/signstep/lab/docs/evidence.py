@@ -64,19 +64,18 @@ LATENCY = "bench-comm-latency/bench-comm.json"
 PAPERS_DITHER = ("pre-0.5", "pre-0.1", "pre-0.01")
 
 
-def crossing(curve: Sequence[tuple[float, float]], level: float) -> float:
-    """Where a curve first reaches a level, by straight lines between its points, which begin at the first.
-
-    Raises:
-        LookupError: it never does, or its first point is above the level.
+def crossing(curve: Sequence[tuple[float, float]], level: float) -> float | None:
+    """Where a curve first reaches a level, by straight lines between its points; None if it begins above or never does.
 
     >>> crossing([(1, 40), (2, 60), (3, 70)], 65)
     2.5
     """
     for (x, y), (next_x, next_y) in pairwise(curve):
-        if y <= level <= next_y:
+        if y > level:
+            return None
+        if next_y >= level:
             return x + (next_x - x) * (level - y) / (next_y - y) if next_y > y else x
-    raise LookupError(f"no two points of {list(curve)} have {level:g} between them")
+    return None
 
 
 class Evidence:
@@ -137,37 +136,40 @@ class Evidence:
         return found
 
     def _curves(self, experiment: str, dataset: str, row: str, scale: str) -> dict[int, list[tuple[float, float]]]:
-        """By seed what a row's evaluations gave: pairs of an epoch and a result."""
-        cell = self.one(self._report(experiment, scale)["rows"], key=row)["cells"][dataset]
+        """By seed what the evaluations of a row's whole runs gave, as pairs of an epoch and a result."""
+        cell = self.one(self._report(experiment, scale)["rows"], key=row)["cells"].get(dataset, {"runs": ()})
         runs = self.runs(self.folder / f"{scale}-strong/runs")
         return {
-            runs[name].config.seed: [
-                (float(each["epoch"]), value)
-                for each in runs[name].epochs
-                if (value := runs[name].result_of(each)) is not None
-            ]
-            for name in cell["runs"]
+            run.config.seed: [(e["epoch"], value) for e in run.epochs if (value := run.result_of(e)) is not None]
+            for run in (runs[name] for name in cell["runs"])
+            if run.done and not run.diverged
         }
 
     def late_gain_gap(
-        self, experiment: str, dataset: str, row: str, base: str, since: float, scale: str = "cpu"
+        self, experiment: str, dataset: str, row: str, base: str, since: int, scale: str = "cpu"
     ) -> stats.MeanEstimate | None:
-        """What a row gains from an evaluated epoch to the end, less what another gains, seed by seed."""
+        """What a row gains from an evaluated epoch to the end, less what another gains, seed by seed.
+
+        None: there is no seed of which both have that epoch; a run that diverged is left out.
+        """
 
         def gains(key: str) -> dict[int, float]:
             curves = self._curves(experiment, dataset, key, scale)
-            return {seed: curve[-1][1] - dict(curve)[since] for seed, curve in curves.items()}
+            return {s: curve[-1][1] - dict(curve)[since] for s, curve in curves.items() if since in dict(curve)}
 
         return stats.paired_difference(gains(row), gains(base))
 
     def epochs_ahead(
         self, experiment: str, dataset: str, row: str, base: str, level: float, scale: str = "cpu"
     ) -> stats.MeanEstimate | None:
-        """How many epochs before another a row reaches an accuracy, seed by seed; between evaluations by a line."""
+        """How many epochs before another a row reaches an accuracy, seed by seed; between evaluations by a line.
+
+        None: there is no seed of which both reach it; a run that diverged is left out.
+        """
 
         def reached(key: str) -> dict[int, float]:
             curves = self._curves(experiment, dataset, key, scale)
-            return {seed: crossing(curve, level) for seed, curve in curves.items()}
+            return {s: at for s, curve in curves.items() if (at := crossing(curve, level)) is not None}
 
         return stats.paired_difference(reached(base), reached(row))
 
@@ -224,7 +226,7 @@ class Evidence:
     def _accuracies(self, method: str, attack: str, attackers: int, real: bool) -> dict[int, float]:
         final = self.file("byzantine/byzantine.json")["final"]
         found = self.one(final, method=method, attack=attack, attackers=attackers, real=real)
-        return dict(enumerate(found["accuracies"]))
+        return dict(zip(found["seeds"], found["accuracies"], strict=True))
 
     def byzantine(self, method: str, attack: str = "", attackers: int = 0, real: bool = False) -> stats.MeanEstimate:
         """Accuracy of a vote or a mean under an attack, of the study of Byzantine workers."""

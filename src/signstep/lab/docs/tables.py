@@ -26,14 +26,17 @@ _NETWORK_ROWS = {
 }
 _RATES = {"10mbit": "10 Mbit", "100mbit": "100 Mbit", "1gbit": "1 Gbit", "none": "not shaped"}
 _LATE_RATES = {"100mbit/20ms": "100 Mbit, 20 ms", "10mbit/50ms": "10 Mbit, 50 ms"}
+_PLAIN = {"sgd": "SGD", "signsgd": "SignSGD-M"}
 
 
 def tables(evidence: Evidence) -> Mapping[str, Callable[[], Lines]]:
     """The tables by the name that stands in a page's marker."""
     return {
         "table1": lambda: _accuracies(evidence, "table1"),
-        "remedies": lambda: _gains(evidence, "remedies", "cifar10", {"sgd": "SGD", "signsgd": "SignSGD-M"}),
-        "verdict": lambda: _gains(evidence, "verdict", "cifar100", {"sgd": "SGD", "signsgd": "SignSGD-M"}, "cpu2"),
+        "remedies": lambda: _gains(evidence, "remedies", "cifar10", _PLAIN),
+        "verdict-cifar10": lambda: _gains(evidence, "verdict", "cifar10", _PLAIN, "cpu2"),
+        "verdict-cifar100": lambda: _gains(evidence, "verdict", "cifar100", _PLAIN, "cpu2"),
+        "switch": lambda: _gains(evidence, "switch", "cifar10", {"signsgd": "SignSGD-M"}),
         "language": lambda: _gains(evidence, "language", "bible", {"sgd": "SGD", "adam": "AdamW"}),
         "step": lambda: step_table(read_records(evidence.folder / "bench-cpu")),
         "network": lambda: _network(evidence, NETWORK, _RATES),

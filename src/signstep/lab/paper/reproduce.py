@@ -15,9 +15,9 @@ import torch
 
 from signstep.lab.errors import UserError
 from signstep.lab.output.files import locked, make_folder
-from signstep.lab.paper import time_left
 from signstep.lab.paper.experiments import Experiment
 from signstep.lab.paper.plan import PlannedRun, cells, first_seeds, plan
+from signstep.lab.paper.time_left import TimeLeft
 from signstep.lab.paper.tuned import Choices
 from signstep.lab.training.records import is_done, read_run, read_runs
 from signstep.lab.training.series import train_run
@@ -99,15 +99,17 @@ def _record(run: PlannedRun) -> str:
 
 
 def _train(share: _Share, say: Callable[[str], None], *, progress: bool = True) -> None:
-    machine = time_left.this_machine(share.device) if progress else {}
+    time_left = TimeLeft(share.device)
     for index, (number, each) in enumerate(share.runs):
         left = None if share.deadline is None else (share.deadline - time.monotonic()) / 60
         if left is not None and left <= 0:
             break
         title = f"run {number} of {share.total}: {each.label}"
         if progress:
-            waiting = [run.config for _, run in share.runs[index:]]
-            say(f"{title} ({time_left.text(waiting, read_runs(share.out).values(), machine)})")
+            records = read_runs(share.out)
+            waiting = [run.config for _, run in share.runs[index:] if not is_done(share.out / _record(run))]
+            tuning = read_runs(share.out.with_name("tune"))
+            say(f"{title} ({time_left.text(waiting, [*records.values(), *tuning.values()])})")
         status = train_run(
             each.config, share.out, data=share.data, device=share.device, max_minutes=left, progress=progress
         )

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from signstep.lab.errors import BadInput
 from signstep.lab.output.files import locked, make_folder
-from signstep.lab.paper import time_left
 from signstep.lab.paper.experiments import Experiment, Row, grid_point
 from signstep.lab.paper.plan import cells
+from signstep.lab.paper.time_left import TimeLeft
 from signstep.lab.paper.tuned import read_tuned, write_tuned
 from signstep.lab.training.config import RunConfig
 from signstep.lab.training.records import Run, read_runs
@@ -169,7 +169,7 @@ def sweep(
     pairs = [(dataset, row) for dataset, row in cells(experiments) if not row.lr_of]
     tune = folder / "tune"
 
-    machine = time_left.this_machine(device)
+    time_left = TimeLeft(device)
     stopped = trained = False
     mine = range(shard[0], len(pairs), shard[1])
     for position in mine:
@@ -185,8 +185,8 @@ def sweep(
                 stopped = True
                 break
             others = [c for p in mine if p > position for c in search(*pairs[p], trials, records).pending]
-            left_text = time_left.text([*waiting, *others], records.values(), machine)
-            say(f"tuning {position + 1} of {len(pairs)}: {dataset}, {row.label}, lr {waiting[0].lr:g} ({left_text})")
+            others_too = time_left.text([*waiting, *others], records.values())
+            say(f"tuning {position + 1} of {len(pairs)}: {dataset}, {row.label}, lr {waiting[0].lr:g} ({others_too})")
             trained = True
             status = train_run(waiting[0], tune, data=data, device=device, max_minutes=left)
             if status in ("done", "diverged"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -12,46 +13,59 @@ from signstep.lab.training.display import duration
 from signstep.lab.training.records import Run
 from signstep.lab.training.workers import Workers
 
-_WORK = ("dataset", "subset", "model", "width", "context", "batch_size", "precision", "compile")
+_WORK = (
+    *("dataset", "subset", "image_size", "context", "batch_size"),
+    *("model", "width", "stem", "version", "precision", "channels_last", "compile"),
+)
 """Fields of `RunConfig` on which the time of an epoch depends."""
-_MACHINE = ("cpu_model", "device", "threads", "world_size")
+_MACHINE = ("cpu", "cpu_model", "device", "threads", "world_size")
 """Fields of a record's environment on which it depends."""
 
 
-def this_machine(device: str) -> Mapping[str, Any]:
-    """The environment of one process that trains on `device`, as of `signstep.lab.training.loop.train`."""
-    return environment(Workers.join(device).device, 1)
-
-
-def seconds_left(waiting: Sequence[RunConfig], records: Iterable[Run], machine: Mapping[str, Any]) -> float | None:
-    """The time that runs will take, one after the other.
+class TimeLeft:
+    """The time that runs will take which are trained one after the other.
 
     Args:
-        waiting: the runs.
-        records: of runs on any machine, finished or not. A tuning run's epoch, nine tenths of a final one's, counts as
-            that.
-        machine: the environment that they will run in.
-
-    Returns:
-        Seconds: of each run its number of epochs times the median epoch; None if one has no epoch to go by.
+        device: that trains them, as of `signstep.lab.training.loop.train`.
     """
-    epochs: dict[tuple[Any, ...], list[float]] = {}
-    for run in records:
-        if all(run.start["environment"].get(name) == machine[name] for name in _MACHINE):
-            epochs.setdefault(_work(run.config), []).extend(each["timing"]["seconds"] for each in run.epochs)
-    if not all(epochs.get(_work(each)) for each in waiting):
-        return None
-    return sum(each.epochs * median(epochs[_work(each)]) for each in waiting)
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    @cached_property
+    def _machine(self) -> Mapping[str, Any]:
+        return environment(Workers.join(self._device).device, 1)
+
+    def seconds(self, waiting: Iterable[RunConfig], records: Iterable[Run]) -> tuple[float, int]:
+        """Seconds, and how many runs they leave out because no epoch of their network has been trained here.
+
+        Args:
+            waiting: runs. Each takes the median epoch of its network, times the epochs that its record lacks.
+            records: of any runs on any machine. An epoch of a tuning run, nine tenths of a final one, counts as that.
+        """
+        epochs: dict[tuple[Any, ...], list[float]] = {}
+        trained: dict[str, int] = {}
+        for run in records:
+            trained[run.config.hash] = len(run.epochs)
+            there = run.start.get("environment", {})
+            if all(there.get(name) == self._machine[name] for name in _MACHINE):
+                epochs.setdefault(_work(run.config), []).extend(each["timing"]["seconds"] for each in run.epochs)
+        total, unknown = 0.0, 0
+        for each in waiting:
+            if own := epochs.get(_work(each)):
+                total += (each.epochs - trained.get(each.hash, 0)) * median(own)
+            else:
+                unknown += 1
+        return total, unknown
+
+    def text(self, waiting: Sequence[RunConfig], records: Iterable[Run]) -> str:
+        """The same in words, for a line of progress: "3 runs left, about 2 h 10 min"."""
+        seconds, unknown = self.seconds(waiting, records)
+        runs = f"{len(waiting)} run{'s' * (len(waiting) != 1)} left"
+        if unknown == len(waiting):
+            return f"{runs}, no estimate yet"
+        return f"{runs}, about {duration(seconds)}" + (f" for {len(waiting) - unknown} of them" if unknown else "")
 
 
 def _work(config: RunConfig) -> tuple[Any, ...]:
     return tuple(getattr(config, name) for name in _WORK)
-
-
-def text(waiting: Sequence[RunConfig], records: Iterable[Run], machine: Mapping[str, Any]) -> str:
-    """The same in words, for a line of progress: "3 runs left, about 2 h 10 min"."""
-    seconds = seconds_left(waiting, records, machine)
-    runs = f"{len(waiting)} run{'s' * (len(waiting) != 1)} left"
-    return (
-        f"{runs}, about {duration(seconds)}" if seconds is not None else f"{runs}, for how long the next run will say"
-    )

@@ -34,8 +34,10 @@ class Point:
     attack: str
     attackers: int
     workers: int
+    seeds: tuple[int, ...]
+    """Rising."""
     accuracies: tuple[float, ...]
-    """Test accuracy by rising seed, in percent."""
+    """Test accuracy of each seed, in percent."""
     diverged: int
     """Number of seeds whose weights became non-finite."""
 
@@ -53,7 +55,6 @@ def read_runs(folder: Path) -> dict[str, dict[str, Any]]:
 def points(measured: Mapping[str, dict[str, Any]], split: str) -> list[Point]:
     """The accuracies of the runs on a split, with all seeds of a case together."""
     grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    # Records come by their hash. Differences are between runs of one seed.
     for record in sorted(measured.values(), key=lambda each: int(each["case"]["config"]["seed"])):
         case = record["case"]
         if case["config"]["split"] == split:
@@ -68,6 +69,7 @@ def points(measured: Mapping[str, dict[str, Any]], split: str) -> list[Point]:
             attack,
             attackers,
             workers,
+            tuple(r["case"]["config"]["seed"] for r in records),
             tuple(r["accuracy"] for r in records),
             sum(r["status"] == "diverged" for r in records),
         )

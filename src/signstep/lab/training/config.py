@@ -100,7 +100,7 @@ class RunConfig:
     state_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """How a sign method keeps its momentum, the last two with stochastic rounding; None: as the weights, in float32."""
     switch: float | None = None
-    """Share of the run's steps taken before HybridSignSGD switches to SGD."""
+    """Share of the run's steps taken before hybrid and fixed-switch go on with SGD."""
     calibration: Literal["norm", "paper", "ratio", "applied", "swats"] | None = None
     """How HybridSignSGD finds SGD's learning rate: see its help; None: norm."""
     calibration_scope: Literal["group", "tensor"] | None = None
@@ -108,7 +108,7 @@ class RunConfig:
     ema_decay: float | None = None
     """Decay of the calibration's running averages; None: 0.99."""
     sgd_momentum: float | None = None
-    """SGD's momentum after the switch; None: 0."""
+    """SGD's momentum after the switch of hybrid and fixed-switch; None: 0."""
     sgd_lr: float | None = None
     """SGD's learning rate after the switch of fixed-switch; None: that of the sign steps."""
 
@@ -205,11 +205,16 @@ class RunConfig:
             raise BadInput(f"outer_momentum={self.outer_momentum!r}: expected a value in [0, 1)")
         if not local and (self.outer_lr is not None or self.outer_momentum is not None):
             raise BadInput(f"outer_lr or outer_momentum with reduce={self.reduce!r}: it has no such option")
-        if "switch" in known.options and (self.switch is None) == (self.switch_tolerance is None):
+        automatic = "switch_tolerance" in known.options
+        if "switch" in known.options and automatic and (self.switch is None) == (self.switch_tolerance is None):
             raise BadInput(
                 f"switch={self.switch!r}, switch_tolerance={self.switch_tolerance!r}: optimizer {self.optimizer} needs "
                 "one of them, to know when to switch"
             )
+        if "switch" in known.options and not automatic and self.switch is None:
+            raise BadInput(f"switch=None: optimizer {self.optimizer} needs a share of the steps, in (0, 1]")
+        if self.sgd_lr is not None and not 0 <= self.sgd_lr < math.inf:
+            raise BadInput(f"sgd_lr={self.sgd_lr!r}: expected a finite value >= 0")
         if self.switch is not None and not 0 < self.switch <= 1:
             raise BadInput(f"switch={self.switch!r}: expected a share of the steps, in (0, 1]")
         for name in dict.fromkeys(name for each in OPTIMIZERS.values() for name in each.options):

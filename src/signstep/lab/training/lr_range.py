@@ -29,10 +29,11 @@ def measure(config: RunConfig, data: Path | None, device: str, *, low: float, hi
     Raises:
         BadInput: the run does not fit its data or this machine, or the test has nothing to measure.
     """
-    if config.optimizer in ("hybrid", "swats"):
+    first = {"hybrid": "signsgd", "fixed-switch": "signsgd", "swats": "adamw"}.get(config.optimizer)
+    if first is not None:
         raise BadInput(
             f"optimizer {config.optimizer} switches while it trains: find the rate of its first phase, with "
-            f"--optimizer {'signsgd' if config.optimizer == 'hybrid' else 'adamw'}"
+            f"--optimizer {first}"
         )
     run = TrainingRun(config, Workers.join(device), data)
     if run.workers.size > 1:

@@ -111,7 +111,7 @@ def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> to
         options["seed"] = config.seed
     if "switch" in options:
         options["switch_step"] = max(1, step_at(options.pop("switch"), total_steps))
-    elif "switch" in known.options:
+    elif "switch_tolerance" in options and "switch" in known.options:
         options["switch_step"] = "auto"
     module, _, name = known.place.rpartition(".")
     try:
@@ -123,6 +123,9 @@ def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> to
 
 def likely_cause(config: RunConfig, phase: str | None) -> str:
     """Why the loss of such a run is usually not finite, for one that switches by its phase ("sgd" or another)."""
+    if phase == "sgd" and "sgd_lr" in known_optimizer(config.optimizer).options:
+        rate = config.lr if config.sgd_lr is None else config.sgd_lr
+        return f"likely cause: the rate {rate:g} is too high for SGD after the switch; lower sgd_lr"
     if phase == "sgd":
         other = ", or set calibration to ratio" if "calibration" in known_optimizer(config.optimizer).options else ""
         return f"likely cause: the calibrated rate is too high for SGD; lower lr{other}"

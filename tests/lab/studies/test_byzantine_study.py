@@ -102,4 +102,6 @@ def test_study_in_real_processes(tmp_path: Path) -> None:
         (True, "vote", "flip-10", 1, 2),
     ]
     assert all(5 <= p.accuracies[0] <= 100 for p in final)
-    assert "## Real processes" in (tmp_path / "byzantine.md").read_text()
+    written = (tmp_path / "byzantine.md").read_text()
+    assert "## Real processes" in written
+    assert "- `torchrun --nproc-per-node 2 -m signstep study byzantine" in written

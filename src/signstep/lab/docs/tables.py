@@ -71,6 +71,8 @@ def _gains(evidence: Evidence, experiment: str, dataset: str, bases: Mapping[str
     """Every row of a report beside two others, seed by seed, with p after Holm's correction for the report."""
     lines, metric = [], task(dataset).metric
     for row in evidence.file(f"{scale}-strong/{experiment}.json")["rows"]:
+        if not row["cells"][dataset]["n"]:
+            continue
         found = evidence.result(experiment, dataset, row["key"], scale)
         line = [row["label"], stats.with_interval(found, digits=metric.digits)]
         for base in bases:

@@ -64,9 +64,10 @@ class ByzantineStudy:
     max_minutes: float | None = None
     """Stop after this many minutes; the same command goes on."""
 
-    @property
-    def command(self) -> str:
-        return command_line(["study", "byzantine"], self, omit=("out", "data", "max_minutes"))
+    def command(self, processes: int) -> str:
+        """The command line of this study, in one process or by torchrun in several."""
+        words = command_line(["study", "byzantine"], self, omit=("out", "data", "max_minutes"))
+        return words if processes == 1 else f"torchrun --nproc-per-node {processes} -m {words}"
 
     def run(self) -> int:
         """Do the runs that are missing, and write byzantine.json, .md, .png and .svg into `out`.
@@ -102,7 +103,7 @@ class ByzantineStudy:
             if workers.rank == 0 and not trained:
                 print(f"nothing to train: all {len(measured)} runs have ended before")
         if workers.rank == 0 and measured:
-            for path in write_report(self.out, self.command):
+            for path in write_report(self.out, self.command(workers.size)):
                 print(f"written: {path}")
         return 0
 
@@ -114,7 +115,7 @@ class ByzantineStudy:
             **result,
             "cpu_seconds": round(time.process_time() - started, 1),
             "environment": environment(workers.device, workers.size),
-            "command": self.command,
+            "command": self.command(workers.size),
         }
 
     def simulated_runs(self, measured: Records) -> Iterator[ByzantineRun]:

@@ -122,7 +122,8 @@ def gang(size: int) -> Gang:
 
 
 @atexit.register
-def _stop_all() -> None:
+def stop_all() -> None:
+    """End all ranks of this test process, with what their groups keep: gloo's threads, which wake all the time."""
     for each in list(_GANGS.values()):
         each.stop()
 

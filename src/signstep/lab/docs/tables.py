@@ -36,7 +36,7 @@ def tables(evidence: Evidence) -> Mapping[str, Callable[[], Lines]]:
         "remedies": lambda: _gains(evidence, "remedies", "cifar10", _PLAIN),
         "verdict-cifar10": lambda: _gains(evidence, "verdict", "cifar10", _PLAIN, "cpu2"),
         "verdict-cifar100": lambda: _gains(evidence, "verdict", "cifar100", _PLAIN, "cpu2"),
-        "switch": lambda: _gains(evidence, "switch", "cifar10", {"signsgd": "SignSGD-M"}),
+        "handoff": lambda: _gains(evidence, "handoff", "cifar10", {"signsgd": "SignSGD-M"}),
         "language": lambda: _gains(evidence, "language", "bible", {"sgd": "SGD", "adam": "AdamW"}),
         "step": lambda: step_table(read_records(evidence.folder / "bench-cpu")),
         "network": lambda: _network(evidence, NETWORK, _RATES),

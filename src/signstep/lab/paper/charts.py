@@ -38,7 +38,7 @@ _COLOURS = {
     "hybrid-ratio": "olive",
     "hybrid-pre-0.1": "violet",
     "switch-sign-lr": "vermillion",
-    "switch-sgd-lr": "olive",
+    "switch-sgd-lr": "brown",
     "switch-sgd-momentum": "pink",
     "hybrid-norm": "orange",
     "hybrid-norm-group": "pink",

@@ -33,6 +33,7 @@ Name = Literal[
     "remedies",
     "verdict",
     "switch",
+    "handoff",
     "language",
     "demo",
 ]

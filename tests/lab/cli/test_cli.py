@@ -438,7 +438,7 @@ def test_a_signal_stops_cleanly_and_the_same_command_goes_on(
     [
         (
             ["--vote"],
-            "reduce='vote': workers vote with signs, choose optimizer signsgd or lion or hybrid or fixed-switch, not sgd",
+            "workers vote with signs, choose optimizer signsgd or lion or hybrid or fixed-switch, not sgd",
         ),
         (["--vote", "--optimizer", "signsgd"], "reduce='vote': start the run's workers with torchrun"),
         (["--reduce", "ef-sign"], "reduce='ef-sign': start the run's workers with torchrun"),

@@ -21,7 +21,7 @@ from signstep.lab.errors import BadInput
 from signstep.lab.output import stats
 from signstep.lab.paper.experiments import NAMES, Row, Scale, dataset_title, load
 from signstep.lab.paper.tuned import learning_rate, read_tuned
-from signstep.lab.training.records import Run, read_runs
+from signstep.lab.training.records import Run
 from signstep.lab.training.tasks import task
 
 SCALES: tuple[Scale, ...] = ("full", "cpu2", "cpu")
@@ -114,7 +114,7 @@ def statements(evidence: Evidence) -> list[Claim]:
 
 def verdicts(evidence: Evidence, claims: Iterable[Claim]) -> list[Verdict]:
     """The verdicts, each test corrected for the number of all."""
-    runs = _Runs(evidence.folder)
+    runs = _Runs(evidence)
     raw = [_of_claim(each, evidence, runs) for each in claims]
     corrected = stats.holm([each.p for each in raw])
     return [each if p is None else _tested(each, p) for each, p in zip(raw, corrected, strict=True)]
@@ -144,9 +144,8 @@ def _of_claim(claim: Claim, evidence: Evidence, runs: _Runs) -> Verdict:
 class _Runs:
     """The finished runs in a folder of results, found by scale, row and data set."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._read = cache(read_runs)
+    def __init__(self, evidence: Evidence) -> None:
+        self._folder, self._read = evidence.folder, evidence.runs
         self._tuned = cache(read_tuned)
         self._rows = cache(self._find_rows)
 

@@ -135,12 +135,12 @@ class Evidence:
             raise LookupError(f"{row} and {base} of {experiment} have no seed in common")
         return found
 
-    def _curves(self, experiment: str, dataset: str, row: str, scale: str) -> dict[int, list[tuple[float, float]]]:
-        """By seed what the evaluations of a row's whole runs gave, as pairs of an epoch and a result."""
+    def _curves(self, experiment: str, dataset: str, row: str, scale: str) -> dict[int, dict[int, float]]:
+        """By seed what the evaluations of a row's whole runs gave, by epoch."""
         cell = self.one(self._report(experiment, scale)["rows"], key=row)["cells"].get(dataset, {"runs": ()})
         runs = self.runs(self.folder / f"{scale}-strong/runs")
         return {
-            run.config.seed: [(e["epoch"], value) for e in run.epochs if (value := run.result_of(e)) is not None]
+            run.config.seed: {e["epoch"]: value for e in run.epochs if (value := run.result_of(e)) is not None}
             for run in (runs[name] for name in cell["runs"])
             if run.done and not run.diverged
         }
@@ -155,7 +155,7 @@ class Evidence:
 
         def gains(key: str) -> dict[int, float]:
             curves = self._curves(experiment, dataset, key, scale)
-            return {s: curve[-1][1] - dict(curve)[since] for s, curve in curves.items() if since in dict(curve)}
+            return {s: curve[max(curve)] - curve[since] for s, curve in curves.items() if since in curve}
 
         return stats.paired_difference(gains(row), gains(base))
 
@@ -169,7 +169,7 @@ class Evidence:
 
         def reached(key: str) -> dict[int, float]:
             curves = self._curves(experiment, dataset, key, scale)
-            return {s: at for s, curve in curves.items() if (at := crossing(curve, level)) is not None}
+            return {s: at for s, curve in curves.items() if (at := crossing(list(curve.items()), level)) is not None}
 
         return stats.paired_difference(reached(base), reached(row))
 
@@ -179,7 +179,7 @@ class Evidence:
 
     def _checks(self) -> dict[int, float]:
         """SGD's results by seed at the learning rate that was looked at after the sweep."""
-        return {run.config.seed: run.result for run in read_runs(self.folder / "cpu-strong/checks").values()}
+        return {run.config.seed: run.result for run in self.runs(self.folder / "cpu-strong/checks").values()}
 
     def checked_sgd(self) -> stats.MeanEstimate:
         """SGD on CIFAR-10 at the best learning rate that runs of full length have found."""

@@ -42,6 +42,15 @@ def option_words(options: Any, *, omit: Collection[str] = (), everything: bool =
     return words
 
 
+def by_torchrun(command: str, processes: int) -> str:
+    """A command line of the lab in so many processes; in one it stays as it is.
+
+    >>> by_torchrun("signstep study byzantine", 4)
+    'torchrun --nproc-per-node 4 -m signstep study byzantine'
+    """
+    return command if processes == 1 else f"torchrun --nproc-per-node {processes} -m {command}"
+
+
 def command_line(
     command: Collection[str], options: Any, *, omit: Collection[str] = (), everything: bool = False
 ) -> str:

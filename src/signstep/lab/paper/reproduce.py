@@ -100,6 +100,7 @@ def _record(run: PlannedRun) -> str:
 
 def _train(share: _Share, say: Callable[[str], None], *, progress: bool = True) -> None:
     time_left = TimeLeft(share.device)
+    tuning = read_runs(share.out.with_name("tune")) if progress else {}
     for index, (number, each) in enumerate(share.runs):
         left = None if share.deadline is None else (share.deadline - time.monotonic()) / 60
         if left is not None and left <= 0:
@@ -107,8 +108,8 @@ def _train(share: _Share, say: Callable[[str], None], *, progress: bool = True) 
         title = f"run {number} of {share.total}: {each.label}"
         if progress:
             records = read_runs(share.out)
-            waiting = [run.config for _, run in share.runs[index:] if not is_done(share.out / _record(run))]
-            tuning = read_runs(share.out.with_name("tune"))
+            ended = {key for key, run in records.items() if run.done}
+            waiting = [run.config for _, run in share.runs[index:] if run.config.hash not in ended]
             say(f"{title} ({time_left.text(waiting, [*records.values(), *tuning.values()])})")
         status = train_run(
             each.config, share.out, data=share.data, device=share.device, max_minutes=left, progress=progress

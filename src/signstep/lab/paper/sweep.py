@@ -185,8 +185,8 @@ def sweep(
                 stopped = True
                 break
             others = [c for p in mine if p > position for c in search(*pairs[p], trials, records).pending]
-            others_too = time_left.text([*waiting, *others], records.values())
-            say(f"tuning {position + 1} of {len(pairs)}: {dataset}, {row.label}, lr {waiting[0].lr:g} ({others_too})")
+            how_long = time_left.text([*waiting, *others], records.values())
+            say(f"tuning {position + 1} of {len(pairs)}: {dataset}, {row.label}, lr {waiting[0].lr:g} ({how_long})")
             trained = True
             status = train_run(waiting[0], tune, data=data, device=device, max_minutes=left)
             if status in ("done", "diverged"):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from signstep.lab.arguments import check_folder, check_minutes
 from signstep.lab.errors import BadInput
-from signstep.lab.output.command import command_line
+from signstep.lab.output.command import by_torchrun, command_line
 from signstep.lab.output.files import make_folder, read_json, write_json
 from signstep.lab.output.machine import environment
 from signstep.lab.studies.byzantine_report import write_report
@@ -66,8 +66,7 @@ class ByzantineStudy:
 
     def command(self, processes: int) -> str:
         """The command line of this study, in one process or by torchrun in several."""
-        words = command_line(["study", "byzantine"], self, omit=("out", "data", "max_minutes"))
-        return words if processes == 1 else f"torchrun --nproc-per-node {processes} -m {words}"
+        return by_torchrun(command_line(["study", "byzantine"], self, omit=("out", "data", "max_minutes")), processes)
 
     def run(self) -> int:
         """Do the runs that are missing, and write byzantine.json, .md, .png and .svg into `out`.

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from signstep.lab.errors import BadInput
 from signstep.lab.output import figures, stats
+from signstep.lab.output.command import by_torchrun
 from signstep.lab.output.files import read_json, write_all
 from signstep.lab.output.machine import now
 from signstep.lab.output.stats import MeanEstimate
@@ -201,7 +202,7 @@ def _markdown(found: Sequence[Point], record: Mapping[str, Any], first: Run) -> 
     text = [
         "# What ways to train over slow links reach",
         "",
-        f"    torchrun --nproc-per-node {load['workers']} -m {record['command']}",
+        f"    {by_torchrun(record['command'], load['workers'])}",
         f"    {record['command']}",
         "",
         f"{record['date']}, {made['cpu']}, one thread for each of {load['workers']} processes, torch {made['torch']}.",

@@ -205,13 +205,13 @@ class RunConfig:
             raise BadInput(f"outer_momentum={self.outer_momentum!r}: expected a value in [0, 1)")
         if not local and (self.outer_lr is not None or self.outer_momentum is not None):
             raise BadInput(f"outer_lr or outer_momentum with reduce={self.reduce!r}: it has no such option")
-        automatic = "switch_tolerance" in known.options
-        if "switch" in known.options and automatic and (self.switch is None) == (self.switch_tolerance is None):
-            raise BadInput(
-                f"switch={self.switch!r}, switch_tolerance={self.switch_tolerance!r}: optimizer {self.optimizer} needs "
-                "one of them, to know when to switch"
-            )
-        if "switch" in known.options and not automatic and self.switch is None:
+        if {"switch", "switch_tolerance"} <= set(known.options):
+            if (self.switch is None) == (self.switch_tolerance is None):
+                raise BadInput(
+                    f"switch={self.switch!r}, switch_tolerance={self.switch_tolerance!r}: optimizer {self.optimizer} "
+                    "needs one of them, to know when to switch"
+                )
+        elif "switch" in known.options and self.switch is None:
             raise BadInput(f"switch=None: optimizer {self.optimizer} needs a share of the steps, in (0, 1]")
         if self.sgd_lr is not None and not 0 <= self.sgd_lr < math.inf:
             raise BadInput(f"sgd_lr={self.sgd_lr!r}: expected a finite value >= 0")

@@ -111,7 +111,7 @@ def build_optimizer(config: RunConfig, model: nn.Module, total_steps: int) -> to
         options["seed"] = config.seed
     if "switch" in options:
         options["switch_step"] = max(1, step_at(options.pop("switch"), total_steps))
-    elif "switch_tolerance" in options and "switch" in known.options:
+    elif "switch" in known.options:
         options["switch_step"] = "auto"
     module, _, name = known.place.rpartition(".")
     try:
